@@ -1,0 +1,60 @@
+"""``vllm-ssd``: one function a command; what a command needs is imported when it runs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Annotated
+
+import typer
+
+from vllm_ssd.cli import CommandError
+
+app = typer.Typer(
+    help="Speculative Speculative Decoding for vLLM.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+
+@contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """Turn a :class:`CommandError` into its sentence and exit status 1."""
+    try:
+        yield
+    except CommandError as error:
+        print(f"vllm-ssd: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+
+
+@app.command()
+def models() -> None:
+    """Print the demonstration's model folders, target then draft; fetch what is missing."""
+    from vllm_ssd.cli.models import demo_models
+
+    with errors_in_one_line():
+        for folder in demo_models():
+            print(folder)
+
+
+@app.command()
+def demo(
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 128,
+    num_speculative_tokens: Annotated[
+        int, typer.Option("--num-speculative-tokens", "-k", min=1, help="Tokens drafted at once.")
+    ] = 6,
+) -> None:
+    """Answer a few chat prompts with plain vLLM, its draft_model method and SSD, side by side."""
+    from vllm_ssd.cli.env import preload_openmp
+
+    preload_openmp()
+    with errors_in_one_line():
+        import_module("vllm_ssd.cli.demo").run(
+            max_tokens=max_tokens, num_speculative_tokens=num_speculative_tokens
+        )
+
+
+if __name__ == "__main__":
+    app()

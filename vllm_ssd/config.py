@@ -1,0 +1,158 @@
+"""Every option of the ``ssd`` method: its meaning, its default, what it must satisfy."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from vllm_ssd.core.fanout import geometric_fan_out, uniform_fan_out
+
+ADDITIONAL_CONFIG_KEY = "ssd"
+"""Where the options live in vLLM's ``additional_config``, its one free-form field."""
+
+MAX_SPECULATIVE_TOKENS = 32
+MAX_FAN_OUT = 64
+
+
+class SSDConfig(BaseModel):
+    """The options of Speculative Speculative Decoding.
+
+    In ``speculative_config={"method": "ssd", ...}`` they stand beside ``method``; with vLLM's plain
+    ``custom_class`` spelling they stand in ``additional_config={"ssd": {...}}``.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    model: str = Field(min_length=1)
+    """The draft model: a folder or a hub name, with the target's tokenizer."""
+
+    num_speculative_tokens: int = Field(ge=1, le=MAX_SPECULATIVE_TOKENS)
+    """K, the most tokens drafted for one verification."""
+
+    fan_out: int | list[int] = 3
+    """How many ``t*`` are guessed after each number of accepted tokens; or K + 1 numbers, one for
+    each ``k`` from 0 to K."""
+
+    fan_out_policy: Literal["uniform", "geometric"] = "uniform"
+    """How an integer ``fan_out`` is spread over ``k``: the same everywhere, or by Theorem 12 of
+    arXiv 2603.03251 from ``acceptance`` and ``miss_exponent`` (the sum stays the same)."""
+
+    acceptance: float = Field(default=0.7, gt=0.0, lt=1.0)
+    """The chance that one drafted token is accepted: orders the outcomes by likelihood."""
+
+    miss_exponent: float = Field(default=1.0, gt=0.0, le=10.0)
+    """r: after F guesses of ``t*`` all are wrong with probability ``(F + 1)^-r``."""
+
+    branches: int | Literal["auto"] = "auto"
+    """Branches per request and round. ``"auto"``: as many as the measured step time lets reach a
+    useful depth before the verification ends, likeliest outcomes first."""
+
+    max_wait_ms: float = Field(default=0.0, ge=0.0, le=10_000.0)
+    """How long one proposal (the whole batch) may wait for the branch that came true."""
+
+    draft_device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    """Where the draft runs: ``"cpu"``, ``"cuda:1"``, ...; ``"auto"``: the target's kind of device,
+    on CUDA the first one the target does not use, else the target's own."""
+
+    draft_cpu_cores: list[int] | None = None
+    """Cores of a draft on CPU. Default: those the target leaves free, else the last one."""
+
+    draft_dtype: Literal["auto", "bfloat16", "float16", "float32"] | None = None
+    """Default: the target's."""
+
+    draft_quantization: str | None = None
+    """As vLLM's ``quantization``, for the draft model."""
+
+    draft_max_model_len: int | None = Field(default=None, ge=2)
+    """Longest text the draft follows. Default: the target's, at most what the draft supports."""
+
+    draft_kv_cache_memory_bytes: int | None = Field(default=None, ge=1 << 20)
+    """The draft's KV cache. Default: room for as many tokens as the target's holds when both share
+    a device, else what vLLM finds on the draft's own."""
+
+    draft_enforce_eager: bool | None = None
+    """Do not compile the draft model. Default: as the target."""
+
+    draft_startup_timeout_s: float = Field(default=600.0, gt=0.0)
+    """How long the engine waits at start for the draft to come up."""
+
+    pad_misses: bool = False
+    """Fill short proposals up to K tokens, so that CUDA graphs of uniform length serve."""
+
+    strict: bool = False
+    """Raise errors of the plugin instead of decoding plainly. For tests."""
+
+    @field_validator("fan_out")
+    @classmethod
+    def _fan_out_in_range(cls, value: int | list[int]) -> int | list[int]:
+        numbers = value if isinstance(value, list) else [value]
+        if any(not 0 <= number <= MAX_FAN_OUT for number in numbers) or sum(numbers) == 0:
+            raise ValueError(f"needs numbers from 0 to {MAX_FAN_OUT}, not all 0")
+        return value
+
+    @field_validator("branches")
+    @classmethod
+    def _branches_in_range(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and not 1 <= value <= 1024:
+            raise ValueError('needs a number from 1 to 1024, or "auto"')
+        return value
+
+    @model_validator(mode="after")
+    def _fan_out_length(self) -> SSDConfig:
+        wanted = self.num_speculative_tokens + 1
+        if isinstance(self.fan_out, list) and len(self.fan_out) != wanted:
+            raise ValueError(
+                f"fan_out: a list needs num_speculative_tokens + 1 = {wanted} numbers, "
+                f"got {len(self.fan_out)}"
+            )
+        return self
+
+    @classmethod
+    def parse(cls, options: dict[str, Any]) -> SSDConfig:
+        """Validate a dictionary of options.
+
+        Raises:
+            ValueError: one sentence for each wrong option, with its value and what it takes.
+        """
+        try:
+            return cls.model_validate({k.replace("-", "_"): v for k, v in options.items()})
+        except ValidationError as error:
+            raise ValueError(_explain(error)) from None
+
+    @property
+    def fan_out_per_k(self) -> tuple[int, ...]:
+        """F_k for k = 0..K."""
+        if isinstance(self.fan_out, list):
+            return tuple(self.fan_out)
+        if self.fan_out_policy == "uniform":
+            return uniform_fan_out(self.num_speculative_tokens, self.fan_out)
+        return geometric_fan_out(
+            self.num_speculative_tokens, self.fan_out, self.acceptance, self.miss_exponent
+        )
+
+    @property
+    def max_branches(self) -> int:
+        """Most branches one request can have in a round."""
+        every = sum(self.fan_out_per_k)
+        return every if self.branches == "auto" else min(self.branches, every)
+
+
+def _explain(error: ValidationError) -> str:
+    """Pydantic's findings as sentences for the person who wrote the options."""
+    sentences = []
+    for finding in error.errors():
+        # A union reports each of its members; the option's name comes first in all of them.
+        name = str(finding["loc"][0]) if finding["loc"] else ""
+        if finding["type"] == "extra_forbidden":
+            known = ", ".join(SSDConfig.model_fields)
+            sentence = f"ssd: unknown option {name!r}; the options are {known}"
+        elif finding["type"] == "missing":
+            sentence = f"ssd: option {name!r} is missing"
+        else:
+            message = finding["msg"].removeprefix("Value error, ")
+            at = f"option {name!r} = {finding['input']!r}: " if name else ""
+            sentence = f"ssd: {at}{message[0].lower()}{message[1:]}"
+        if sentence not in sentences:
+            sentences.append(sentence)
+    return "; ".join(sentences)

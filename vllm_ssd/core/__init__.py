@@ -1,0 +1,1 @@
+"""What decides: trees, fan-out, row budget, counters. No vLLM, no sockets."""

@@ -1,0 +1,71 @@
+"""Counters of the target side."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+
+@dataclass(slots=True)
+class Stats:
+    """What happened at the look-ups; monotonic counters, times in seconds.
+
+    A *round* is one look-up for one request that could use a draft.
+    """
+
+    rounds: int = 0
+    hits: int = 0
+    first_rounds: int = 0
+    """Look-ups right after a request's prompt, counted in ``rounds`` too."""
+    first_hits: int = 0
+    misses_no_branch: int = 0
+    """The draft had guessed, but not this outcome."""
+    misses_not_ready: int = 0
+    """The draft was still at it."""
+    misses_resync: int = 0
+    """The draft had just been told of the request anew."""
+    misses_draft_down: int = 0
+    """There was no draft process."""
+    tokens_drafted: int = 0
+    """Drafted tokens that were verified."""
+    tokens_accepted: int = 0
+    verifications: int = 0
+    """Verifications of at least one drafted token."""
+    depth_at_hit: int = 0
+    """Sum over the hits of the tokens found below the outcome."""
+    waits: int = 0
+    wait_seconds: float = 0.0
+    proposals: int = 0
+    """Calls of ``propose()``, each for a whole batch."""
+    propose_seconds: float = 0.0
+    """Time in them, waiting included."""
+    verify_seconds: float = 0.0
+    """Time from one proposal to the next, while decoding goes on."""
+    verify_intervals: int = 0
+    resyncs: int = 0
+    restarts: int = 0
+    errors: int = 0
+
+    def as_dict(self) -> dict[str, float]:
+        """All counters, and the ratios people ask for (absent while they would divide by zero)."""
+        result: dict[str, float] = asdict(self)
+        _ratio(result, "hit_rate", self.hits, self.rounds)
+        _ratio(result, "mean_depth_at_hit", self.depth_at_hit, self.hits)
+        _ratio(result, "mean_propose_seconds", self.propose_seconds, self.proposals)
+        _ratio(result, "mean_verify_seconds", self.verify_seconds, self.verify_intervals)
+        return result
+
+
+def add_draft_ratios(counters: dict[str, float]) -> dict[str, float]:
+    """The draft process's counters with their means."""
+    result = dict(counters)
+    steps = counters.get("draft_steps", 0)
+    _ratio(result, "mean_draft_step_seconds", counters.get("draft_step_seconds", 0.0), steps)
+    _ratio(result, "mean_draft_rows", counters.get("draft_rows", 0), steps)
+    rounds = counters.get("draft_rounds", 0)
+    _ratio(result, "mean_draft_round_seconds", counters.get("draft_round_seconds", 0.0), rounds)
+    return result
+
+
+def _ratio(into: dict[str, float], name: str, part: float, whole: float) -> None:
+    if whole:
+        into[name] = part / whole

@@ -1,0 +1,152 @@
+"""The speculation trees: what has been drafted, for which text.
+
+Per request the tree has a *trunk*, the path that follows the confirmed text, and *forks*, one
+for each guessed outcome: a fork after ``k`` trunk tokens starts with the guessed ``t*``. Trunk
+and forks are rows of one token matrix that all requests share, so that one step of the draft is
+applied as arrays. The draft keeps the original; the target keeps a copy, the speculation cache,
+and applies what the draft publishes, in order.
+
+Look-up is by content: the confirmed text is walked down the tree, there is no round number.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+import numpy as np
+from numpy.typing import NDArray
+
+Int32Array = NDArray[np.int32]
+
+
+class Where(Enum):
+    """Where a walk ended."""
+
+    FOUND = "found"
+    """On the tree: what lies below is the draft."""
+    PENDING = "pending"
+    """At the end of what is known; a later publication may still go on from here."""
+    OFF = "off"
+    """The text left the tree: nobody guessed it."""
+    UNKNOWN = "unknown"
+    """There is no tree for this request."""
+
+
+@dataclass(slots=True)
+class Walk:
+    """The result of walking a text down its tree."""
+
+    where: Where
+    row: int = -1
+    """The row the walk ended on (``FOUND``), else the trunk."""
+    offset: int = 0
+    """How many tokens of that row the text covers."""
+
+
+@dataclass(slots=True)
+class Tree:
+    """One request's tree, good for all texts that start with its first ``base`` tokens."""
+
+    base: int
+    """Length of the confirmed text when the tree was planted; trunk token 0 has this position."""
+    trunk: int
+    """Row of the trunk."""
+    complete: bool = False
+    """No more forks will come for this tree."""
+    forks: list[tuple[NDArray[np.int64], Int32Array]] = field(default_factory=list)
+    """Batches of ``(key, row)``, where key is ``fork_key(k, t*)``; each array ``[forks]``."""
+
+    def fork_at(self, k: int, token: int) -> int:
+        """The row forked after ``k`` trunk tokens with first token ``token``; -1 if none."""
+        key = (k << 32) | token
+        for keys, rows in self.forks:
+            at = np.flatnonzero(keys == key)
+            if at.size:
+                return int(rows[at[0]])
+        return -1
+
+
+def fork_keys(k: Int32Array, tokens: Int32Array) -> NDArray[np.int64]:
+    """One int64 for each ``(k, t*)``."""
+    return (k.astype(np.int64) << 32) | tokens
+
+
+class SpeculationCache:
+    """The trees of all requests over one matrix of rows.
+
+    Args:
+        max_rows: rows in all (trunks and forks of all requests).
+        width: tokens a row can hold; ``2 * num_speculative_tokens + 2`` is enough.
+    """
+
+    def __init__(self, max_rows: int, width: int) -> None:
+        self.tokens: Int32Array = np.zeros((max_rows, width), np.int32)
+        self.length: Int32Array = np.zeros(max_rows, np.int32)
+        self.ended = np.zeros(max_rows, np.bool_)
+        self.trees: dict[int, Tree] = {}
+
+    def clear(self) -> None:
+        """Forget all trees."""
+        self.trees.clear()
+
+    def plant(self, handle: int, base: int, trunk: int, tokens: Int32Array, ended: bool) -> Tree:
+        """Start a request's next tree: the trunk goes on with ``tokens`` from position ``base``."""
+        count = len(tokens)
+        self.tokens[trunk, :count] = tokens
+        self.length[trunk] = count
+        self.ended[trunk] = ended
+        tree = self.trees[handle] = Tree(base, trunk)
+        return tree
+
+    def add_forks(self, handle: int, k: Int32Array, tokens: Int32Array, rows: Int32Array) -> None:
+        """Add forks after ``k`` trunk tokens; arrays ``[forks]``."""
+        self.tokens[rows, 0] = tokens
+        self.length[rows] = 1
+        self.ended[rows] = False
+        self.trees[handle].forks.append((fork_keys(k, tokens), rows))
+
+    def append(self, rows: Int32Array, tokens: Int32Array) -> None:
+        """One step: each of ``rows`` (distinct) grows by its token."""
+        self.tokens[rows, self.length[rows]] = tokens
+        self.length[rows] += 1
+
+    def walk(self, handle: int, new_tokens: list[int]) -> Walk:
+        """Walk a request's confirmed tokens from its tree's ``base`` on (``text[tree.base:]``)."""
+        tree = self.trees.get(handle)
+        if tree is None:
+            return Walk(Where.UNKNOWN)
+        trunk = self.row_tokens(tree.trunk)
+        k = _common_prefix(trunk, new_tokens)
+        if k == len(new_tokens):
+            return Walk(Where.FOUND, tree.trunk, k)
+        row = tree.fork_at(k, new_tokens[k])
+        if row < 0:
+            still_open = not tree.complete or (k == len(trunk) and not self.ended[tree.trunk])
+            return Walk(Where.PENDING if still_open else Where.OFF, tree.trunk, k)
+        rest = new_tokens[k:]
+        branch = self.row_tokens(row)
+        matched = _common_prefix(branch, rest)
+        if matched == len(rest):
+            return Walk(Where.FOUND, row, matched)
+        still_open = matched == len(branch) and not self.ended[row]
+        return Walk(Where.PENDING if still_open else Where.OFF, tree.trunk, k)
+
+    def row_tokens(self, row: int) -> list[int]:
+        """The tokens of a row."""
+        tokens: list[int] = self.tokens[row, : self.length[row]].tolist()
+        return tokens
+
+    def below(self, walk: Walk, limit: int) -> list[int]:
+        """The draft after a ``FOUND`` walk: at most ``limit`` tokens."""
+        end = min(int(self.length[walk.row]), walk.offset + limit)
+        tokens: list[int] = self.tokens[walk.row, walk.offset : end].tolist()
+        return tokens
+
+
+def _common_prefix(a: list[int], b: list[int]) -> int:
+    """How many leading tokens agree."""
+    for i, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return i
+    return min(len(a), len(b))

@@ -1,0 +1,56 @@
+"""``python -m vllm_ssd.draft``: the draft process. Started by the target's worker only."""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import os
+import signal
+import socket
+import sys
+
+_PR_SET_PDEATHSIG = 1
+
+
+def main() -> None:
+    """Tie this process to its parent, then serve it over the inherited socket."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--fd", type=int, required=True, help="the inherited socket")
+    parser.add_argument("--parent", type=int, required=True, help="process id of the target")
+    parser.add_argument("--cores", help="comma-separated cores to run on")
+    options = parser.parse_args()
+
+    _die_with(options.parent)
+    # Ctrl-C goes to the whole foreground group; the target decides when the draft ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if options.cores:
+        os.sched_setaffinity(0, [int(core) for core in options.cores.split(",")])
+
+    import setproctitle
+
+    setproctitle.setproctitle("vllm_ssd draft")
+
+    # Heavy imports only now, with the affinity set: OpenMP reads it once.
+    from vllm_ssd.draft.server import DraftServer
+    from vllm_ssd.wire.channel import Channel
+    from vllm_ssd.wire.messages import DraftBound
+
+    connection = socket.socket(fileno=options.fd)
+    DraftServer(Channel(connection, DraftBound)).run()
+    # The engine holds threads and compiled code that have nothing left to say.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def _die_with(parent: int) -> None:
+    """Let the kernel end this process when the target ends, however it ends."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        # It died before the line above.
+        os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""KV blocks of the draft: vLLM's own block pool, reached through four verbs.
+
+Rules (docs/design.md): a block is written only while one owner holds it; only blocks of verified
+tokens enter the prefix cache; block 0 is vLLM's null block and never handed out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm.utils.hashing import sha256
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_utils import (
+    BlockHash,
+    KVCacheBlock,
+    hash_block_tokens,
+    init_none_hash,
+)
+
+_KV_GROUP = 0
+"""The draft's only KV cache group (full attention)."""
+
+
+@dataclass
+class VerifiedPrefix:
+    """The hash chain of one request's full blocks of verified tokens; what vLLM's pool asks for."""
+
+    block_hashes: list[BlockHash] = field(default_factory=list)
+
+
+class KVBlocks:
+    """Reference-counted KV blocks with a prefix cache.
+
+    Args:
+        num_blocks: blocks in all, the null block included.
+        block_size: tokens per block.
+        enable_prefix_caching: share blocks of verified tokens between requests.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool) -> None:
+        self.block_size = block_size
+        self.caching = enable_prefix_caching
+        self._hash: Callable[[Any], bytes] = sha256
+        init_none_hash(self._hash)
+        self._pool = BlockPool(num_blocks, enable_prefix_caching, block_size)
+
+    @property
+    def free_count(self) -> int:
+        """Blocks that can be had, cached ones that nobody holds included."""
+        return self._pool.get_num_free_blocks()
+
+    def take(self, count: int) -> list[KVCacheBlock]:
+        """``count`` blocks nobody else holds. The caller has checked :attr:`free_count`."""
+        return self._pool.get_new_blocks(count)
+
+    def give_back(self, blocks: Sequence[KVCacheBlock]) -> None:
+        """Let go of blocks; the tail of a text is reused before its beginning."""
+        self._pool.free_blocks(reversed(blocks))
+
+    def cached_prefix(self, tokens: list[int], prefix: VerifiedPrefix) -> list[KVCacheBlock]:
+        """Take the cached blocks that hold the beginning of ``tokens``; fills ``prefix``.
+
+        At least one token is left over, because somebody must compute the next logits.
+        """
+        if not self.caching:
+            return []
+        found: list[KVCacheBlock] = []
+        for block_hash in self._hashes(tokens, prefix, (len(tokens) - 1) // self.block_size):
+            cached = self._pool.get_cached_block(block_hash, [_KV_GROUP])
+            if cached is None:
+                break
+            found += cached
+        self._pool.touch(found)
+        del prefix.block_hashes[len(found) :]
+        return found
+
+    def share(
+        self, tokens: list[int], first_block: int, prefix: VerifiedPrefix, blocks: list[KVCacheBlock]
+    ) -> None:
+        """Enter the full blocks of ``tokens`` (which start at ``first_block``) into the cache."""
+        if not self.caching:
+            return
+        count = first_block + len(tokens) // self.block_size
+        self._hashes(tokens, prefix, count, first_block)
+        self._pool.cache_full_blocks(
+            prefix,  # type: ignore[arg-type]  # only its block_hashes are read
+            blocks,
+            num_cached_blocks=first_block,
+            num_full_blocks=count,
+            block_size=self.block_size,
+            kv_cache_group_id=_KV_GROUP,
+        )
+
+    def writable(self, block: KVCacheBlock) -> bool:
+        """Whether exactly one owner holds this block and it is not shared through the cache."""
+        return self._pool.is_block_writable(block)
+
+    def _hashes(
+        self, tokens: list[int], prefix: VerifiedPrefix, count: int, first_block: int = 0
+    ) -> list[BlockHash]:
+        """The first ``count`` hashes of the chain, computing those that are missing."""
+        chain = prefix.block_hashes
+        while len(chain) < count:
+            at = (len(chain) - first_block) * self.block_size
+            block = tokens[at : at + self.block_size]
+            chain.append(hash_block_tokens(self._hash, chain[-1] if chain else None, block))
+        return chain[:count]

@@ -1,0 +1,169 @@
+"""The draft model: a real vLLM worker, driven by direct forwards over hand-built block tables.
+
+vLLM does the loading, quantisation, paged KV cache, attention backend, compilation and CUDA
+graphs; CPU and CUDA share this code. The runner's own persistent buffers carry the inputs, because
+CUDA graphs were captured over them.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from vllm_ssd import compat
+from vllm_ssd.core.tree import Int32Array
+from vllm_ssd.draft.engine import Sequences
+
+
+class VllmDraftModel:
+    """A vLLM model with forkable sequences.
+
+    Args:
+        engine_args: arguments for vLLM's ``EngineArgs``; ``max_num_seqs`` bounds the sequences and
+            ``max_num_batched_tokens`` the query tokens of one forward.
+        local_rank: index of the CUDA device; 0 on CPU.
+
+    Raises:
+        ValueError: vLLM refuses the model or an argument.
+    """
+
+    def __init__(self, engine_args: dict[str, Any], local_rank: int = 0) -> None:
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.v1.worker.worker_base import WorkerWrapperBase
+
+        self.config = EngineArgs(**engine_args).create_engine_config()
+        self._rendezvous = tempfile.mkdtemp(prefix="vllm-ssd-draft-")
+        self._worker = WorkerWrapperBase(rpc_rank=0)
+        self._local_rank = local_rank
+
+    def load(self, kv_cache_memory_bytes: int, num_candidates: int, vocab_size: int) -> None:
+        """Load the weights, allocate the KV cache, compile and capture.
+
+        Args:
+            kv_cache_memory_bytes: size of the KV cache; 0 for what vLLM finds to be free.
+            num_candidates: C, how many best tokens a forward returns.
+            vocab_size: only smaller ids are returned.
+        """
+        self.config.cache_config.kv_cache_memory_bytes = kv_cache_memory_bytes or None
+        rendezvous = os.path.join(self._rendezvous, "init")
+        self._worker.init_worker(
+            [
+                {
+                    "vllm_config": self.config,
+                    "local_rank": self._local_rank,
+                    "rank": 0,
+                    "distributed_init_method": f"file://{rendezvous}",
+                    "is_driver_worker": True,
+                }
+            ]
+        )
+        self._worker.init_device()
+        # The file has served once the process group stands; nothing of it may be left behind.
+        if os.path.exists(rendezvous):
+            os.unlink(rendezvous)
+        os.rmdir(self._rendezvous)
+        self._worker.load_model()
+        self.num_blocks, self.block_size = compat.bring_up_kv_cache(self._worker, self.config)
+        self._num_candidates = num_candidates
+        self._vocab_size = vocab_size
+        self._runner: Any = self._worker.worker.model_runner
+        self._table: Any = self._runner.input_batch.block_table[0]
+
+    def copy_blocks(self, sources: Sequence[int], destinations: Sequence[int]) -> None:
+        """Copy KV blocks on the stream of the forwards."""
+        compat.copy_kv_blocks(self._runner.kv_caches, self.num_blocks, sources, destinations)
+
+    @torch.inference_mode()
+    def forward(self, sequences: Sequences) -> Int32Array:
+        """One forward; see :class:`vllm_ssd.draft.engine.DraftModel`."""
+        hidden, last = self._hidden_states(sequences)
+        logits = self._runner.model.compute_logits(hidden[last])[:, : self._vocab_size]
+        top = torch.topk(logits, self._num_candidates, dim=-1).indices
+        return top.to(torch.int32).cpu().numpy()
+
+    def _hidden_states(self, sequences: Sequences) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states of all query tokens, and the index of each sequence's last one."""
+        from vllm.config import CUDAGraphMode
+        from vllm.forward_context import set_forward_context
+        from vllm.v1.attention.backend import CommonAttentionMetadata
+
+        runner = self._runner
+        count, total = len(sequences.query_lens), len(sequences.tokens)
+        max_query = int(sequences.query_lens.max())
+        mode, descriptor = runner.cudagraph_dispatcher.dispatch(
+            num_tokens=total, uniform_decode=max_query == 1
+        )
+        padded = descriptor.num_tokens if mode != CUDAGraphMode.NONE else total
+        # A full graph was captured with as many sequences as tokens; the extra ones are empty.
+        rows = padded if mode == CUDAGraphMode.FULL else count
+
+        starts = np.zeros(rows + 1, np.int32)
+        np.cumsum(sequences.query_lens, out=starts[1 : count + 1])
+        starts[count + 1 :] = total
+        lens = np.zeros(rows, np.int32)
+        lens[:count] = sequences.positions[starts[1 : count + 1] - 1] + 1
+        starts_cpu, lens_cpu = torch.from_numpy(starts), torch.from_numpy(lens)
+        used = sequences.block_tables.shape[1]
+
+        ids = _fill(runner.input_ids.gpu, sequences.tokens, padded)
+        positions = _fill(runner.positions, sequences.positions, padded)
+        query_start_loc = _fill(runner.query_start_loc.gpu, starts, rows + 1)
+        seq_lens = _fill(runner.seq_lens, lens, rows)
+        tables = self._table.block_table.gpu[:rows]
+        tables[:count, :used].copy_(torch.from_numpy(sequences.block_tables), non_blocking=True)
+        slots = _fill(self._table.slot_mapping.gpu, self._slots(sequences), padded)
+        slots[total:] = -1  # padding writes no KV
+
+        metadata = CommonAttentionMetadata(
+            query_start_loc=query_start_loc,
+            query_start_loc_cpu=starts_cpu,
+            seq_lens=seq_lens,
+            seq_lens_cpu_upper_bound=lens_cpu,
+            num_reqs=rows,
+            num_actual_tokens=total,
+            max_query_len=max_query,
+            max_seq_len=int(lens.max()),
+            block_table_tensor=tables,
+            slot_mapping=slots,
+            causal=True,
+            positions=positions[:total],
+        )
+        per_layer: dict[str, Any] = {}
+        slot_mapping: dict[str, torch.Tensor] = {}
+        for group in runner.attn_groups[0]:
+            built = group.build_metadata(metadata)
+            for name in group.layer_names:
+                per_layer[name] = built
+                slot_mapping[name] = slots
+        with set_forward_context(
+            per_layer,
+            self.config,
+            num_tokens=padded,
+            cudagraph_runtime_mode=mode,
+            batch_descriptor=descriptor,
+            slot_mapping=slot_mapping,
+        ):
+            hidden = runner.model(input_ids=ids, positions=positions)
+        return hidden, query_start_loc[1 : count + 1].to(torch.int64) - 1
+
+    def _slots(self, sequences: Sequences) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """KV slot of each query token, ``[T]``."""
+        size = self.block_size
+        rows = np.repeat(np.arange(len(sequences.query_lens)), sequences.query_lens)
+        blocks = sequences.block_tables[rows, sequences.positions // size].astype(np.int64)
+        return blocks * size + sequences.positions % size
+
+    def shutdown(self) -> None:
+        """Release the worker."""
+        self._worker.shutdown()
+
+
+def _fill(buffer: torch.Tensor, values: np.ndarray[Any, Any], size: int) -> torch.Tensor:
+    """Copy values into the head of a persistent buffer; its first ``size`` elements."""
+    buffer[: len(values)].copy_(torch.from_numpy(values), non_blocking=True)
+    return buffer[:size]

@@ -1,0 +1,58 @@
+"""One request as the draft sees it: its confirmed text, its trunk, its forks, its blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from vllm_ssd.core.tree import Int32Array
+
+if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_utils import KVCacheBlock
+
+    from vllm_ssd.draft.blocks import VerifiedPrefix
+
+DORMANT = -1
+"""Trunk of a request that holds neither rows nor blocks, only its text."""
+
+
+@dataclass(slots=True)
+class Request:
+    """A request being drafted for."""
+
+    handle: int
+    text: Int32Array
+    """Its confirmed tokens, ``text[:length]``; room up to ``limit``."""
+    length: int
+    limit: int
+    """No token is drafted at this position or later."""
+    stop: Int32Array
+    """End tokens, ``[MAX_STOP_TOKENS]``, padded with -1."""
+    prefix: VerifiedPrefix
+    trunk: int = DORMANT
+    blocks: list[KVCacheBlock] = field(default_factory=list)
+    """The trunk's blocks, in order of position."""
+    shared_blocks: int = 0
+    """How many of them, from the first on, are in the prefix cache."""
+    forks: dict[int, list[KVCacheBlock]] = field(default_factory=dict)
+    """Row of each fork, and the blocks that are its own."""
+    verified: int = 0
+    """n, how many tokens after ``length`` are being verified."""
+    forks_wanted: list[int] = field(default_factory=list)
+    """Forks to make after k accepted tokens, for k = 0..n."""
+    next_k: int = 0
+    """Forks are made for all smaller k."""
+    last_used: int = 0
+    """When the target last wanted it, in outcome frames."""
+
+    def append(self, tokens: list[int]) -> None:
+        """Confirm more tokens."""
+        end = self.length + len(tokens)
+        if end > len(self.text):
+            grown = np.zeros(max(end, 2 * len(self.text)), np.int32)
+            grown[: self.length] = self.text[: self.length]
+            self.text = grown
+        self.text[self.length : end] = tokens
+        self.length = end

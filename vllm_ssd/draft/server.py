@@ -1,0 +1,222 @@
+"""The draft process's loop: read what the target says, re-plan, decode one step, publish."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+
+from vllm_ssd.draft.blocks import KVBlocks
+from vllm_ssd.draft.engine import DraftEngine, OutOfStepError, Policy
+from vllm_ssd.draft.model import VllmDraftModel
+from vllm_ssd.draft.rows import Rows
+from vllm_ssd.wire.channel import Channel, ChannelClosedError
+from vllm_ssd.wire.messages import (
+    Alive,
+    Allocate,
+    DraftBound,
+    Failed,
+    Finished,
+    Lost,
+    Outcomes,
+    Ready,
+    Report,
+    Setup,
+    Shutdown,
+    Start,
+    TargetBound,
+    ToDraft,
+    ToTarget,
+    Trimmed,
+)
+
+logger = logging.getLogger("vllm_ssd.draft")
+
+ALIVE_SECONDS = 0.5
+"""A step longer than this is accompanied by signs of life."""
+REPORT_SECONDS = 0.25
+_LOST_SECONDS = 0.05
+_MAX_CANDIDATES = 64
+_BUSY_CHUNK_FRACTION = 4
+"""While others decode, a prompt gets this fraction of what a step could prefill."""
+
+
+class DraftServer:
+    """Serves one target over one channel until it closes.
+
+    Args:
+        channel: frames from and to the target.
+    """
+
+    def __init__(self, channel: Channel[DraftBound]) -> None:
+        self._channel = channel
+        self._lock = threading.Lock()
+        self._epoch = -1
+        self._expected = 0
+        self._broken = False
+        self._number = 0
+        self._in_step = False
+        self._last_sent = time.monotonic()
+        self._last_lost = 0.0
+        self._last_report = 0.0
+        self._stopped = threading.Event()
+        self._setup: Setup | None = None
+        self._model: VllmDraftModel | None = None
+        self._engine: DraftEngine | None = None
+
+    def run(self) -> None:
+        """Serve until the target closes the channel or says so."""
+        heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        heart.start()
+        try:
+            while not self._stopped.is_set():
+                self._turn()
+        except ChannelClosedError:
+            logger.info("the target is gone")
+        finally:
+            self._stopped.set()
+            heart.join()
+            self._channel.close()
+
+    def _turn(self) -> None:
+        """Receive, re-plan, publish, decode one step, publish."""
+        engine = self._engine
+        busy = engine is not None and engine.has_work
+        if not busy:
+            self._report()
+        frames = self._channel.receive(0.0 if busy else None)
+        for frame in frames:
+            self._take(frame)
+        if engine is None:
+            return
+        if frames:
+            # Sent even when empty: the target takes silence for death.
+            self._send(engine.publications())
+        if engine.has_work:
+            self._in_step = True
+            messages = engine.step()
+            self._in_step = False
+            self._send(messages)
+            if time.monotonic() - self._last_report > REPORT_SECONDS:
+                self._report()
+
+    # ---- frames
+
+    def _take(self, frame: DraftBound | None) -> None:
+        """Apply a frame if it is the one expected; ask for a new epoch if one is missing."""
+        if frame is None:
+            self._lost("a frame that cannot be decoded")
+            return
+        if frame.epoch > self._epoch:
+            if self._engine is not None:
+                self._engine.reset()
+            self._epoch, self._expected, self._number = frame.epoch, 0, 0
+            self._broken = False
+        late = frame.epoch < self._epoch or frame.number < self._expected
+        if late and not self._broken:
+            return
+        if self._broken or frame.number != self._expected:
+            self._lost(f"frame {frame.number} in place of {self._expected}")
+            return
+        self._expected += 1
+        try:
+            for message in frame.messages:
+                self._handle(message)
+        except (OutOfStepError, ValueError, IndexError, OverflowError) as error:
+            self._lost(str(error))
+
+    def _lost(self, reason: str) -> None:
+        """Ask for a new epoch; nothing more of this one is taken."""
+        self._broken = True
+        if self._engine is not None:
+            self._engine.reset()
+        now = time.monotonic()
+        if now - self._last_lost > _LOST_SECONDS:
+            self._last_lost = now
+            logger.warning("out of step with the target (%s)", reason)
+            self._send([Lost()])
+
+    def _send(self, messages: Sequence[ToTarget]) -> None:
+        with self._lock:
+            frame = TargetBound(self._epoch, self._number, list(messages))
+            self._number += 1
+            self._last_sent = time.monotonic()
+            self._channel.send(frame)
+
+    def _beat(self) -> None:
+        """Signs of life during steps that take long."""
+        while not self._stopped.wait(ALIVE_SECONDS):
+            if self._in_step and time.monotonic() - self._last_sent > ALIVE_SECONDS:
+                try:
+                    self._send([Alive()])
+                except ConnectionError:
+                    return
+
+    def _report(self) -> None:
+        if self._engine is not None:
+            self._last_report = time.monotonic()
+            self._send([Report(dict(self._engine.counters))])
+
+    # ---- messages
+
+    def _handle(self, message: ToDraft) -> None:
+        match message:
+            case Setup():
+                self._set_up(message)
+            case Allocate():
+                self._allocate(message)
+            case Shutdown():
+                self._stopped.set()
+            case _ if self._engine is None:
+                raise OutOfStepError("no model yet")
+            case Start():
+                self._engine.start(message)
+            case Outcomes():
+                self._engine.outcomes(message)
+            case Trimmed():
+                self._engine.trimmed(message)
+            case Finished():
+                self._engine.finished(message)
+
+    def _set_up(self, message: Setup) -> None:
+        self._setup = message
+        try:
+            self._model = VllmDraftModel(dict(message.engine_args), message.device_index)
+        except Exception as error:  # whatever vLLM finds wrong is the target's to report
+            self._fail(error)
+
+    def _allocate(self, message: Allocate) -> None:
+        setup, model = self._setup, self._model
+        if setup is None or model is None:
+            return
+        candidates = min(sum(setup.fan_out) + 1, _MAX_CANDIDATES, setup.vocab_size)
+        try:
+            model.load(message.kv_cache_memory_bytes, candidates, setup.vocab_size)
+        except Exception as error:  # as above
+            self._fail(error)
+            return
+        max_rows = model.config.scheduler_config.max_num_seqs
+        max_tokens = model.config.scheduler_config.max_num_batched_tokens
+        max_blocks = -(-model.config.model_config.max_model_len // model.block_size)
+        policy = Policy(
+            setup.num_speculative_tokens,
+            tuple(setup.fan_out),
+            setup.max_branches,
+            setup.acceptance,
+            setup.miss_exponent,
+            setup.max_wait_s,
+        )
+        self._engine = DraftEngine(
+            model,
+            Rows(max_rows, max_blocks, setup.num_speculative_tokens, candidates),
+            KVBlocks(model.num_blocks, model.block_size, setup.enable_prefix_caching),
+            policy,
+            prefill_chunk=max(1, (max_tokens - max_rows) // _BUSY_CHUNK_FRACTION),
+            prefill_chunk_idle=max_tokens - max_rows,
+        )
+        self._send([Ready(max_rows, model.num_blocks, model.block_size)])
+
+    def _fail(self, error: Exception) -> None:
+        logger.error("the draft model cannot be brought up", exc_info=error)
+        self._send([Failed(f"{type(error).__name__}: {error}")])

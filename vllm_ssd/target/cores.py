@@ -1,0 +1,109 @@
+"""Which CPU cores the target's threads and the draft run on: never the same ones, if there are two.
+
+With worker processes vLLM binds the target's threads itself and leaves cores free; in-process
+(``VLLM_ENABLE_V1_MULTIPROCESSING=0``) it binds nothing, so the plugin does.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import NamedTuple
+
+from vllm_ssd.preflight import check_cores
+
+logger = logging.getLogger("vllm.vllm_ssd")
+
+
+class Cores(NamedTuple):
+    """A split of the cores."""
+
+    target: list[int] | None
+    """Where the target's threads are to be bound; ``None``: vLLM has bound them."""
+    draft: list[int]
+
+
+def split_cores(wanted: list[int] | None, in_process: bool) -> Cores:
+    """Decide where both run.
+
+    Args:
+        wanted: the cores the user gave the draft (``draft_cpu_cores``).
+        in_process: the target runs in the caller's process, unbound.
+
+    Raises:
+        ValueError: a core that this process may not use.
+    """
+    allowed = sorted(os.sched_getaffinity(0 if in_process else os.getppid()))
+    check_cores(wanted, allowed)
+    if in_process:
+        draft = wanted or allowed[-1:]
+        target = [core for core in allowed if core not in draft] or allowed
+        if set(target) & set(draft):
+            _warn_shared(draft)
+        return Cores(target, draft)
+    taken = _bound_by_vllm() | _siblings(_bound_by_vllm())
+    free = [core for core in allowed if core not in taken]
+    draft = wanted or free or allowed[-1:]
+    if set(draft) & taken:
+        _warn_shared(draft)
+    return Cores(None, draft)
+
+
+def bind_target(cores: list[int]) -> None:
+    """Bind all threads of this process, and those it will start, to ``cores``."""
+    import torch
+
+    torch.set_num_threads(len(cores))
+    for thread in os.listdir("/proc/self/task"):
+        try:
+            os.sched_setaffinity(int(thread), cores)
+        except ProcessLookupError:
+            continue  # it ended meanwhile
+
+
+def _bound_by_vllm() -> set[int]:
+    """The cores vLLM gave to the target's workers."""
+    from vllm import envs
+    from vllm.utils.cpu_resource_utils import parse_id_list
+
+    setting = envs.VLLM_CPU_OMP_THREADS_BIND
+    if setting == "nobind":
+        return set()
+    if setting == "auto":
+        return _own_binding()
+    return {core for part in setting.split("|") for core in parse_id_list(part)}
+
+
+def _own_binding() -> set[int]:
+    """The cores of this worker, from what vLLM told its OpenMP runtime."""
+    for name in ("GOMP_CPU_AFFINITY", "OMP_PLACES", "KMP_AFFINITY"):
+        value = os.environ.get(name)
+        if value:
+            text = value.split("proclist=")[-1]
+            numbers = "".join(c if c.isdigit() else " " for c in text).split()
+            return {int(number) for number in numbers}
+    return set(os.sched_getaffinity(0))
+
+
+def _siblings(cores: set[int]) -> set[int]:
+    """Logical cores that share a physical one with ``cores``."""
+    found: set[int] = set()
+    for core in cores:
+        path = f"/sys/devices/system/cpu/cpu{core}/topology/thread_siblings_list"
+        try:
+            with open(path) as file:
+                text = file.read().strip()
+        except OSError:
+            continue  # no topology in this sandbox: every core counts for itself
+        for part in text.split(","):
+            first, _, last = part.partition("-")
+            found.update(range(int(first), int(last or first) + 1))
+    return found
+
+
+def _warn_shared(draft: list[int]) -> None:
+    logger.warning(
+        "ssd: the draft shares cores %s with the target; both will be slower. "
+        "Give vLLM fewer cores (VLLM_CPU_OMP_THREADS_BIND) or set draft_cpu_cores",
+        draft,
+    )

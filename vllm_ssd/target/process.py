@@ -1,0 +1,85 @@
+"""Starting, watching and ending the draft process."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import weakref
+
+from vllm_ssd.wire.channel import Channel
+from vllm_ssd.wire.messages import TargetBound
+
+_PRIVATE_PREFIXES = ("OMP_", "GOMP_", "KMP_", "MASTER_")
+_PRIVATE = (
+    "VLLM_CPU_OMP_THREADS_BIND",
+    "VLLM_CPU_KVCACHE_SPACE",
+    "VLLM_DIST_IDENT",
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+)
+"""Settings of the target's own process that would misplace the draft."""
+
+
+class DraftProcess:
+    """A draft process and the channel to it.
+
+    The two share a socket pair: there is no path, no port, and end of file tells either side that
+    the other is gone. The child also dies with the thread that started it, so start it from the
+    worker's main thread.
+
+    Args:
+        cores: CPU cores the draft runs on; empty for wherever the system puts it.
+    """
+
+    def __init__(self, cores: list[int]) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        command = [sys.executable, "-m", "vllm_ssd.draft"]
+        command += ["--fd", str(theirs.fileno()), "--parent", str(os.getpid())]
+        if cores:
+            command += ["--cores", ",".join(map(str, cores))]
+        with theirs:
+            self._process = subprocess.Popen(
+                command,
+                pass_fds=[theirs.fileno()],
+                env=_environment(len(cores)),
+                stdin=subprocess.DEVNULL,
+            )
+        self.channel: Channel[TargetBound] = Channel(ours, TargetBound)
+        # Also when the engine is dropped without a shutdown.
+        self.end = weakref.finalize(self, _end, self._process, self.channel)
+
+    @property
+    def pid(self) -> int:
+        """Process id."""
+        return self._process.pid
+
+    @property
+    def exit_code(self) -> int | None:
+        """Exit code, negative for a signal; ``None`` while it runs."""
+        return self._process.poll()
+
+
+def _end(process: subprocess.Popen[bytes], channel: Channel[TargetBound]) -> None:
+    """End the process at once: it holds nothing that needs a farewell."""
+    channel.close()
+    process.kill()
+    process.wait()
+
+
+def _environment(threads: int) -> dict[str, str]:
+    """The target's environment without what belongs to the target's process alone."""
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(_PRIVATE_PREFIXES) and name not in _PRIVATE
+    }
+    if threads:
+        environment["OMP_NUM_THREADS"] = str(threads)
+    # vLLM's first model runner is the one that both CPU and CUDA have.
+    environment["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+    environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    return environment

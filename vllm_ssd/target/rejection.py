@@ -1,0 +1,78 @@
+"""What vLLM's rejection sampler gets wrong on CPU without Triton, put right.
+
+Two faults make temperature > 0 inexact there (vLLM 0.32 and 0.33):
+
+* per-request temperature, top-k and top-p are expanded into a copy that is thrown away, so that
+  uninitialised memory is used (upstream issue 55005);
+* a draft of -1, vLLM's "no draft here", indexes memory instead of being rejected.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+_REJECTED = 2.0
+"""A uniform number no ratio of probabilities reaches."""
+
+
+def fix_cpu_rejection_sampler() -> None:
+    """Replace the two faulty functions in this process, where they are in use."""
+    from vllm.triton_utils import HAS_TRITON
+    from vllm.v1.sample import rejection_sampler
+
+    if HAS_TRITON or rejection_sampler.expand_batch_to_tokens is expand_batch_to_tokens:
+        return
+    rejection_sampler.expand_batch_to_tokens = expand_batch_to_tokens
+    original = rejection_sampler._rejection_random_sample
+
+    def reject_negative_ids(
+        output_token_ids: torch.Tensor,
+        cu_num_draft_tokens: torch.Tensor,
+        draft_token_ids: torch.Tensor,
+        draft_probs: torch.Tensor | None,
+        target_probs: torch.Tensor,
+        bonus_token_ids: torch.Tensor,
+        recovered_token_ids: torch.Tensor,
+        uniform_probs: torch.Tensor,
+        *rest: Any,
+    ) -> Any:
+        absent = draft_token_ids < 0
+        if absent.any():
+            draft_token_ids = draft_token_ids.clamp(min=0)
+            uniform_probs = uniform_probs.masked_fill(absent, _REJECTED)
+        return original(
+            output_token_ids,
+            cu_num_draft_tokens,
+            draft_token_ids,
+            draft_probs,
+            target_probs,
+            bonus_token_ids,
+            recovered_token_ids,
+            uniform_probs,
+            *rest,
+        )
+
+    rejection_sampler._rejection_random_sample = reject_negative_ids
+
+
+def expand_batch_to_tokens(
+    x: torch.Tensor,
+    cu_num_tokens: torch.Tensor,
+    num_tokens: int,
+    replace_from: int = 0,
+    replace_to: int = 0,
+) -> torch.Tensor:
+    """Repeat each request's value for each of its tokens (same contract as vLLM's).
+
+    Args:
+        x: ``[batch]``.
+        cu_num_tokens: ``[batch]``, cumulative token counts.
+        num_tokens: their total.
+        replace_from: a value replaced on the way.
+        replace_to: by this one.
+    """
+    counts = torch.diff(cu_num_tokens, prepend=cu_num_tokens.new_zeros(1)).to(torch.int64)
+    values = torch.where(x == replace_from, torch.full_like(x, replace_to), x)
+    return torch.repeat_interleave(values, counts, output_size=num_tokens)

@@ -1,0 +1,100 @@
+"""Which of the engine's requests the draft knows, and what it has been told of each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm_ssd.wire.messages import Start, pack
+
+
+@dataclass(slots=True)
+class Tracked:
+    """One request the draft has been told of."""
+
+    handle: int
+    length: int
+    """Length of its confirmed text, as told to the draft."""
+    limit: int
+    """No token is drafted at this position or later."""
+    proposed: list[int] = field(default_factory=list)
+    """The last proposal."""
+    verifying: int = 0
+    """How many of the proposed tokens the scheduler lets be verified."""
+    look_ups: int = 0
+    resynced: bool = False
+    """Announced in the middle of its life; no look-up since."""
+
+
+class RequestTable:
+    """The requests announced to the draft in this epoch, by vLLM's request id.
+
+    Args:
+        max_length: no text longer than this is followed.
+    """
+
+    def __init__(self, max_length: int) -> None:
+        self._max_length = max_length
+        self._tracked: dict[str, Tracked] = {}
+        self._next_handle = 0
+
+    def get(self, req_id: str) -> Tracked | None:
+        """The request, if the draft knows it."""
+        return self._tracked.get(req_id)
+
+    def items(self) -> Iterable[tuple[str, Tracked]]:
+        """All requests the draft knows."""
+        return self._tracked.items()
+
+    def forget_all(self) -> None:
+        """A new epoch has begun: the draft knows nobody."""
+        self._tracked.clear()
+
+    def forget(self, req_id: str) -> Tracked | None:
+        """The request is over, or must be announced anew."""
+        return self._tracked.pop(req_id, None)
+
+    def announce(
+        self, req_id: str, tokens: Any, prompt_length: int, sampling_params: Any
+    ) -> Start:
+        """Make a request known; always under a handle of its own.
+
+        Args:
+            req_id: vLLM's id.
+            tokens: its whole confirmed text (list or int32 array).
+            prompt_length: how many of them are the prompt.
+            sampling_params: vLLM's, for ``max_tokens`` and the end tokens.
+        """
+        # The last token comes from the target itself, so the one before it is the last drafted.
+        longest = prompt_length + (sampling_params.max_tokens or self._max_length)
+        limit = min(longest, self._max_length) - 1
+        handle = self._next_handle
+        self._next_handle += 1
+        known = Tracked(handle, len(tokens), limit, resynced=len(tokens) > prompt_length)
+        self._tracked[req_id] = known
+        return Start(handle, pack(tokens), limit, end_tokens(sampling_params))
+
+
+def end_tokens(sampling_params: Any) -> list[int]:
+    """The token ids that end a request."""
+    ends = list(sampling_params.stop_token_ids or ())
+    eos = sampling_params.eos_token_id
+    if eos is not None and not sampling_params.ignore_eos:
+        ends.insert(0, eos)
+    return ends
+
+
+def can_draft(request: Any) -> bool:
+    """Whether a request of vLLM's (new or cached state) is one the draft can follow: plain tokens.
+
+    Prompt embeddings and multimodal inputs are not text; a LoRA adapter changes the target's text
+    in a way the draft does not know.
+    """
+    return (
+        request.prompt_token_ids is not None
+        and getattr(request, "prompt_embeds", None) is None
+        and not request.mm_features
+        and request.lora_request is None
+        and request.sampling_params is not None
+    )

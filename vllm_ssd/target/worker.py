@@ -1,0 +1,116 @@
+"""SSDWorker: the platform's own vLLM worker, plus the draft process."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.platforms import current_platform
+
+from vllm_ssd.core.stats import add_draft_ratios
+from vllm_ssd.preflight import check_engine
+from vllm_ssd.target.client import DraftClient
+from vllm_ssd.target.cores import bind_target, split_cores
+from vllm_ssd.target.draft_setup import DraftPlan, plan_draft
+from vllm_ssd.target.proposer import SSDProposer
+from vllm_ssd.target.rejection import fix_cpu_rejection_sampler
+
+if TYPE_CHECKING or not current_platform.is_cpu():
+    from vllm.v1.worker.gpu_worker import Worker as PlatformWorker
+else:
+    from vllm.v1.worker.cpu_worker import CPUWorker as PlatformWorker
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+
+
+class SSDWorker(PlatformWorker):
+    """The platform's worker with a draft process beside it (vLLM's ``worker_cls``).
+
+    Only the rank whose drafts vLLM uses has the draft; the others propose nothing.
+    """
+
+    def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        self._config = check_engine(vllm_config)
+        super().__init__(vllm_config, *args, **kwargs)
+        self._client: DraftClient | None = None
+        self._plan: DraftPlan | None = None
+
+    def init_device(self) -> None:
+        """Start the draft process, so that it loads its libraries while the target comes up."""
+        cores: list[int] = []
+        if current_platform.is_cpu():
+            in_process = self.parallel_config.distributed_executor_backend == "uni"
+            split = split_cores(self._config.draft_cpu_cores, in_process)
+            if split.target is not None:
+                bind_target(split.target)
+            cores = split.draft
+        super().init_device()
+        if current_platform.is_cpu():
+            fix_cpu_rejection_sampler()
+        proposer = self._proposer
+        # Our drafts live elsewhere: vLLM need not keep K positions free for a drafter of its own.
+        self.model_runner.effective_drafter_max_model_len += proposer.depth
+        if self._drafts_are_used:
+            self._plan = plan_draft(self._config, self.vllm_config)
+            proposer.limit_length(self._plan.max_model_len)
+            self._client = DraftClient(
+                self._plan.setup,
+                cores,
+                self._config.draft_startup_timeout_s,
+                proposer.stats,
+                proposer.requests.forget_all,
+            )
+            self._client.launch()
+        proposer.bind(self.model_runner, self._client)
+
+    @property
+    def _proposer(self) -> SSDProposer:
+        proposer = self.model_runner.drafter
+        if not isinstance(proposer, SSDProposer):
+            raise ValueError(
+                f"ssd: worker_cls is SSDWorker but the proposer is {type(proposer).__name__}; set "
+                'the speculative "model" to vllm_ssd.target.proposer.SSDProposer'
+            )
+        return proposer
+
+    @property
+    def _drafts_are_used(self) -> bool:
+        """vLLM takes the drafts of the first tensor-parallel rank only."""
+        return self.rank % self.parallel_config.tensor_parallel_size == 0
+
+    def determine_available_memory(self) -> int:
+        """The target's KV budget, less the draft's share where both live on one device."""
+        available = super().determine_available_memory()
+        if self._plan is None:
+            return available
+        self._plan.share_memory(available, self.cache_config)
+        return available - self._plan.taken_from_target
+
+    def compile_or_warm_up_model(self) -> Any:
+        """With the target's memory taken and its model warm, let the draft take its own."""
+        result = super().compile_or_warm_up_model()
+        if self._client is not None and self._plan is not None:
+            self._client.allocate(self._plan.kv_cache_memory_bytes)
+            self._client.wait_until_up()
+        return result
+
+    def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
+        """Tell the draft what is about to be computed, then compute it."""
+        self._proposer.before_forward(scheduler_output)
+        return super().execute_model(scheduler_output)
+
+    def ssd_stats(self) -> dict[str, float]:
+        """Counters of this worker's proposer and of its draft process (for ``collective_rpc``)."""
+        if self._client is None:
+            return {}
+        self._client.poll()
+        return {
+            **self._proposer.stats.as_dict(),
+            **add_draft_ratios(self._client.draft_counters),
+        }
+
+    def shutdown(self) -> None:
+        """End the draft process, then the worker."""
+        if self._client is not None:
+            self._client.close()
+        super().shutdown()

@@ -1,0 +1,188 @@
+"""The messages. Tokens travel, never tensors; arrays are little-endian int32 in ``bytes``.
+
+Messages travel in frames. A frame carries the *epoch*, a number the target raises whenever the two
+sides may have lost each other (a restart, a dropped or garbled frame), and its number within the
+epoch. Whoever sees a gap asks for a new epoch, in which every live request is announced afresh:
+there is one way to recover, whatever went wrong.
+"""
+
+from __future__ import annotations
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Message(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Base of all messages."""
+
+
+def pack(values: list[int] | NDArray[np.int32]) -> bytes:
+    """Integers as int32 bytes."""
+    return np.asarray(values, dtype="<i4").tobytes()
+
+
+def unpack(data: bytes) -> NDArray[np.int32]:
+    """The reverse of :func:`pack`; a read-only view.
+
+    Raises:
+        ValueError: the length is not a multiple of four bytes.
+    """
+    return np.frombuffer(data, dtype="<i4")
+
+
+# ---- target to draft
+
+
+class Setup(Message, frozen=True):
+    """First message to a new draft process: how to bring the model up (no memory is taken yet)."""
+
+    engine_args: dict[str, str | int | float | bool | None]
+    """Arguments of vLLM's ``EngineArgs`` for the draft model."""
+    num_speculative_tokens: int
+    fan_out: list[int]
+    max_branches: int
+    """Rows per request; 0 for as many as the measured step time affords."""
+    acceptance: float
+    miss_exponent: float
+    max_wait_s: float
+    enable_prefix_caching: bool
+    vocab_size: int
+    """The target's vocabulary: ids from there on are never drafted."""
+    device_index: int = 0
+    """Index of the CUDA device; 0 on CPU."""
+
+
+class Allocate(Message, frozen=True):
+    """The target has its memory: load the weights and allocate the KV cache."""
+
+    kv_cache_memory_bytes: int
+
+
+class Start(Message, frozen=True):
+    """A request to draft for, new or announced again."""
+
+    handle: int
+    tokens: bytes
+    """Its whole confirmed text, int32."""
+    limit: int
+    """No token is drafted at this position or later (model length, ``max_tokens``)."""
+    stop: list[int]
+    """Token ids that end it."""
+
+
+class Outcomes(Message, frozen=True):
+    """What verification confirmed, and what is proposed now. One entry per request and array."""
+
+    handles: bytes
+    lengths: bytes
+    """Length of the confirmed text before ``confirmed`` is added."""
+    confirmed_counts: bytes
+    proposed_counts: bytes
+    tokens: bytes
+    """For each request its confirmed tokens, then the proposed ones, all in one row."""
+    verify_us: int
+    """How long the last verification took (from one proposal to the next outcome); 0: unknown."""
+
+
+class Trimmed(Message, frozen=True):
+    """The scheduler lets fewer drafts be verified than were proposed."""
+
+    handles: bytes
+    verified_counts: bytes
+
+
+class Finished(Message, frozen=True):
+    """Requests that need no drafts any more."""
+
+    handles: bytes
+
+
+class Shutdown(Message, frozen=True):
+    """Stop."""
+
+
+# ---- draft to target
+
+
+class Ready(Message, frozen=True):
+    """The draft model is up."""
+
+    max_rows: int
+    num_blocks: int
+    block_size: int
+
+
+class Failed(Message, frozen=True):
+    """The draft model cannot be brought up."""
+
+    reason: str
+
+
+class Planted(Message, frozen=True):
+    """Trees that replace the requests' former ones (:meth:`SpeculationCache.plant`)."""
+
+    handles: bytes
+    bases: bytes
+    trunks: bytes
+    """Trunk rows; -1: this request has no tree now."""
+    counts: bytes
+    """Trunk tokens known so far."""
+    ended: bytes
+    """1 where the trunk ends after them (end token, length)."""
+    tokens: bytes
+
+
+class Forked(Message, frozen=True):
+    """Forks added to trees (:meth:`SpeculationCache.add_forks`), grouped by request."""
+
+    handles: bytes
+    counts: bytes
+    complete: bytes
+    """1 where no more forks will come for this tree."""
+    k: bytes
+    tokens: bytes
+    rows: bytes
+
+
+class Stepped(Message, frozen=True):
+    """One decode step: each row grows by one token (:meth:`SpeculationCache.append`)."""
+
+    rows: bytes
+    tokens: bytes
+    ended: bytes
+    """Rows that end with this token."""
+
+
+class Report(Message, frozen=True):
+    """Counters of the draft process since it started."""
+
+    counters: dict[str, float]
+
+
+class Alive(Message, frozen=True):
+    """Still at work on a long step."""
+
+
+class Lost(Message, frozen=True):
+    """A gap in what the target sent: a new epoch is needed."""
+
+
+ToDraft = Setup | Allocate | Start | Outcomes | Trimmed | Finished | Shutdown
+ToTarget = Ready | Failed | Planted | Forked | Stepped | Report | Alive | Lost
+
+
+class DraftBound(msgspec.Struct, frozen=True, array_like=True):
+    """A frame from the target."""
+
+    epoch: int
+    number: int
+    messages: list[ToDraft]
+
+
+class TargetBound(msgspec.Struct, frozen=True, array_like=True):
+    """A frame from the draft."""
+
+    epoch: int
+    number: int
+    messages: list[ToTarget]
