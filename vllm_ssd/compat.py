@@ -122,7 +122,7 @@ def _kv_cache_configs(config: VllmConfig, specs: Any, available_bytes: int) -> l
     try:
         from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
     except ImportError:  # 0.33
-        from vllm.v1.core.kv_cache_planning import (  # type: ignore[import-not-found]
+        from vllm.v1.core.kv_cache_planning import (
             get_global_kv_cache_groups,
             get_kv_cache_configs,
         )

@@ -35,7 +35,7 @@ def register() -> None:
         return original(self, target_model_config, target_parallel_config)
 
     create_speculative_config._vllm_ssd = True  # type: ignore[attr-defined]
-    EngineArgs.create_speculative_config = create_speculative_config  # type: ignore[method-assign]
+    EngineArgs.create_speculative_config = create_speculative_config
 
 
 def _rewrite(engine_args: Any, options: dict[str, Any], target: Any, parallel: Any) -> None:

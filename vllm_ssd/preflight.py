@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vllm_ssd import compat
 from vllm_ssd.config import ADDITIONAL_CONFIG_KEY, SSDConfig

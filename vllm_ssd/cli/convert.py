@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from gguf import GGUFReader, dequantize
 from safetensors.torch import save_file
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 CONTROL_TOKEN = 3
@@ -81,7 +81,7 @@ def _tensors(reader: GGUFReader, config: dict[str, Any]) -> dict[str, torch.Tens
     }
     tensors = {}
     for tensor in reader.tensors:
-        weight = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type))
+        weight = torch.tensor(dequantize(tensor.data, tensor.tensor_type))
         name = tensor.name.removesuffix(".weight")
         if name.startswith("blk."):
             _, layer, name = name.split(".")
@@ -109,7 +109,7 @@ def _tokenizer(fields: dict[str, Any]) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(bpe)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(r"\p{N}"), behavior="isolated"),
+            pre_tokenizers.Digits(individual_digits=True),
             pre_tokenizers.ByteLevel(add_prefix_space=False),
         ]
     )

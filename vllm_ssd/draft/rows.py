@@ -83,9 +83,7 @@ class Rows:
     def resume(self, row: int) -> None:
         """Let a row that had reached its depth grow again, with the token it already knows."""
         length = int(self.cache.length[row])
-        self._grow(
-            np.array([row], np.int32), self.candidates[row, length, :1].copy()
-        )
+        self._grow(np.array([row], np.int32), self.candidates[row, length, :1].copy())
 
     def take_step(self, rows: Int32Array, top: Int32Array) -> tuple[Int32Array, Int32Array]:
         """Take in one step's result.

@@ -8,8 +8,9 @@ import time
 from collections.abc import Sequence
 
 from vllm_ssd.draft.blocks import KVBlocks
-from vllm_ssd.draft.engine import DraftEngine, OutOfStepError, Policy
+from vllm_ssd.draft.engine import DraftEngine, OutOfStepError
 from vllm_ssd.draft.model import VllmDraftModel
+from vllm_ssd.draft.rounds import Policy
 from vllm_ssd.draft.rows import Rows
 from vllm_ssd.wire.channel import Channel, ChannelClosedError
 from vllm_ssd.wire.messages import (

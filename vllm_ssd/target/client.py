@@ -10,7 +10,6 @@ import logging
 import time
 from collections.abc import Callable
 
-
 from vllm_ssd.core.stats import Stats
 from vllm_ssd.core.tree import Int32Array, SpeculationCache
 from vllm_ssd.target.process import DraftProcess
@@ -329,11 +328,9 @@ class DraftClient:
             at = end
 
     def _check_rows(self, rows: Int32Array) -> None:
-        if rows.size and not (0 <= rows.min() and rows.max() < len(self.cache.length)):
+        if rows.size and not (rows.min() >= 0 and rows.max() < len(self.cache.length)):
             raise ValueError("a row that does not exist")
 
     def _check_tokens(self, tokens: Int32Array) -> None:
-        if tokens.size and not (
-            0 <= tokens.min() and tokens.max() < self._setup.vocab_size
-        ):
+        if tokens.size and not (tokens.min() >= 0 and tokens.max() < self._setup.vocab_size):
             raise ValueError("a token outside the vocabulary")

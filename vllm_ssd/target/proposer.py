@@ -25,8 +25,8 @@ logger = logging.getLogger("vllm.vllm_ssd")
 class LookUp(NamedTuple):
     """One request of the batch that can use a draft."""
 
-    index: int
-    """Its row in the batch."""
+    row: int
+    """Its row in vLLM's batch."""
     request: Tracked
     confirmed: list[int]
     """Its tokens since the draft was last told."""
@@ -196,7 +196,7 @@ class SSDProposer:
         if self.config.max_wait_ms > 0.0:
             self._wait(look_ups, walks, texts, now + self.config.max_wait_ms * 1e-3)
         for look_up, walk in zip(look_ups, walks, strict=True):
-            proposals[look_up.index] = self._answer(look_up, walk)
+            proposals[look_up.row] = self._answer(look_up, walk)
         if look_ups and client.up:
             messages.append(self._outcomes(look_ups, verify_us))
         client.send(messages)
@@ -267,11 +267,15 @@ class SSDProposer:
         if tree.base == look_up.request.length:
             return client.cache.walk(look_up.request.handle, look_up.confirmed)
         # The draft is a round behind: the tokens since its tree was planted are walked again.
-        tokens = texts[look_up.index, tree.base : look_up.length].tolist()
+        tokens = texts[look_up.row, tree.base : look_up.length].tolist()
         return client.cache.walk(look_up.request.handle, tokens)
 
     def _wait(
-        self, look_ups: list[LookUp], walks: list[Walk], texts: np.ndarray[Any, Any], deadline: float
+        self,
+        look_ups: list[LookUp],
+        walks: list[Walk],
+        texts: np.ndarray[Any, Any],
+        deadline: float,
     ) -> None:
         """Wait for the branches that came true until they are complete or the deadline passes."""
         client = self.client

@@ -55,9 +55,7 @@ class RequestTable:
         """The request is over, or must be announced anew."""
         return self._tracked.pop(req_id, None)
 
-    def announce(
-        self, req_id: str, tokens: Any, prompt_length: int, sampling_params: Any
-    ) -> Start:
+    def announce(self, req_id: str, tokens: Any, prompt_length: int, sampling_params: Any) -> Start:
         """Make a request known; always under a handle of its own.
 
         Args:

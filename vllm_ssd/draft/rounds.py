@@ -1,0 +1,179 @@
+"""One round of a request: follow what was confirmed, plan the next tree, fork it.
+
+When an outcome arrives the branch that came true becomes the trunk and all other forks are freed;
+on a miss the trunk is cut back to the confirmed text. Then new forks are made for the outcomes of
+what is being verified now, as soon as the candidates for ``t*`` are known: most are at once, from
+the trunk's own decoding.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from vllm_ssd.core.budget import StepTimeModel, affordable_guesses
+from vllm_ssd.core.fanout import likeliest_guesses
+from vllm_ssd.core.tree import Where
+from vllm_ssd.draft.request import DORMANT, Request
+from vllm_ssd.draft.tenancy import Tenancy
+
+
+class Policy(NamedTuple):
+    """What is guessed."""
+
+    num_speculative_tokens: int
+    fan_out: tuple[int, ...]
+    max_branches: int
+    """Branches per request, the trunk being one; 0: as many as the step time affords."""
+    acceptance: float
+    miss_exponent: float
+    max_wait_s: float = 0.0
+
+
+class Rounds:
+    """Plans the trees of all requests.
+
+    Args:
+        tenancy: the requests and what they hold.
+        policy: what is guessed.
+        clock: the measured time of a step.
+    """
+
+    def __init__(self, tenancy: Tenancy, policy: Policy, clock: StepTimeModel) -> None:
+        self.batch = 1
+        """Requests that are drafted for at the moment."""
+        self.verify_seconds = 0.0
+        """How long a verification takes, smoothed."""
+        self._tenancy = tenancy
+        self._rows = tenancy.rows
+        self._policy = policy
+        self._clock = clock
+
+    def begin(self, request: Request) -> None:
+        """Draft for a request that holds nothing yet: after its prompt, or when it comes back."""
+        if request.length >= request.limit - 1 or not self._tenancy.admit(request):
+            return
+        self._plan(request, [])
+
+    def follow(self, request: Request, confirmed: list[int], proposed: list[int]) -> None:
+        """Take in an outcome.
+
+        Args:
+            request: whose.
+            confirmed: its new tokens.
+            proposed: the drafted tokens that are verified next.
+        """
+        tenancy, rows = self._tenancy, self._rows
+        request.last_used = tenancy.frame
+        if request.trunk == DORMANT:
+            request.append(confirmed)
+            self.begin(request)
+            return
+        walk = rows.cache.walk(request.handle, confirmed)
+        old_length = request.length
+        request.append(confirmed)
+        if walk.where is Where.FOUND:
+            if walk.row != request.trunk:
+                tenancy.adopt(request, walk.row)
+            tenancy.drop_forks(request)
+            rows.rebase(request.trunk, request.length)
+        else:
+            tenancy.drop_forks(request)
+            kept = min(old_length + walk.offset, int(rows.computed[request.trunk]))
+            tenancy.cut_back(request, kept)
+        if request.length >= request.limit - 1:
+            # Nothing can be drafted for the outcome after this one.
+            tenancy.release(request)
+            return
+        tenancy.share_verified(request)
+        self._plan(request, proposed)
+
+    def trim(self, request: Request, verified: int) -> None:
+        """Fewer tokens are verified than were proposed: outcomes beyond them cannot happen."""
+        if verified >= request.verified:
+            return
+        request.verified = verified
+        request.forks_wanted = request.forks_wanted[: verified + 1]
+        last = request.length + verified
+        beyond = [row for row in request.forks if self._rows.start[row] > last]
+        # The target still knows these rows; they just do not grow any more.
+        self._rows.pending[beyond] = False
+        self._tenancy.publisher.fork(request, [], [], [])
+
+    def fork(self, request: Request) -> None:
+        """Fork off the trunk after every k whose candidates are known by now."""
+        rows, trunk = self._rows, request.trunk
+        if trunk == DORMANT:
+            return
+        known = int(rows.computed[trunk]) - request.length
+        if known < request.next_k:
+            return
+        drafted = rows.cache.row_tokens(trunk)
+        ends = set(request.stop.tolist())
+        k_list: list[int] = []
+        tokens: list[int] = []
+        last = min(known, len(request.forks_wanted) - 1)
+        for k in range(request.next_k, last + 1):
+            if request.length + k + 1 >= request.limit:
+                break
+            candidates = rows.candidates[trunk, k].tolist()
+            # The drafted token cannot follow its own rejection; after all n it is the trunk's.
+            excluded = drafted[k] if k < len(drafted) else candidates[0]
+            choices = [t for t in candidates if t != excluded and t not in ends]
+            choices = choices[: request.forks_wanted[k]]
+            k_list += [k] * len(choices)
+            tokens += choices
+        request.next_k = last + 1
+        k_array = np.array(k_list, np.int32)
+        room = np.minimum(
+            self._policy.num_speculative_tokens, request.limit - request.length - k_array - 1
+        ).astype(np.int32)
+        made = self._tenancy.add_forks(request, k_array, np.array(tokens, np.int32), room)
+        count = len(made)
+        self._tenancy.publisher.fork(request, k_list[:count], tokens[:count], made)
+
+    def _plan(self, request: Request, proposed: list[int]) -> None:
+        """Plant the next tree: how far the trunk grows, how many forks are wanted where."""
+        rows, trunk = self._rows, request.trunk
+        length = int(rows.cache.length[trunk])
+        known = rows.cache.tokens[trunk, : min(length, len(proposed))].tolist()
+        # If the trunk does not hold the proposal (it was lost), only its own course is drafted.
+        request.verified = len(proposed) if known == proposed else 0
+        depth = self._policy.num_speculative_tokens
+        grow_to = min(len(proposed) + 1 + depth, request.limit - request.length)
+        rows.room[trunk] = max(0, grow_to - length)
+        if not self._tenancy.cover(request, request.length + max(grow_to, length)):
+            self._tenancy.release(request)
+            return
+        at_rest = not rows.pending[trunk] and request.handle not in self._tenancy.catching_up
+        if at_rest and not rows.cache.ended[trunk] and rows.room[trunk] > 0:
+            rows.resume(trunk)
+        request.forks_wanted = self._forks_wanted(request.verified)
+        if rows.cache.ended[trunk]:
+            # Nothing follows an end token that is accepted.
+            del request.forks_wanted[int(rows.cache.length[trunk]) :]
+        request.next_k = 0
+        self._tenancy.publisher.plant(request)
+        self.fork(request)
+
+    def _forks_wanted(self, verified: int) -> list[int]:
+        """How many forks to make after k accepted tokens, for k = 0..verified."""
+        policy = self._policy
+        guesses = likeliest_guesses(
+            verified, policy.fan_out, policy.acceptance, policy.miss_exponent
+        )
+        count = policy.max_branches or affordable_guesses(
+            guesses,
+            self._clock,
+            self.verify_seconds + policy.max_wait_s,
+            self.batch,
+            policy.num_speculative_tokens,
+            policy.acceptance,
+        )
+        wanted = [0] * (verified + 1)
+        for guess in guesses[:count]:
+            wanted[guess.accepted] += 1
+        # The trunk itself goes on with the first choice after all n.
+        wanted[-1] = max(0, wanted[-1] - 1)
+        return wanted
