@@ -1,0 +1,44 @@
+# Everything runs in .venv, made on first use. `make PYTHON=python3.12 demo` picks the interpreter.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow lint bench clean
+
+help: ## these lines
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 18
+
+setup: $(READY) ## make .venv and the models of the demonstration; nothing to do the second time
+	@$(BIN)/vllm-ssd models >/dev/null
+
+# Only what decides which packages are installed: tool settings need no new set-up.
+$(READY): setup.py scripts/setup.sh
+	@scripts/setup.sh $(VENV) $(PYTHON)
+	@touch $@
+
+demo: setup ## plain vLLM, draft_model and SSD answer a few chat prompts side by side
+	@$(BIN)/vllm-ssd demo
+
+test: setup ## all tests but the slow ones
+	@echo "test: pytest"
+	@$(BIN)/python -m pytest $(ARGS)
+
+test-slow: setup ## the tests that take minutes
+	@echo "test-slow: pytest -m slow"
+	@$(BIN)/python -m pytest -m slow $(ARGS)
+
+lint: $(READY) ## ruff and mypy
+	@echo "lint: ruff check";  $(BIN)/ruff check .
+	@echo "lint: ruff format"; $(BIN)/ruff format --check .
+	@echo "lint: mypy";        $(BIN)/mypy
+
+bench: setup ## every measurement in benchmarks/
+	@set -e; for script in $(wildcard benchmarks/[a-z]*.py); do \
+		echo "bench: $$script"; $(BIN)/python -m vllm_ssd.cli.env $$script; done
+
+clean: ## remove .venv and everything built (the models stay cached)
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find vllm_ssd tests -name __pycache__ -type d -prune -exec rm -rf {} +

