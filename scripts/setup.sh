@@ -16,7 +16,7 @@ step() { # step "what is being done" command...
     printf '\n== %s: %s\n' "$what" "$*" >>"$log"
     if ! "$@" </dev/null >>"$log" 2>&1; then
         tail -n 15 "$log" | sed 's/^/    /' >&2
-        printf 'setup: failed to %s (the lines above; all of it in %s)\n' "$what" "$log" >&2
+        printf 'setup: %s: FAILED, for the reason above (all of it is in %s)\n' "$what" "$log" >&2
         exit 1
     fi
     printf 'setup: %s: done in %d s\n' "$what" $((SECONDS - start))
@@ -53,6 +53,6 @@ mkdir -p "$(dirname "$log")"
 : >"$log"
 step "check the interpreter $python" check_python
 step "create $venv" make_venv
-step "install vLLM for CPU and vllm-ssd (a few minutes the first time)" install
+step "install vLLM for CPU and vllm-ssd, a few minutes the first time" install
 step "remove torchvision, torchaudio and torchcodec" remove_broken
 step "import vLLM" check_vllm
