@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
+from hypothesis import settings
 
 from tests.tiny_models import TinyModels, tiny_models
 from vllm_ssd.cli.models import DemoModels, demo_models
@@ -19,6 +20,10 @@ for name, value in {
     "TOKENIZERS_PARALLELISM": "false",
 }.items():
     os.environ.setdefault(name, value)
+
+# A slow machine is not a failure.
+settings.register_profile("vllm-ssd", deadline=None)
+settings.load_profile("vllm-ssd")
 
 
 @pytest.fixture(scope="session")

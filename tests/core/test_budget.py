@@ -1,0 +1,105 @@
+"""How many branches the draft's speed affords."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_ssd.core.budget import StepTimeModel, affordable_guesses, expected_tokens
+from vllm_ssd.core.fanout import likeliest_guesses
+
+DEPTH = 6
+ACCEPTANCE = 0.7
+GUESSES = likeliest_guesses(DEPTH, (3,) * (DEPTH + 1), ACCEPTANCE, 1.0)
+
+
+def clock(base: float, per_row: float) -> StepTimeModel:
+    """What is learned of a draft whose step takes ``base + per_row * rows`` seconds."""
+    model = StepTimeModel()
+    for step in range(200):
+        rows = 1 + step % 24
+        model.observe(rows, base + per_row * rows)
+    return model
+
+
+def affordable(model: StepTimeModel, seconds: float, requests: int = 1) -> int:
+    return affordable_guesses(GUESSES, model, seconds, requests, DEPTH, ACCEPTANCE)
+
+
+@given(st.floats(1e-4, 1e-1), st.floats(0.0, 3.0))
+def test_step_time_model_recovers_a_line(base: float, growth: float) -> None:
+    per_row = growth * base
+    model = clock(base, per_row)
+    for rows in (1, 12, 24, 48):
+        assert model.predict(rows) == pytest.approx(base + per_row * rows, rel=1e-3)
+
+
+def test_step_time_model_knows_nothing_before_the_first_step() -> None:
+    assert StepTimeModel().predict(8) == 0.0
+
+
+def test_step_time_model_answers_the_mean_while_it_has_seen_one_number_of_rows() -> None:
+    model = StepTimeModel()
+    for _ in range(10):
+        model.observe(4, 0.002)
+    assert model.predict(1) == model.predict(40) == pytest.approx(0.002)
+
+
+def test_step_time_model_never_believes_that_more_rows_are_cheaper() -> None:
+    model = StepTimeModel()
+    model.observe(1, 0.003)
+    model.observe(20, 0.001)
+    assert model.predict(20) >= model.predict(1) > 0.0
+
+
+def test_step_time_model_follows_a_changed_load() -> None:
+    model = clock(0.001, 0.0)
+    for step in range(500):
+        model.observe(1 + step % 24, 0.004)
+    assert model.predict(8) == pytest.approx(0.004, rel=0.02)
+
+
+def test_step_time_model_never_predicts_a_free_step() -> None:
+    model = StepTimeModel()
+    for rows in (20, 21, 22, 23):
+        model.observe(rows, 0.001 * (rows - 19))
+    assert model.predict(1) > 0.0
+
+
+@given(st.integers(0, 20), st.floats(0.0, 1.0))
+def test_expected_tokens_adds_up_the_chance_of_each_token(depth: int, acceptance: float) -> None:
+    by_hand = sum(acceptance**i for i in range(depth + 1))
+    assert expected_tokens(depth, acceptance) == pytest.approx(by_hand)
+
+
+def test_a_fast_draft_gets_every_branch() -> None:
+    assert affordable(clock(1e-5, 1e-6), seconds=0.1) == len(GUESSES)
+
+
+def test_a_draft_whose_step_costs_the_same_at_any_width_gets_every_branch() -> None:
+    assert affordable(clock(0.01, 0.0), seconds=0.1) == len(GUESSES)
+
+
+def test_a_slow_draft_gets_few_branches_rather_than_shallow_ones() -> None:
+    slow = clock(0.001, 0.01)
+    count = affordable(slow, seconds=0.1)
+    assert 1 <= count < len(GUESSES) / 2
+    # All of them would have reached a fraction of the depth.
+    assert 0.1 / slow.predict(len(GUESSES)) < 1 < 0.1 / slow.predict(count)
+
+
+def test_a_draft_too_slow_for_one_token_still_gets_a_branch() -> None:
+    assert 1 <= affordable(clock(1.0, 10.0), seconds=0.01) <= 2
+
+
+def test_more_requests_leave_fewer_branches_to_each() -> None:
+    model = clock(0.001, 0.0005)
+    counts = [affordable(model, 0.03, requests) for requests in (1, 4, 16, 64)]
+    assert counts == sorted(counts, reverse=True)
+    assert counts[0] > counts[-1]
+
+
+def test_everything_is_drafted_while_nothing_was_measured() -> None:
+    assert affordable(StepTimeModel(), seconds=0.1) == len(GUESSES)
+    assert affordable(clock(0.1, 0.1), seconds=0.0) == len(GUESSES)

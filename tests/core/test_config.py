@@ -1,0 +1,101 @@
+"""The options: defaults, what is refused, and with which words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from vllm_ssd.config import SSDConfig
+
+
+def parse(**options: Any) -> SSDConfig:
+    return SSDConfig.parse({"model": "draft", "num_speculative_tokens": 4, **options})
+
+
+def complaint(**options: Any) -> str:
+    with pytest.raises(ValueError, match=r"^ssd: ") as caught:
+        parse(**options)
+    return str(caught.value)
+
+
+def test_model_and_depth_are_enough() -> None:
+    config = parse()
+    assert config.fan_out_per_k == (3, 3, 3, 3, 3)
+    assert config.max_branches == 15
+    assert config.max_wait_ms == 0.0
+    assert not config.strict
+
+
+def test_options_may_be_spelled_with_dashes() -> None:
+    assert SSDConfig.parse({"model": "draft", "num-speculative-tokens": 4, "fan-out": 2}) == parse(
+        fan_out=2
+    )
+
+
+def test_a_list_is_the_fan_out_of_each_k() -> None:
+    config = parse(fan_out=[5, 4, 3, 2, 1])
+    assert config.fan_out_per_k == (5, 4, 3, 2, 1)
+    assert config.max_branches == 15
+
+
+def test_the_geometric_policy_gives_likely_outcomes_more() -> None:
+    config = parse(fan_out=4, fan_out_policy="geometric", acceptance=0.8)
+    assert sum(config.fan_out_per_k) == 20
+    assert list(config.fan_out_per_k[:4]) == sorted(config.fan_out_per_k[:4], reverse=True)
+    assert config.fan_out_per_k[4] > config.fan_out_per_k[3]
+
+
+def test_branches_bounds_the_rows_of_a_request() -> None:
+    assert parse(branches=6).max_branches == 6
+    assert parse(branches=600).max_branches == 15
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"fanout": 3}, ["unknown option 'fanout'", "fan_out_policy"]),
+        ({"num_speculative_tokens": 0}, ["'num_speculative_tokens' = 0", "greater than"]),
+        ({"num_speculative_tokens": 33}, ["'num_speculative_tokens' = 33", "less than"]),
+        ({"num_speculative_tokens": "4"}, ["'num_speculative_tokens' = '4'", "integer"]),
+        ({"num_speculative_tokens": True}, ["'num_speculative_tokens' = True", "integer"]),
+        ({"model": ""}, ["'model' = ''"]),
+        ({"fan_out": 0}, ["'fan_out' = 0", "from 0 to 64, not all 0"]),
+        ({"fan_out": -1}, ["'fan_out' = -1", "from 0 to 64"]),
+        ({"fan_out": 65}, ["'fan_out' = 65", "from 0 to 64"]),
+        ({"fan_out": [0, 0, 0, 0, 0]}, ["'fan_out' = [0, 0, 0, 0, 0]", "not all 0"]),
+        ({"fan_out": [1, 2]}, ["fan_out", "num_speculative_tokens + 1 = 5 numbers, got 2"]),
+        ({"fan_out": "many"}, ["'fan_out' = 'many'", "integer"]),
+        ({"fan_out_policy": "linear"}, ["'fan_out_policy' = 'linear'", "'geometric'"]),
+        ({"acceptance": 1.0}, ["'acceptance' = 1.0", "less than 1"]),
+        ({"miss_exponent": 0.0}, ["'miss_exponent' = 0.0", "greater than 0"]),
+        ({"branches": 0}, ["'branches' = 0", "from 1 to 1024"]),
+        ({"branches": "all"}, ["'branches' = 'all'", "'auto'"]),
+        ({"max_wait_ms": -1.0}, ["'max_wait_ms' = -1.0", "greater than or equal to 0"]),
+        ({"draft_device": "tpu"}, ["'draft_device' = 'tpu'"]),
+        ({"draft_dtype": "int4"}, ["'draft_dtype' = 'int4'", "'bfloat16'"]),
+        ({"draft_kv_cache_memory_bytes": 5}, ["'draft_kv_cache_memory_bytes' = 5"]),
+    ],
+)
+def test_a_wrong_option_is_named_with_its_value_and_what_it_takes(
+    options: dict[str, Any], said: list[str]
+) -> None:
+    message = complaint(**options)
+    for words in said:
+        assert words in message
+
+
+def test_a_missing_option_is_named() -> None:
+    with pytest.raises(ValueError, match=r"^ssd: option 'model' is missing$"):
+        SSDConfig.parse({"num_speculative_tokens": 4})
+
+
+def test_every_wrong_option_is_reported_at_once() -> None:
+    message = complaint(acceptance=2.0, draft_device="tpu")
+    assert "'acceptance' = 2.0" in message
+    assert "'draft_device' = 'tpu'" in message
+
+
+def test_options_cannot_be_changed_afterwards() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        parse().fan_out = 5

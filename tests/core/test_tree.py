@@ -1,0 +1,166 @@
+"""Look-up by content in the speculation cache."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_ssd.core.tree import Int32Array, SpeculationCache, Where
+
+HANDLE, BASE = 7, 10
+TRUNK, FORK, LATE_FORK = 0, 1, 2
+
+
+def ints(*values: int) -> Int32Array:
+    return np.array(values, np.int32)
+
+
+@pytest.fixture
+def cache() -> SpeculationCache:
+    """Trunk ``1 2 3``; forks ``1 5 6`` (two tokens of its own) and ``1 2 3 9``, not complete."""
+    cache = SpeculationCache(max_rows=6, width=8)
+    cache.plant(HANDLE, BASE, TRUNK, ints(1, 2, 3), ended=False)
+    cache.add_forks(HANDLE, ints(1, 3), ints(5, 9), ints(FORK, LATE_FORK))
+    cache.append(ints(FORK), ints(6))
+    return cache
+
+
+def draft_after(cache: SpeculationCache, *text: int, limit: int = 8) -> list[int]:
+    walk = cache.walk(HANDLE, list(text))
+    assert walk.where is Where.FOUND
+    return cache.below(walk, limit)
+
+
+def where(cache: SpeculationCache, *text: int) -> Where:
+    return cache.walk(HANDLE, list(text)).where
+
+
+def test_text_along_the_trunk_finds_the_rest_of_the_trunk(cache: SpeculationCache) -> None:
+    assert draft_after(cache) == [1, 2, 3]
+    assert draft_after(cache, 1) == [2, 3]
+    assert draft_after(cache, 1, 2, 3) == []
+
+
+def test_text_that_leaves_the_trunk_at_a_fork_finds_the_fork(cache: SpeculationCache) -> None:
+    assert draft_after(cache, 1, 5) == [6]
+    assert draft_after(cache, 1, 5, 6) == []
+    assert draft_after(cache, 1, 2, 3, 9) == []
+
+
+def test_a_partly_drafted_fork_is_a_shorter_draft(cache: SpeculationCache) -> None:
+    cache.append(ints(LATE_FORK), ints(4))
+    assert draft_after(cache, 1, 2, 3, 9) == [4]
+    cache.append(ints(FORK, LATE_FORK), ints(8, 3))
+    assert draft_after(cache, 1, 2, 3, 9) == [4, 3]
+    assert draft_after(cache, 1, 5) == [6, 8]
+
+
+def test_no_more_than_the_limit_is_returned(cache: SpeculationCache) -> None:
+    assert draft_after(cache, limit=2) == [1, 2]
+    assert draft_after(cache, 1, 5, limit=0) == []
+
+
+def test_a_fork_holds_only_after_its_own_k(cache: SpeculationCache) -> None:
+    cache.trees[HANDLE].complete = True
+    assert where(cache, 5) is Where.OFF
+    assert where(cache, 1, 2, 5) is Where.OFF
+
+
+def test_unguessed_text_is_pending_until_all_forks_are_made(cache: SpeculationCache) -> None:
+    assert where(cache, 1, 7) is Where.PENDING
+    cache.trees[HANDLE].complete = True
+    assert where(cache, 1, 7) is Where.OFF
+
+
+def test_text_past_the_end_of_a_growing_trunk_is_pending(cache: SpeculationCache) -> None:
+    cache.trees[HANDLE].complete = True
+    assert where(cache, 1, 2, 3, 8) is Where.PENDING
+    cache.ended[TRUNK] = True
+    assert where(cache, 1, 2, 3, 8) is Where.OFF
+
+
+def test_text_past_the_end_of_a_growing_fork_is_pending(cache: SpeculationCache) -> None:
+    assert where(cache, 1, 5, 6, 4) is Where.PENDING
+    assert where(cache, 1, 5, 7) is Where.OFF
+    cache.ended[FORK] = True
+    assert where(cache, 1, 5, 6, 4) is Where.OFF
+
+
+def test_a_walk_off_the_tree_tells_how_much_of_the_trunk_held(cache: SpeculationCache) -> None:
+    walk = cache.walk(HANDLE, [1, 2, 8])
+    assert (walk.row, walk.offset) == (TRUNK, 2)
+    # Also where a fork held some more: only the trunk's KV can be kept.
+    walk = cache.walk(HANDLE, [1, 5, 8])
+    assert (walk.row, walk.offset) == (TRUNK, 1)
+
+
+def test_a_request_without_a_tree_is_unknown(cache: SpeculationCache) -> None:
+    assert cache.walk(HANDLE + 1, [1]).where is Where.UNKNOWN
+    cache.clear()
+    assert where(cache, 1) is Where.UNKNOWN
+
+
+def test_planting_anew_replaces_the_tree_and_its_forks(cache: SpeculationCache) -> None:
+    cache.plant(HANDLE, BASE + 2, FORK, ints(6), ended=True)
+    tree = cache.trees[HANDLE]
+    assert (tree.base, tree.trunk, tree.complete, tree.forks) == (BASE + 2, FORK, False, [])
+    assert draft_after(cache) == [6]
+    assert where(cache, 5) is Where.PENDING
+
+
+def test_a_row_that_is_forked_again_forgets_its_former_life(cache: SpeculationCache) -> None:
+    cache.ended[FORK] = True
+    cache.plant(HANDLE + 1, 3, 4, ints(2), ended=False)
+    cache.add_forks(HANDLE + 1, ints(0), ints(8), ints(FORK))
+    assert cache.row_tokens(FORK) == [8]
+    assert not cache.ended[FORK]
+
+
+def test_large_token_ids_and_every_k_have_keys_of_their_own() -> None:
+    cache = SpeculationCache(max_rows=4, width=4)
+    largest = 2**31 - 1
+    cache.plant(HANDLE, 0, 0, ints(1, 2), ended=False)
+    cache.add_forks(HANDLE, ints(0, 1, 1), ints(largest, largest, 0), ints(1, 2, 3))
+    tree = cache.trees[HANDLE]
+    assert [tree.fork_at(0, largest), tree.fork_at(1, largest), tree.fork_at(1, 0)] == [1, 2, 3]
+    assert tree.fork_at(0, 0) == -1
+
+
+tokens = st.integers(0, 3)
+
+
+@given(
+    trunk=st.lists(tokens, max_size=5),
+    forks=st.dictionaries(
+        st.tuples(st.integers(0, 5), tokens), st.lists(tokens, max_size=3), max_size=8
+    ),
+    text=st.lists(tokens, max_size=9),
+)
+def test_a_walk_finds_exactly_the_texts_that_are_paths_of_the_tree(
+    trunk: list[int], forks: dict[tuple[int, int], list[int]], text: list[int]
+) -> None:
+    # As the draft makes them: off a trunk token that is known, and never that very token.
+    forks = {
+        (k, first): rest
+        for (k, first), rest in forks.items()
+        if k <= len(trunk) and (k == len(trunk) or trunk[k] != first)
+    }
+    cache = SpeculationCache(max_rows=10, width=8)
+    cache.plant(HANDLE, BASE, 0, ints(*trunk), ended=True)
+    for row, ((k, first), rest) in enumerate(forks.items(), start=1):
+        cache.add_forks(HANDLE, ints(k), ints(first), ints(row))
+        for token in rest:
+            cache.append(ints(row), ints(token))
+        cache.ended[row] = True
+    cache.trees[HANDLE].complete = True
+
+    paths = [trunk, *([*trunk[:k], first, *rest] for (k, first), rest in forks.items())]
+    matching = [path for path in paths if path[: len(text)] == text]
+    walk = cache.walk(HANDLE, text)
+    if matching:
+        assert walk.where is Where.FOUND
+        assert cache.below(walk, 99) in [path[len(text) :] for path in matching]
+    else:
+        assert walk.where is Where.OFF

@@ -1,0 +1,204 @@
+"""The channel over a real socket pair."""
+
+from __future__ import annotations
+
+import socket
+import struct
+import threading
+import time
+from collections.abc import Iterator
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_ssd.wire import channel as channel_module
+from vllm_ssd.wire.channel import Channel, ChannelClosedError, ChannelFullError
+from vllm_ssd.wire.messages import DraftBound, Finished, Start, TargetBound, ToDraft
+
+MEGABYTE = 1 << 20
+
+
+class Pair:
+    """A target's channel, and the draft's end as a channel or as a bare socket."""
+
+    def __init__(self) -> None:
+        ours, self.socket = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.target: Channel[TargetBound] = Channel(ours, TargetBound)
+        self._draft: Channel[DraftBound] | None = None
+
+    @property
+    def draft(self) -> Channel[DraftBound]:
+        if self._draft is None:
+            self._draft = Channel(self.socket, DraftBound)
+        return self._draft
+
+    def close(self) -> None:
+        self.target.close()
+        self.socket.close()
+
+
+@pytest.fixture
+def pair() -> Iterator[Pair]:
+    both = Pair()
+    yield both
+    both.close()
+
+
+def frame(number: int, size: int = 0) -> DraftBound:
+    messages: list[ToDraft] = [Finished(b"\x00" * size)]
+    return DraftBound(0, number, messages)
+
+
+def encoded(a_frame: msgspec.Struct) -> bytes:
+    payload = msgspec.msgpack.encode(a_frame)
+    return struct.pack("<I", len(payload)) + payload
+
+
+def receive_all(receiver: Channel[DraftBound], sender: Channel[TargetBound]) -> list[DraftBound]:
+    """Read until the sender has nothing left to hand over."""
+    frames: list[DraftBound | None] = []
+    done = False
+    while not done:
+        done = sender.flush()
+        frames += receiver.receive()
+    assert None not in frames
+    return [a_frame for a_frame in frames if a_frame is not None]
+
+
+def test_frames_arrive_in_order(pair: Pair) -> None:
+    sent = [frame(number, size=number) for number in range(100)]
+    for a_frame in sent:
+        pair.target.send(a_frame)
+    assert receive_all(pair.draft, pair.target) == sent
+
+
+def test_nothing_to_read_is_no_frame_and_no_wait(pair: Pair) -> None:
+    assert pair.draft.receive() == []
+
+
+def test_waiting_ends_with_the_timeout(pair: Pair) -> None:
+    assert pair.draft.receive(timeout=0.01) == []
+
+
+def test_waiting_ends_with_the_first_frame(pair: Pair) -> None:
+    thread = threading.Timer(0.05, pair.target.send, [frame(3)])
+    thread.start()
+    assert pair.draft.receive(timeout=None) == [frame(3)]
+    thread.join()
+
+
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=5), st.data())
+def test_frames_cut_anywhere_arrive_whole(sizes: list[int], data: st.DataObject) -> None:
+    pair = Pair()
+    try:
+        sent = [frame(number, size) for number, size in enumerate(sizes)]
+        stream = b"".join(encoded(a_frame) for a_frame in sent)
+        cuts = data.draw(st.lists(st.integers(0, len(stream)), max_size=8).map(sorted))
+        arrived: list[DraftBound | None] = []
+        receiver: Channel[DraftBound] = Channel(pair.socket, DraftBound)
+        ours = socket.socket(fileno=socket.dup(pair.target.fileno()))
+        with ours:
+            for start, end in zip([0, *cuts], [*cuts, len(stream)], strict=True):
+                ours.sendall(stream[start:end])
+                arrived += receiver.receive()
+        assert arrived == sent
+    finally:
+        pair.close()
+
+
+def test_a_frame_larger_than_the_socket_goes_over_in_parts(pair: Pair) -> None:
+    tokens = bytes(range(256)) * (20 * MEGABYTE // 256)
+    big = DraftBound(1, 2, [Start(3, tokens, 4, [5])])
+    pair.target.send(big)
+    assert not pair.target.flush()  # nobody has read yet
+    pair.target.send(frame(3))
+    assert receive_all(pair.draft, pair.target) == [big, frame(3)]
+
+
+def test_waiting_for_frames_hands_over_what_waits_to_be_sent(pair: Pair) -> None:
+    pair.target.send(frame(0, size=4 * MEGABYTE))
+    got: list[DraftBound | None] = []
+
+    def read_then_answer() -> None:
+        while not got:
+            got.extend(pair.draft.receive(timeout=5.0))
+        pair.draft.send(TargetBound(0, 7, []))
+
+    thread = threading.Thread(target=read_then_answer)
+    thread.start()
+    answer: list[TargetBound | None] = []
+    deadline = time.monotonic() + 10.0
+    while not answer and time.monotonic() < deadline:
+        answer = pair.target.receive(timeout=1.0)
+    thread.join()
+    assert answer == [TargetBound(0, 7, [])]
+    assert got == [frame(0, size=4 * MEGABYTE)]
+
+
+def test_garbage_stands_as_none_and_the_next_frame_is_read(pair: Pair) -> None:
+    garbage = b"\xc1 is no msgpack"
+    wrong_type = encoded(DraftBound(0, 0, []))
+    pair.socket.sendall(struct.pack("<I", len(garbage)) + garbage)
+    pair.socket.sendall(struct.pack("<I", 0))
+    pair.socket.sendall(wrong_type[:-1] + b"\x07")  # a number where the messages belong
+    pair.socket.sendall(encoded(TargetBound(0, 1, [])))
+    assert pair.target.receive() == [None, None, None, TargetBound(0, 1, [])]
+
+
+def test_a_length_no_frame_has_closes_the_channel(pair: Pair) -> None:
+    pair.socket.sendall(b"\xff\xff\xff\xff")
+    with pytest.raises(ChannelClosedError, match="not our protocol"):
+        pair.target.receive()
+
+
+def test_end_of_file_comes_after_the_frames_before_it(pair: Pair) -> None:
+    pair.socket.sendall(encoded(TargetBound(0, 0, [])))
+    pair.socket.close()
+    assert pair.target.receive() == [TargetBound(0, 0, [])]
+    with pytest.raises(ChannelClosedError, match="closed"):
+        pair.target.receive()
+
+
+def test_end_of_file_within_a_frame_is_a_closed_channel(pair: Pair) -> None:
+    pair.socket.sendall(encoded(TargetBound(0, 0, []))[:-1])
+    pair.socket.close()
+    assert pair.target.receive() == []
+    with pytest.raises(ChannelClosedError):
+        pair.target.receive()
+
+
+def test_end_of_file_ends_a_wait(pair: Pair) -> None:
+    thread = threading.Timer(0.05, pair.socket.shutdown, [socket.SHUT_RDWR])
+    thread.start()
+    with pytest.raises(ChannelClosedError):
+        pair.target.receive(timeout=None)
+    thread.join()
+
+
+def test_sending_to_a_closed_end_is_a_closed_channel(pair: Pair) -> None:
+    pair.socket.close()
+    with pytest.raises(ChannelClosedError, match="send"):
+        pair.target.send(frame(0))
+
+
+def test_a_reader_that_does_not_read_fills_the_channel_without_blocking(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(channel_module, "MAX_PENDING_BYTES", 2 * MEGABYTE)
+    sent = 0
+
+    def send_until_full() -> None:
+        nonlocal sent
+        while sent < 100:
+            pair.target.send(frame(sent, size=MEGABYTE))
+            sent += 1
+
+    with pytest.raises(ChannelFullError, match="wait for the reader"):
+        send_until_full()
+    # Nothing of the refused frame went out: what arrives are whole frames, and the channel serves.
+    frames = receive_all(pair.draft, pair.target)
+    assert [a_frame.number for a_frame in frames] == list(range(sent))
+    pair.target.send(frame(sent))
+    assert receive_all(pair.draft, pair.target) == [frame(sent)]
