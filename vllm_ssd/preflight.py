@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm_ssd import compat
+from vllm_ssd.affinity import available_cores
 from vllm_ssd.config import ADDITIONAL_CONFIG_KEY, SSDConfig
 
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ def check_cores(wanted: list[int] | None, allowed: list[int] | None = None) -> N
     Raises:
         ValueError: names the core and those that can.
     """
-    allowed = sorted(os.sched_getaffinity(0)) if allowed is None else allowed
+    allowed = available_cores() if allowed is None else allowed
     missing = [core for core in wanted or () if core not in allowed]
     if missing:
         raise ValueError(

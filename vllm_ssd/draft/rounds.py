@@ -52,9 +52,11 @@ class Rounds:
 
     def begin(self, request: Request) -> None:
         """Draft for a request that holds nothing yet: after its prompt, or when it comes back."""
-        if request.length >= request.limit - 1 or not self._tenancy.admit(request):
-            return
-        self._plan(request, [])
+        if request.length < request.limit - 1 and self._tenancy.admit(request):
+            self._plan(request, [])
+        else:
+            # The target must know, or it would wait for a tree.
+            self._tenancy.publisher.withdraw(request.handle)
 
     def follow(self, request: Request, confirmed: list[int], proposed: list[int]) -> None:
         """Take in an outcome.

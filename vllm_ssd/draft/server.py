@@ -14,6 +14,7 @@ from vllm_ssd.draft.rounds import Policy
 from vllm_ssd.draft.rows import Rows
 from vllm_ssd.wire.channel import Channel, ChannelClosedError
 from vllm_ssd.wire.messages import (
+    MAX_EPOCH_JUMP,
     Alive,
     Allocate,
     DraftBound,
@@ -108,6 +109,9 @@ class DraftServer:
         """Apply a frame if it is the one expected; ask for a new epoch if one is missing."""
         if frame is None:
             self._lost("a frame that cannot be decoded")
+            return
+        if frame.epoch > self._epoch + MAX_EPOCH_JUMP:
+            self._lost(f"a frame of epoch {frame.epoch}")
             return
         if frame.epoch > self._epoch:
             if self._engine is not None:

@@ -11,10 +11,11 @@ import time
 from collections.abc import Callable
 
 from vllm_ssd.core.stats import Stats
-from vllm_ssd.core.tree import Int32Array, SpeculationCache
 from vllm_ssd.target.process import DraftProcess
+from vllm_ssd.target.published import PublishedTrees
 from vllm_ssd.wire.channel import ChannelClosedError, ChannelFullError
 from vllm_ssd.wire.messages import (
+    MAX_EPOCH_JUMP,
     Alive,
     Allocate,
     DraftBound,
@@ -25,11 +26,11 @@ from vllm_ssd.wire.messages import (
     Ready,
     Report,
     Setup,
+    Start,
     Stepped,
     TargetBound,
     ToDraft,
     ToTarget,
-    unpack,
 )
 
 logger = logging.getLogger("vllm.vllm_ssd")
@@ -38,6 +39,9 @@ SILENCE_SECONDS = 5.0
 """A draft that leaves a frame unanswered for so long is taken for stopped, and replaced."""
 FIRST_BACKOFF_SECONDS = 0.5
 LONGEST_BACKOFF_SECONDS = 60.0
+CLOSE_SECONDS = 10.0
+"""How long closing waits for the draft to be gone; a killed process is gone in much less."""
+EXIT_CODE_SECONDS = 1.0
 STABLE_SECONDS = 60.0
 """After this long without loss the next restart is immediate again."""
 
@@ -63,14 +67,11 @@ class DraftClient:
     ) -> None:
         self.up = False
         """Whether the draft can be talked to."""
-        self.cache = SpeculationCache(1, 1)
-        self.withdrawn: set[int] = set()
-        """Handles the draft holds nothing for at the moment."""
+        self.published = PublishedTrees(setup.num_speculative_tokens, setup.vocab_size)
         self.draft_counters: dict[str, float] = {}
         self.process: DraftProcess | None = None
         self._setup = setup
         self._allocate = Allocate(0)
-        self._width = 2 * setup.num_speculative_tokens + 2
         self._cores = cores
         self._startup_timeout_s = startup_timeout_s
         self._stats = stats
@@ -81,16 +82,23 @@ class DraftClient:
         self._start_after = 0.0
         self._unanswered_since: float | None = None
         self._failure = ""
+        self._was_up = False
         self._closed = False
 
     # ---- life of the process
 
     def launch(self) -> None:
         """Start the process; it loads its libraries but takes no memory yet."""
-        self.process = DraftProcess(self._cores)
         self._started_at = time.monotonic()
         self._failure = ""
+        # A process of its own has a channel of its own: nothing old can arrive there.
+        self._epoch = 0
         self._begin_epoch()
+        try:
+            self.process = DraftProcess(self._cores)
+        except OSError as error:
+            self._lose(f"cannot be started: {error}")
+            return
         self._put([self._setup])
 
     def allocate(self, kv_cache_memory_bytes: int) -> None:
@@ -141,6 +149,8 @@ class DraftClient:
         self.up = False
         if self.process is not None:
             self.process.end()
+            # Whoever starts the next engine wants this one's memory.
+            self.process.wait(CLOSE_SECONDS)
             self.process = None
 
     def _lose(self, reason: str) -> None:
@@ -148,6 +158,8 @@ class DraftClient:
         process, self.process = self.process, None
         was_up, self.up = self.up, False
         if process is not None:
+            if not self._was_up:
+                process.wait(EXIT_CODE_SECONDS)  # at the engine's start there is time to be exact
             code = process.exit_code
             process.end()
             if code is not None:
@@ -159,16 +171,12 @@ class DraftClient:
         backoff = min(FIRST_BACKOFF_SECONDS * 2 ** (self._failures - 1), LONGEST_BACKOFF_SECONDS)
         self._start_after = now + backoff
         self._begin_epoch()
-        logger.warning(
-            "ssd: draft process lost: %s; decoding plainly, next start in %.1f s",
-            self._failure,
-            backoff,
-        )
-
-    def drop(self, handle: int) -> None:
-        """Forget a request's tree."""
-        self.cache.trees.pop(handle, None)
-        self.withdrawn.discard(handle)
+        if self._was_up:
+            logger.warning(
+                "ssd: draft process lost: %s; decoding plainly, next start in %.1f s",
+                self._failure,
+                backoff,
+            )
 
     # ---- frames
 
@@ -197,6 +205,10 @@ class DraftClient:
 
     def resync(self, reason: str) -> None:
         """Give up this epoch: forget all trees and announce the live requests anew."""
+        if not self.up:
+            # What brings a draft up is said only once, at its start.
+            self._lose(reason)
+            return
         logger.warning("ssd: out of step with the draft (%s); announcing all requests anew", reason)
         self._stats.resyncs += 1
         self._begin_epoch()
@@ -205,8 +217,7 @@ class DraftClient:
         self._epoch += 1
         self._number = self._expected = 0
         self._unanswered_since = None
-        self.cache.clear()
-        self.withdrawn.clear()
+        self.published.clear()
         self._forget_requests()
 
     def _put(self, messages: list[ToDraft]) -> None:
@@ -223,6 +234,9 @@ class DraftClient:
             self._lose(str(error))
             return
         self._number += 1
+        for message in messages:
+            if isinstance(message, Start):
+                self.published.announce(message.handle)
         if self._unanswered_since is None:
             self._unanswered_since = time.monotonic()
 
@@ -230,9 +244,14 @@ class DraftClient:
         if frame is None:
             self.resync("a frame that cannot be decoded")
             return
-        if frame.epoch != self._epoch:
+        ahead = frame.epoch - self._epoch
+        if 0 < ahead <= MAX_EPOCH_JUMP:
+            # Garbage; but if the draft believes in that epoch, only a later one reaches it.
+            self._epoch = frame.epoch
+        if ahead > 0:
+            self.resync(f"a frame of epoch {frame.epoch}")
             return
-        if frame.number < self._expected:
+        if ahead < 0 or frame.number < self._expected:
             return
         if frame.number > self._expected:
             self.resync(f"frame {frame.number} in place of {self._expected}")
@@ -244,23 +263,21 @@ class DraftClient:
         except (ValueError, IndexError, KeyError, OverflowError) as error:
             self.resync(f"a message that does not make sense: {error!r}")
 
-    # ---- messages
-
     def _apply(self, message: ToTarget) -> None:
         match message:
             case Stepped():
-                self._step(message)
+                self.published.step(message)
             case Planted():
-                self._plant(message)
+                self.published.plant(message)
             case Forked():
-                self._fork(message)
+                self.published.fork(message)
             case Report():
                 self.draft_counters = message.counters
             case Lost():
                 self.resync("the draft missed a frame")
             case Ready():
-                self.cache = SpeculationCache(message.max_rows, self._width)
-                self.up = True
+                self.published.start(message)
+                self.up = self._was_up = True
                 logger.info(
                     "ssd: draft process %s is up: %d rows, %d KV blocks of %d tokens",
                     self.process and self.process.pid,
@@ -269,68 +286,6 @@ class DraftClient:
                     message.block_size,
                 )
             case Failed():
-                self._failure = message.reason
                 self._lose(message.reason)
             case Alive():
                 pass
-
-    def _step(self, message: Stepped) -> None:
-        rows, tokens, ended = (
-            unpack(message.rows),
-            unpack(message.tokens),
-            unpack(message.ended),
-        )
-        self._check_rows(rows)
-        self._check_rows(ended)
-        self._check_tokens(tokens)
-        if len(rows) != len(tokens) or (self.cache.length[rows] >= self._width).any():
-            raise ValueError("a step that does not fit its rows")
-        self.cache.append(rows, tokens)
-        self.cache.ended[ended] = True
-
-    def _plant(self, message: Planted) -> None:
-        handles, bases = unpack(message.handles).tolist(), unpack(message.bases).tolist()
-        trunks, counts = unpack(message.trunks), unpack(message.counts).tolist()
-        ended, tokens = unpack(message.ended).tolist(), unpack(message.tokens)
-        self._check_rows(trunks[trunks >= 0])
-        self._check_tokens(tokens)
-        at = 0
-        for handle, base, trunk, count, end in zip(
-            handles, bases, trunks.tolist(), counts, ended, strict=True
-        ):
-            if not 0 <= count <= min(self._width, len(tokens) - at):
-                raise ValueError(f"{count} tokens for a trunk")
-            if trunk < 0:
-                self.cache.trees.pop(handle, None)
-                self.withdrawn.add(handle)
-            else:
-                self.withdrawn.discard(handle)
-                self.cache.plant(handle, base, trunk, tokens[at : at + count], bool(end))
-            at += count
-
-    def _fork(self, message: Forked) -> None:
-        counts, complete = unpack(message.counts).tolist(), unpack(message.complete).tolist()
-        k, tokens, rows = unpack(message.k), unpack(message.tokens), unpack(message.rows)
-        self._check_rows(rows)
-        self._check_tokens(tokens)
-        if not len(k) == len(tokens) == len(rows) == sum(counts):
-            raise ValueError("forks of different lengths")
-        at = 0
-        for handle, count, done in zip(
-            unpack(message.handles).tolist(), counts, complete, strict=True
-        ):
-            tree = self.cache.trees.get(handle)
-            end = at + count
-            if tree is not None:
-                if count:
-                    self.cache.add_forks(handle, k[at:end], tokens[at:end], rows[at:end])
-                tree.complete = bool(done)
-            at = end
-
-    def _check_rows(self, rows: Int32Array) -> None:
-        if rows.size and not (rows.min() >= 0 and rows.max() < len(self.cache.length)):
-            raise ValueError("a row that does not exist")
-
-    def _check_tokens(self, tokens: Int32Array) -> None:
-        if tokens.size and not (tokens.min() >= 0 and tokens.max() < self._setup.vocab_size):
-            raise ValueError("a token outside the vocabulary")

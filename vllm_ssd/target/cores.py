@@ -10,6 +10,7 @@ import logging
 import os
 from typing import NamedTuple
 
+from vllm_ssd import affinity
 from vllm_ssd.preflight import check_cores
 
 logger = logging.getLogger("vllm.vllm_ssd")
@@ -33,7 +34,10 @@ def split_cores(wanted: list[int] | None, in_process: bool) -> Cores:
     Raises:
         ValueError: a core that this process may not use.
     """
-    allowed = sorted(os.sched_getaffinity(0 if in_process else os.getppid()))
+    # A worker process is bound already; its parent is not.
+    allowed = (
+        affinity.available_cores() if in_process else sorted(os.sched_getaffinity(os.getppid()))
+    )
     check_cores(wanted, allowed)
     if in_process:
         draft = wanted or allowed[-1:]
@@ -50,15 +54,13 @@ def split_cores(wanted: list[int] | None, in_process: bool) -> Cores:
 
 
 def bind_target(cores: list[int]) -> None:
-    """Bind all threads of this process, and those it will start, to ``cores``."""
+    """Keep the target's threads, which run in this process, to ``cores``."""
     import torch
 
-    torch.set_num_threads(len(cores))
-    for thread in os.listdir("/proc/self/task"):
-        try:
-            os.sched_setaffinity(int(thread), cores)
-        except ProcessLookupError:
-            continue  # it ended meanwhile
+    # vLLM takes this function away once it has bound threads; an earlier engine has set it then.
+    if torch.get_num_threads() != len(cores):
+        torch.set_num_threads(len(cores))
+    affinity.bind(cores)
 
 
 def _bound_by_vllm() -> set[int]:

@@ -38,6 +38,13 @@ class DraftPlan:
     """Bytes the target leaves to it."""
     target_kv_bytes_per_token: int = 0
 
+    def may_start_early(self, cache_config: Any) -> bool:
+        """Whether the draft may load its libraries while the target still comes up.
+
+        Not where vLLM measures a shared device's free memory: the draft's would be missing there.
+        """
+        return not self.shares_device or cache_config.kv_cache_memory_bytes is not None
+
     def share_memory(self, available: int, cache_config: Any) -> None:
         """Give the draft its part of ``available`` bytes, unless it has a device of its own.
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import queue
 import socket
 import subprocess
 import sys
+import threading
 import weakref
 
 from vllm_ssd.wire.channel import Channel
@@ -28,11 +30,14 @@ class DraftProcess:
     """A draft process and the channel to it.
 
     The two share a socket pair: there is no path, no port, and end of file tells either side that
-    the other is gone. The child also dies with the thread that started it, so start it from the
-    worker's main thread.
+    the other is gone. The child also dies with the thread that started it; that one is its own, so
+    that it makes no difference which thread of the caller's builds the engine or steps it.
 
     Args:
         cores: CPU cores the draft runs on; empty for wherever the system puts it.
+
+    Raises:
+        OSError: the system cannot start a process.
     """
 
     def __init__(self, cores: list[int]) -> None:
@@ -41,16 +46,34 @@ class DraftProcess:
         command += ["--fd", str(theirs.fileno()), "--parent", str(os.getpid())]
         if cores:
             command += ["--cores", ",".join(map(str, cores))]
+        started: queue.SimpleQueue[subprocess.Popen[bytes] | OSError] = queue.SimpleQueue()
+
+        def start_and_reap() -> None:
+            try:
+                process = subprocess.Popen(
+                    command,
+                    pass_fds=[theirs.fileno()],
+                    env=_environment(len(cores)),
+                    stdin=subprocess.DEVNULL,
+                )
+            except OSError as error:
+                started.put(error)
+                return
+            started.put(process)
+            process.wait()
+
         with theirs:
-            self._process = subprocess.Popen(
-                command,
-                pass_fds=[theirs.fileno()],
-                env=_environment(len(cores)),
-                stdin=subprocess.DEVNULL,
-            )
+            reaper = threading.Thread(target=start_and_reap, name="vllm-ssd-draft", daemon=True)
+            reaper.start()
+            process = started.get()
+        if isinstance(process, OSError):
+            ours.close()
+            raise process
+        self._process = process
+        self._reaper = reaper
         self.channel: Channel[TargetBound] = Channel(ours, TargetBound)
         # Also when the engine is dropped without a shutdown.
-        self.end = weakref.finalize(self, _end, self._process, self.channel)
+        self.end = weakref.finalize(self, _end, process, self.channel, os.getpid())
 
     @property
     def pid(self) -> int:
@@ -62,12 +85,17 @@ class DraftProcess:
         """Exit code, negative for a signal; ``None`` while it runs."""
         return self._process.poll()
 
+    def wait(self, timeout: float) -> None:
+        """Wait until it has ended."""
+        self._reaper.join(timeout)
 
-def _end(process: subprocess.Popen[bytes], channel: Channel[TargetBound]) -> None:
-    """End the process at once: it holds nothing that needs a farewell."""
+
+def _end(process: subprocess.Popen[bytes], channel: Channel[TargetBound], owner: int) -> None:
+    """End the process at once, without waiting: it holds nothing that needs a farewell."""
+    if os.getpid() != owner:
+        return  # a fork of the engine's process, on its way out
     channel.close()
     process.kill()
-    process.wait()
 
 
 def _environment(threads: int) -> dict[str, str]:

@@ -115,7 +115,7 @@ class SSDProposer:
         if handles:
             messages.insert(0, Finished(pack(handles)))
             for handle in handles:
-                client.drop(handle)
+                client.published.drop(handle)
         trimmed = self._trimmed(scheduler_output)
         if trimmed is not None:
             messages.append(trimmed)
@@ -249,7 +249,7 @@ class SSDProposer:
         known = self.requests.forget(req_id)
         if known is not None:
             messages.append(Finished(pack([known.handle])))
-            client.drop(known.handle)
+            client.published.drop(known.handle)
         self.stats.rounds += 1
         self.stats.misses_resync += 1
         messages.append(
@@ -261,14 +261,14 @@ class SSDProposer:
         """Walk the new tokens down the request's tree."""
         client = self.client
         assert client is not None
-        tree = client.cache.trees.get(look_up.request.handle)
+        tree = client.published.cache.trees.get(look_up.request.handle)
         if tree is None:
             return Walk(Where.UNKNOWN)
         if tree.base == look_up.request.length:
-            return client.cache.walk(look_up.request.handle, look_up.confirmed)
+            return client.published.cache.walk(look_up.request.handle, look_up.confirmed)
         # The draft is a round behind: the tokens since its tree was planted are walked again.
         tokens = texts[look_up.row, tree.base : look_up.length].tolist()
-        return client.cache.walk(look_up.request.handle, tokens)
+        return client.published.cache.walk(look_up.request.handle, tokens)
 
     def _wait(
         self,
@@ -302,12 +302,12 @@ class SSDProposer:
         client = self.client
         assert client is not None
         request = look_up.request
-        if look_up.wanted <= 0 or request.handle in client.withdrawn:
+        if look_up.wanted <= 0 or request.handle in client.published.withdrawn:
             return False
         if walk.where is Where.FOUND:
-            known = int(client.cache.length[walk.row]) - walk.offset
-            return known < look_up.wanted and not client.cache.ended[walk.row]
-        tree = client.cache.trees.get(request.handle)
+            known = int(client.published.cache.length[walk.row]) - walk.offset
+            return known < look_up.wanted and not client.published.cache.ended[walk.row]
+        tree = client.published.cache.trees.get(request.handle)
         behind = tree is None or tree.base < request.length
         return behind or walk.where is Where.PENDING
 
@@ -318,7 +318,7 @@ class SSDProposer:
         request.look_ups += 1
         found: list[int] = []
         if walk.where is Where.FOUND and look_up.wanted > 0:
-            found = client.cache.below(walk, look_up.wanted)
+            found = client.published.cache.below(walk, look_up.wanted)
         request.proposed, request.verifying = found, len(found)
         if look_up.wanted <= 0:
             return found

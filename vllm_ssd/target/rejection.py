@@ -54,6 +54,8 @@ def fix_cpu_rejection_sampler() -> None:
             *rest,
         )
 
+    # The sampler of the next engine in this process asks its kernel for this at construction.
+    reject_negative_ids.register_warmup = original.register_warmup  # type: ignore[attr-defined]
     rejection_sampler._rejection_random_sample = reject_negative_ids
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.platforms import current_platform
 
+from vllm_ssd import affinity
 from vllm_ssd.core.stats import add_draft_ratios
 from vllm_ssd.preflight import check_engine
 from vllm_ssd.target.client import DraftClient
@@ -34,15 +35,17 @@ class SSDWorker(PlatformWorker):
         super().__init__(vllm_config, *args, **kwargs)
         self._client: DraftClient | None = None
         self._plan: DraftPlan | None = None
+        self._bound = False
 
     def init_device(self) -> None:
-        """Start the draft process, so that it loads its libraries while the target comes up."""
+        """Bring up the device, and the draft process beside it."""
         cores: list[int] = []
         if current_platform.is_cpu():
             in_process = self.parallel_config.distributed_executor_backend == "uni"
             split = split_cores(self._config.draft_cpu_cores, in_process)
             if split.target is not None:
                 bind_target(split.target)
+                self._bound = True
             cores = split.draft
         super().init_device()
         if current_platform.is_cpu():
@@ -60,7 +63,8 @@ class SSDWorker(PlatformWorker):
                 proposer.stats,
                 proposer.requests.forget_all,
             )
-            self._client.launch()
+            if self._plan.may_start_early(self.cache_config):
+                self._client.launch()
         proposer.bind(self.model_runner, self._client)
 
     @property
@@ -81,8 +85,10 @@ class SSDWorker(PlatformWorker):
     def determine_available_memory(self) -> int:
         """The target's KV budget, less the draft's share where both live on one device."""
         available = super().determine_available_memory()
-        if self._plan is None:
+        if self._plan is None or self._client is None:
             return available
+        if self._client.process is None:
+            self._client.launch()
         self._plan.share_memory(available, self.cache_config)
         return available - self._plan.taken_from_target
 
@@ -110,7 +116,10 @@ class SSDWorker(PlatformWorker):
         }
 
     def shutdown(self) -> None:
-        """End the draft process, then the worker."""
+        """End the draft process, then the worker; an in-process caller gets its cores back."""
         if self._client is not None:
             self._client.close()
+        if self._bound:
+            self._bound = False
+            affinity.unbind()
         super().shutdown()

@@ -12,6 +12,9 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+MAX_EPOCH_JUMP = 1 << 20
+"""Neither side gets so many epochs ahead of the other: a frame that claims it is garbage."""
+
 
 class Message(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Base of all messages."""

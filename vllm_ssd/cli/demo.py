@@ -1,0 +1,147 @@
+"""``vllm-ssd demo``: plain vLLM, its ``draft_model`` method and SSD answer the same questions."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from vllm_ssd.cli import CommandError
+from vllm_ssd.cli.demo_engine import Answers, EngineSpec, Failed, Said, Started, run_engine
+from vllm_ssd.cli.models import demo_models
+
+QUESTIONS = [
+    "Write a short story about a lighthouse keeper who finds a message in a bottle.",
+    "Explain to a ten-year-old why the sky is blue.",
+    "Give me five tips for learning to cook at home.",
+]
+
+PLAIN, DRAFT_MODEL, SSD = "vLLM", "vLLM draft_model", "SSD"
+
+console = Console()
+
+
+def run(max_tokens: int, num_speculative_tokens: int, enforce_eager: bool = True) -> None:
+    """Run the demonstration and print its table.
+
+    Args:
+        max_tokens: tokens of an answer.
+        num_speculative_tokens: K of both speculative methods.
+        enforce_eager: do not compile the models: they start faster and run slower.
+
+    Raises:
+        CommandError: an engine did not start or failed.
+    """
+    with console.status("fetching the models"):
+        models = demo_models()
+    draft = str(models.draft)
+    speculation = {"model": draft, "num_speculative_tokens": num_speculative_tokens}
+    methods: dict[str, dict[str, Any] | None] = {
+        PLAIN: None,
+        DRAFT_MODEL: {"method": "draft_model", **speculation},
+        SSD: {"method": "ssd", **speculation},
+    }
+    console.print(
+        f"target [bold]{models.target.name}[/], draft [bold]{models.draft.name}[/], "
+        f"K = {num_speculative_tokens}, greedy, one request at a time, {_cores()}"
+    )
+    if models.draft_is_target:
+        console.print(
+            "[yellow]There is no distilled draft yet: the model drafts for itself. "
+            "Such a draft is far too slow to gain anything; this shows that it works.[/]"
+        )
+    results = {
+        name: _ask(
+            name, EngineSpec(str(models.target), method, QUESTIONS, max_tokens, enforce_eager)
+        )
+        for name, method in methods.items()
+    }
+    console.print(_table(results))
+
+
+def _cores() -> str:
+    count = len(os.sched_getaffinity(0))
+    return f"{count} CPU core{'s' if count > 1 else ''}"
+
+
+def _ask(name: str, spec: EngineSpec) -> Answers:
+    """Start one engine, print its answers as they come, return them."""
+    context = multiprocessing.get_context("spawn")
+    events, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=run_engine, args=(spec, theirs), name=f"demo {name}")
+    process.start()
+    theirs.close()
+    try:
+        return _listen(name, spec, events)
+    except EOFError:
+        raise CommandError(f"the engine of {name!r} ended without a word") from None
+    finally:
+        process.kill()
+        process.join()
+
+
+def _listen(name: str, spec: EngineSpec, events: Any) -> Answers:
+    console.rule(f"[bold]{name}")
+    current = -1
+    with console.status(f"starting {name}"):
+        event = events.recv()
+    while not isinstance(event, Answers):
+        match event:
+            case Failed():
+                raise CommandError(f"the engine of {name!r} failed: {event.reason}")
+            case Started():
+                console.print(f"[dim]up after {event.seconds:.0f} s[/]")
+            case Said():
+                if event.prompt != current:
+                    current = event.prompt
+                    console.print(f"\n[cyan]{spec.prompts[current]}[/]")
+                console.print(event.text, end="", highlight=False, markup=False, soft_wrap=True)
+        event = events.recv()
+    console.print()
+    return event
+
+
+def _table(results: dict[str, Answers]) -> Table:
+    table = Table(title="The same questions, three ways")
+    table.add_column("")
+    columns = ("tokens/s", "inter-token latency", "acceptance length", "hit rate")
+    for column in (*columns, "draft round / verification", "text"):
+        table.add_column(column, justify="right")
+    plain = results[PLAIN]
+    for name, answers in results.items():
+        tokens = sum(map(len, answers.token_ids))
+        gaps = tokens - len(answers.token_ids)
+        same = answers.token_ids == plain.token_ids
+        table.add_row(
+            name,
+            f"{tokens / answers.seconds:.1f}",
+            f"{1e3 * answers.gaps / max(1, gaps):.1f} ms",
+            _acceptance_length(answers.metrics),
+            _hit_rate(answers.metrics),
+            _times(answers.metrics),
+            "-" if name == PLAIN else "identical" if same else "differs",
+        )
+    return table
+
+
+def _acceptance_length(metrics: dict[str, float]) -> str:
+    """1 + accepted / drafts, as vLLM logs it."""
+    drafts = metrics.get("drafts", 0.0)
+    return f"{1 + metrics['accepted_tokens'] / drafts:.2f}" if drafts else "-"
+
+
+def _hit_rate(metrics: dict[str, float]) -> str:
+    rounds = metrics.get("rounds", 0.0)
+    return f"{100 * metrics['hits'] / rounds:.0f} %" if rounds else "-"
+
+
+def _times(metrics: dict[str, float]) -> str:
+    rounds, verifications = metrics.get("draft_rounds", 0.0), metrics.get("verify_intervals", 0.0)
+    if not rounds or not verifications:
+        return "-"
+    draft_ms = 1e3 * metrics["draft_round_seconds"] / rounds
+    verify_ms = 1e3 * metrics["verify_seconds"] / verifications
+    return f"{draft_ms:.0f} ms / {verify_ms:.0f} ms"

@@ -1,0 +1,152 @@
+"""One engine of the demonstration, in a process of its own: answers prompts, streams what it says.
+
+A process for each engine, because vLLM's threads, memory and compiled code outlive an engine.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from typing import Any, NamedTuple
+
+
+@dataclass
+class EngineSpec:
+    """What to start and what to ask."""
+
+    model: str
+    speculative_config: dict[str, Any] | None
+    prompts: list[str]
+    max_tokens: int
+    enforce_eager: bool
+
+
+class Started(NamedTuple):
+    """The engine is up."""
+
+    seconds: float
+
+
+class Said(NamedTuple):
+    """More of one answer."""
+
+    prompt: int
+    text: str
+
+
+@dataclass
+class Answers:
+    """All answers and what they cost."""
+
+    token_ids: list[list[int]]
+    seconds: float = 0.0
+    """Time in which all answers were generated."""
+    gaps: float = 0.0
+    """Time between each answer's first token and its last, summed up."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """vLLM's speculative decoding counters and ours."""
+
+
+class Failed(NamedTuple):
+    """The engine ended with an error."""
+
+    reason: str
+
+
+def run_engine(spec: EngineSpec, events: Connection) -> None:
+    """Start the engine and answer; everything goes to ``events``. The process's entry point."""
+    # The engine in this very process: its steps can be watched, its threads are ours to place.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    try:
+        _answer(spec, events)
+    except Exception as error:
+        events.send(Failed(f"{type(error).__name__}: {error}"))
+
+
+def _answer(spec: EngineSpec, events: Connection) -> None:
+    from vllm import SamplingParams
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.sampling_params import RequestOutputKind
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    began = time.perf_counter()
+    arguments = EngineArgs(
+        model=spec.model,
+        dtype=best_dtype(),
+        max_model_len=2048,
+        max_num_seqs=8,
+        max_num_batched_tokens=512,
+        kv_cache_memory_bytes=512 << 20,
+        enforce_eager=spec.enforce_eager,
+        disable_log_stats=False,
+        speculative_config=spec.speculative_config,
+    )
+    engine = LLMEngine.from_engine_args(arguments)
+    parameters = SamplingParams(
+        temperature=0.0, max_tokens=spec.max_tokens, output_kind=RequestOutputKind.DELTA
+    )
+    prompts = [_chat(engine, prompt) for prompt in spec.prompts]
+    # The first request pays for what is set up lazily.
+    engine.add_request("warm-up", prompts[0], SamplingParams(temperature=0.0, max_tokens=4))
+    while engine.has_unfinished_requests():
+        engine.step()
+    before = _metrics(engine)
+    events.send(Started(time.perf_counter() - began))
+
+    answers = Answers(token_ids=[[] for _ in prompts])
+    for index, prompt in enumerate(prompts):
+        began = time.perf_counter()
+        first = last = 0.0
+        engine.add_request(str(index), prompt, parameters)
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                last = time.perf_counter()
+                first = first or last
+                answers.token_ids[index] += output.outputs[0].token_ids
+                events.send(Said(index, output.outputs[0].text))
+        answers.seconds += time.perf_counter() - began
+        answers.gaps += last - first
+    answers.metrics = _difference(before, _metrics(engine))
+    events.send(answers)
+
+
+def best_dtype() -> str:
+    """The model's own type, except on CPUs without instructions for it, where float32 is faster."""
+    import torch
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return "auto"
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "auto" if native else "float32"
+
+
+def _chat(engine: Any, prompt: str) -> dict[str, list[int]]:
+    """A user's message as token ids, in the model's chat format."""
+    messages = [{"role": "user", "content": prompt}]
+    tokenizer = engine.get_tokenizer()
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return {"prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)}
+
+
+def _metrics(engine: Any) -> dict[str, float]:
+    """Counters of vLLM's speculative decoding, and ours where there are any."""
+    prefix = "vllm:spec_decode_num_"
+    counters = {
+        metric.name.removeprefix(prefix): float(metric.value)
+        for metric in engine.get_metrics()
+        if metric.name.startswith(prefix) and hasattr(metric, "value")
+    }
+    method = engine.vllm_config.speculative_config
+    if method is not None and method.method == "custom_class":
+        counters.update(engine.collective_rpc("ssd_stats")[0])
+    return counters
+
+
+def _difference(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
+    """Counters since ``before``."""
+    return {name: value - before.get(name, 0.0) for name, value in after.items()}

@@ -1,0 +1,118 @@
+"""What the draft has published, validated before it touches the speculation cache."""
+
+from __future__ import annotations
+
+from vllm_ssd.core.tree import Int32Array, SpeculationCache
+from vllm_ssd.wire.messages import Forked, Planted, Ready, Stepped, unpack
+
+MAX_ROWS = 1 << 16
+"""More rows than any draft has."""
+
+
+class PublishedTrees:
+    """The target's copy of the speculation trees. Nothing the draft says can break it.
+
+    Args:
+        num_speculative_tokens: K.
+        vocab_size: the target's; ids from there on are refused.
+    """
+
+    def __init__(self, num_speculative_tokens: int, vocab_size: int) -> None:
+        self.cache = SpeculationCache(1, 1)
+        self.withdrawn: set[int] = set()
+        """Handles the draft holds nothing for at the moment."""
+        self._announced: set[int] = set()
+        self._width = 2 * num_speculative_tokens + 2
+        self._vocab_size = vocab_size
+
+    def clear(self) -> None:
+        """Forget all requests."""
+        self.cache.clear()
+        self.withdrawn.clear()
+        self._announced.clear()
+
+    def announce(self, handle: int) -> None:
+        """The draft is told of this request: what it publishes for it counts from now on."""
+        self._announced.add(handle)
+
+    def drop(self, handle: int) -> None:
+        """Forget a request; what is still on its way for it is of no use."""
+        self._announced.discard(handle)
+        self.withdrawn.discard(handle)
+        self.cache.trees.pop(handle, None)
+
+    # ---- messages; each raises ValueError if it does not make sense
+
+    def start(self, message: Ready) -> None:
+        """A draft has come up: an empty cache with as many rows as it has."""
+        if not 0 < message.max_rows <= MAX_ROWS:
+            raise ValueError(f"{message.max_rows} rows")
+        self.cache = SpeculationCache(message.max_rows, self._width)
+
+    def step(self, message: Stepped) -> None:
+        """Rows have grown by one token each."""
+        rows, tokens = unpack(message.rows), unpack(message.tokens)
+        ended = unpack(message.ended)
+        self._check_rows(rows)
+        self._check_rows(ended)
+        self._check_tokens(tokens)
+        if len(rows) != len(tokens) or (self.cache.length[rows] >= self._width).any():
+            raise ValueError("a step that does not fit its rows")
+        self.cache.append(rows, tokens)
+        self.cache.ended[ended] = True
+
+    def plant(self, message: Planted) -> None:
+        """Trees replace the requests' former ones."""
+        handles, bases = unpack(message.handles).tolist(), unpack(message.bases).tolist()
+        trunks, counts = unpack(message.trunks), unpack(message.counts)
+        ended, tokens = unpack(message.ended).tolist(), unpack(message.tokens)
+        self._check_rows(trunks[trunks >= 0])
+        self._check_tokens(tokens)
+        self._check_counts(counts, len(tokens))
+        if counts.size and counts.max() > self._width:
+            raise ValueError(f"{counts.max()} tokens for a trunk")
+        at = 0
+        for handle, base, trunk, count, end in zip(
+            handles, bases, trunks.tolist(), counts.tolist(), ended, strict=True
+        ):
+            if handle in self._announced:
+                if trunk < 0:
+                    self.cache.trees.pop(handle, None)
+                    self.withdrawn.add(handle)
+                else:
+                    self.withdrawn.discard(handle)
+                    self.cache.plant(handle, base, trunk, tokens[at : at + count], bool(end))
+            at += count
+
+    def fork(self, message: Forked) -> None:
+        """Trees have got more forks."""
+        handles, counts = unpack(message.handles).tolist(), unpack(message.counts)
+        k, tokens, rows = unpack(message.k), unpack(message.tokens), unpack(message.rows)
+        self._check_rows(rows)
+        self._check_tokens(tokens)
+        self._check_counts(counts, len(rows))
+        if not len(k) == len(tokens) == len(rows):
+            raise ValueError("forks of different lengths")
+        at = 0
+        for handle, count, complete in zip(
+            handles, counts.tolist(), unpack(message.complete).tolist(), strict=True
+        ):
+            tree, end = self.cache.trees.get(handle), at + count
+            if tree is not None:
+                if count:
+                    self.cache.add_forks(handle, k[at:end], tokens[at:end], rows[at:end])
+                tree.complete = bool(complete)
+            at = end
+
+    def _check_rows(self, rows: Int32Array) -> None:
+        if rows.size and not (rows.min() >= 0 and rows.max() < len(self.cache.length)):
+            raise ValueError("a row that does not exist")
+
+    def _check_tokens(self, tokens: Int32Array) -> None:
+        if tokens.size and not (tokens.min() >= 0 and tokens.max() < self._vocab_size):
+            raise ValueError("a token outside the vocabulary")
+
+    def _check_counts(self, counts: Int32Array, total: int) -> None:
+        # As Python's integers, which do not wrap around.
+        if (counts < 0).any() or sum(counts.tolist()) != total:
+            raise ValueError(f"counts that do not add up to {total}")
