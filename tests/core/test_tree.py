@@ -22,7 +22,7 @@ def cache() -> SpeculationCache:
     """Trunk ``1 2 3``; forks ``1 5 6`` (two tokens of its own) and ``1 2 3 9``, not complete."""
     cache = SpeculationCache(max_rows=6, width=8)
     cache.plant(HANDLE, BASE, TRUNK, ints(1, 2, 3), ended=False)
-    cache.add_forks(HANDLE, ints(1, 3), ints(5, 9), ints(FORK, LATE_FORK))
+    cache.add_forks([HANDLE], [2], ints(1, 3), ints(5, 9), ints(FORK, LATE_FORK))
     cache.append(ints(FORK), ints(6))
     return cache
 
@@ -113,7 +113,7 @@ def test_planting_anew_replaces_the_tree_and_its_forks(cache: SpeculationCache) 
 def test_a_row_that_is_forked_again_forgets_its_former_life(cache: SpeculationCache) -> None:
     cache.ended[FORK] = True
     cache.plant(HANDLE + 1, 3, 4, ints(2), ended=False)
-    cache.add_forks(HANDLE + 1, ints(0), ints(8), ints(FORK))
+    cache.add_forks([HANDLE + 1], [1], ints(0), ints(8), ints(FORK))
     assert cache.row_tokens(FORK) == [8]
     assert not cache.ended[FORK]
 
@@ -122,7 +122,7 @@ def test_large_token_ids_and_every_k_have_keys_of_their_own() -> None:
     cache = SpeculationCache(max_rows=4, width=4)
     largest = 2**31 - 1
     cache.plant(HANDLE, 0, 0, ints(1, 2), ended=False)
-    cache.add_forks(HANDLE, ints(0, 1, 1), ints(largest, largest, 0), ints(1, 2, 3))
+    cache.add_forks([HANDLE], [3], ints(0, 1, 1), ints(largest, largest, 0), ints(1, 2, 3))
     tree = cache.trees[HANDLE]
     assert [tree.fork_at(0, largest), tree.fork_at(1, largest), tree.fork_at(1, 0)] == [1, 2, 3]
     assert tree.fork_at(0, 0) == -1
@@ -150,7 +150,7 @@ def test_a_walk_finds_exactly_the_texts_that_are_paths_of_the_tree(
     cache = SpeculationCache(max_rows=10, width=8)
     cache.plant(HANDLE, BASE, 0, ints(*trunk), ended=True)
     for row, ((k, first), rest) in enumerate(forks.items(), start=1):
-        cache.add_forks(HANDLE, ints(k), ints(first), ints(row))
+        cache.add_forks([HANDLE], [1], ints(k), ints(first), ints(row))
         for token in rest:
             cache.append(ints(row), ints(token))
         cache.ended[row] = True

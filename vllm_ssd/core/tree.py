@@ -99,17 +99,43 @@ class SpeculationCache:
         tree = self.trees[handle] = Tree(base, trunk)
         return tree
 
-    def add_forks(self, handle: int, k: Int32Array, tokens: Int32Array, rows: Int32Array) -> None:
-        """Add forks after ``k`` trunk tokens; arrays ``[forks]``."""
+    def add_forks(
+        self,
+        handles: list[int],
+        counts: list[int],
+        k: Int32Array,
+        tokens: Int32Array,
+        rows: Int32Array,
+    ) -> None:
+        """Add forks to trees; those of a tree that does not exist any more are passed over.
+
+        Args:
+            handles: the requests.
+            counts: how many forks each gets.
+            k: ``[forks]``, after how many trunk tokens each fork starts, grouped by request.
+            tokens: ``[forks]``, its first token.
+            rows: ``[forks]``, its row.
+        """
         self.tokens[rows, 0] = tokens
         self.length[rows] = 1
         self.ended[rows] = False
-        self.trees[handle].forks.append((fork_keys(k, tokens), rows))
+        keys = fork_keys(k, tokens)
+        at = 0
+        for handle, count in zip(handles, counts, strict=True):
+            tree = self.trees.get(handle)
+            if tree is not None and count:
+                tree.forks.append((keys[at : at + count], rows[at : at + count]))
+            at += count
 
     def append(self, rows: Int32Array, tokens: Int32Array) -> None:
-        """One step: each of ``rows`` (distinct) grows by its token."""
-        self.tokens[rows, self.length[rows]] = tokens
-        self.length[rows] += 1
+        """One step: each of ``rows`` (distinct) grows by its token.
+
+        Raises:
+            IndexError: a row does not exist or is full.
+        """
+        at = self.length[rows]
+        self.tokens[rows, at] = tokens
+        self.length[rows] = at + 1
 
     def walk(self, handle: int, new_tokens: list[int]) -> Walk:
         """Walk a request's confirmed tokens from its tree's ``base`` on (``text[tree.base:]``)."""
@@ -146,6 +172,8 @@ class SpeculationCache:
 
 def _common_prefix(a: list[int], b: list[int]) -> int:
     """How many leading tokens agree."""
+    if a[: len(b)] == b:
+        return len(b)
     for i, (x, y) in enumerate(zip(a, b, strict=False)):
         if x != y:
             return i

@@ -102,7 +102,7 @@ class DraftEngine:
         )
         request.last_used = self.tenancy.frame
         self.tenancy.requests[message.handle] = request
-        self._rounds.begin(request)
+        self._rounds.begin(request, [])
 
     def finished(self, message: Finished) -> None:
         """Free what finished requests hold."""

@@ -50,10 +50,10 @@ class Rounds:
         self._policy = policy
         self._clock = clock
 
-    def begin(self, request: Request) -> None:
+    def begin(self, request: Request, proposed: list[int]) -> None:
         """Draft for a request that holds nothing yet: after its prompt, or when it comes back."""
         if request.length < request.limit - 1 and self._tenancy.admit(request):
-            self._plan(request, [])
+            self._plan(request, proposed)
         else:
             # The target must know, or it would wait for a tree.
             self._tenancy.publisher.withdraw(request.handle)
@@ -70,7 +70,7 @@ class Rounds:
         request.last_used = tenancy.frame
         if request.trunk == DORMANT:
             request.append(confirmed)
-            self.begin(request)
+            self.begin(request, proposed)
             return
         walk = rows.cache.walk(request.handle, confirmed)
         old_length = request.length

@@ -164,7 +164,7 @@ class Tenancy:
         rows.room[index] = room[:count]
         rows.stop[index] = request.stop
         rows.pending[index] = True
-        rows.cache.add_forks(request.handle, k[:count], tokens[:count], index)
+        rows.cache.add_forks([request.handle], [count], k[:count], tokens[:count], index)
         self._counters["draft_forks"] += count
         return made
 

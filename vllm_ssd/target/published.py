@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from vllm_ssd.core.tree import Int32Array, SpeculationCache
 from vllm_ssd.wire.messages import Forked, Planted, Ready, Stepped, unpack
 
@@ -41,7 +43,7 @@ class PublishedTrees:
         self.withdrawn.discard(handle)
         self.cache.trees.pop(handle, None)
 
-    # ---- messages; each raises ValueError if it does not make sense
+    # ---- messages; each raises ValueError or IndexError if it does not make sense
 
     def start(self, message: Ready) -> None:
         """A draft has come up: an empty cache with as many rows as it has."""
@@ -51,22 +53,22 @@ class PublishedTrees:
 
     def step(self, message: Stepped) -> None:
         """Rows have grown by one token each."""
-        rows, tokens = unpack(message.rows), unpack(message.tokens)
-        ended = unpack(message.ended)
-        self._check_rows(rows)
-        self._check_rows(ended)
+        rows, tokens = _indices(message.rows), unpack(message.tokens)
+        ended = _indices(message.ended)
         self._check_tokens(tokens)
-        if len(rows) != len(tokens) or (self.cache.length[rows] >= self._width).any():
+        if len(rows) != len(tokens):
             raise ValueError("a step that does not fit its rows")
         self.cache.append(rows, tokens)
-        self.cache.ended[ended] = True
+        if ended.size:
+            self.cache.ended[ended] = True
 
     def plant(self, message: Planted) -> None:
         """Trees replace the requests' former ones."""
         handles, bases = unpack(message.handles).tolist(), unpack(message.bases).tolist()
         trunks, counts = unpack(message.trunks), unpack(message.counts)
         ended, tokens = unpack(message.ended).tolist(), unpack(message.tokens)
-        self._check_rows(trunks[trunks >= 0])
+        if not _all_below(trunks[trunks >= 0], len(self.cache.length)):
+            raise ValueError("a row that does not exist")
         self._check_tokens(tokens)
         self._check_counts(counts, len(tokens))
         if counts.size and counts.max() > self._width:
@@ -87,32 +89,32 @@ class PublishedTrees:
     def fork(self, message: Forked) -> None:
         """Trees have got more forks."""
         handles, counts = unpack(message.handles).tolist(), unpack(message.counts)
-        k, tokens, rows = unpack(message.k), unpack(message.tokens), unpack(message.rows)
-        self._check_rows(rows)
+        k, tokens, rows = unpack(message.k), unpack(message.tokens), _indices(message.rows)
         self._check_tokens(tokens)
         self._check_counts(counts, len(rows))
         if not len(k) == len(tokens) == len(rows):
             raise ValueError("forks of different lengths")
-        at = 0
-        for handle, count, complete in zip(
-            handles, counts.tolist(), unpack(message.complete).tolist(), strict=True
-        ):
-            tree, end = self.cache.trees.get(handle), at + count
+        self.cache.add_forks(handles, counts.tolist(), k, tokens, rows)
+        for handle, complete in zip(handles, unpack(message.complete).tolist(), strict=True):
+            tree = self.cache.trees.get(handle)
             if tree is not None:
-                if count:
-                    self.cache.add_forks(handle, k[at:end], tokens[at:end], rows[at:end])
                 tree.complete = bool(complete)
-            at = end
-
-    def _check_rows(self, rows: Int32Array) -> None:
-        if rows.size and not (rows.min() >= 0 and rows.max() < len(self.cache.length)):
-            raise ValueError("a row that does not exist")
 
     def _check_tokens(self, tokens: Int32Array) -> None:
-        if tokens.size and not (tokens.min() >= 0 and tokens.max() < self._vocab_size):
+        if not _all_below(tokens, self._vocab_size):
             raise ValueError("a token outside the vocabulary")
 
     def _check_counts(self, counts: Int32Array, total: int) -> None:
         # As Python's integers, which do not wrap around.
         if (counts < 0).any() or sum(counts.tolist()) != total:
             raise ValueError(f"counts that do not add up to {total}")
+
+
+def _all_below(values: Int32Array, limit: int) -> bool:
+    """Whether all values are in ``range(limit)``; one pass, since negative ones become huge."""
+    return not values.size or bool(np.maximum.reduce(values.view(np.uint32)) < limit)
+
+
+def _indices(data: bytes) -> Int32Array:
+    """Row numbers as unsigned integers: indexing with them fails where there is no such row."""
+    return np.frombuffer(data, dtype="<u4")

@@ -1,0 +1,190 @@
+"""The two host-side costs of SSD: ``propose()`` on hits, and the draft's own Python per step.
+
+The real proposer, client, cache and draft engine, talking over a real socket pair; only the draft
+model is replaced by a table look-up, so that every look-up is a hit and no model time is measured.
+The draft's turn is taken between two proposals and not timed as part of them.
+
+    python benchmarks/critical_path.py
+"""
+
+from __future__ import annotations
+
+import socket
+import statistics
+import time
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from vllm_ssd.core.tree import Int32Array
+from vllm_ssd.draft.blocks import KVBlocks
+from vllm_ssd.draft.engine import DraftEngine
+from vllm_ssd.draft.forward import Sequences
+from vllm_ssd.draft.rounds import Policy
+from vllm_ssd.draft.rows import Rows
+from vllm_ssd.target.client import DraftClient
+from vllm_ssd.target.proposer import SSDProposer
+from vllm_ssd.wire.channel import Channel
+from vllm_ssd.wire.messages import (
+    DraftBound,
+    Outcomes,
+    Ready,
+    Setup,
+    Start,
+    TargetBound,
+    ToTarget,
+    Trimmed,
+)
+
+VOCABULARY = 49_152
+DEPTH = 6
+BRANCHES = 24
+CANDIDATES = 25
+ROUNDS = 200
+BLOCK = 32
+
+
+class TableModel:
+    """A draft "model" whose next token is a function of the last one."""
+
+    def forward(self, sequences: Sequences) -> Int32Array:
+        """The best tokens after each sequence: its last token's successor, then others."""
+        last = sequences.tokens[np.cumsum(sequences.query_lens) - 1].astype(np.int64)
+        top = (last[:, None] * 31 + np.arange(CANDIDATES) * 101 + 7) % VOCABULARY
+        return top.astype(np.int32)
+
+    def copy_blocks(self, sources: Sequence[int], destinations: Sequence[int]) -> None:
+        """There is no KV to copy."""
+
+
+def successor(token: int) -> int:
+    """The token the model, and so the pretended target, puts after ``token``."""
+    return (token * 31 + 7) % VOCABULARY
+
+
+class Draft:
+    """The draft's side of the socket, driven by hand."""
+
+    def __init__(self, connection: socket.socket, requests: int, context: int) -> None:
+        self._channel: Channel[DraftBound] = Channel(connection, DraftBound)
+        self._epoch, self._number = 0, 0
+        blocks = -(-(context + 4096) // BLOCK)
+        rows = requests * BRANCHES
+        self.engine = DraftEngine(
+            TableModel(),
+            Rows(rows, blocks, DEPTH, CANDIDATES),
+            KVBlocks(requests * blocks + 3 * rows, BLOCK, enable_prefix_caching=True),
+            Policy(DEPTH, (4, 4, 4, 3, 3, 3, 3), BRANCHES, 0.7, 1.0),
+            prefill_chunk=100_000,
+            prefill_chunk_idle=100_000,
+        )
+        self._send([Ready(rows, 0, BLOCK)])
+
+    def turn(self) -> None:
+        """Read everything, then decode until nothing is left to do."""
+        for frame in self._channel.receive(1.0):
+            assert frame is not None
+            self._epoch = frame.epoch
+            for message in frame.messages:
+                match message:
+                    case Start():
+                        self.engine.start(message)
+                    case Outcomes():
+                        self.engine.outcomes(message)
+                    case Trimmed():
+                        self.engine.trimmed(message)
+        self._send(self.engine.publications())
+        while self.engine.has_work:
+            self._send(self.engine.step())
+
+    def _send(self, messages: list[ToTarget]) -> None:
+        self._channel.send(TargetBound(self._epoch, self._number, messages))
+        self._number += 1
+
+
+def measure(requests: int, context: int) -> tuple[list[float], DraftEngine, float]:
+    """Seconds of each ``propose()``, the draft engine, and the share of look-ups that hit."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    proposer, client = _proposer(ours, context)
+    texts = np.zeros((requests, context + 4096), np.int32)
+    lengths = np.full(requests, context, np.int32)
+    texts[:, :context] = np.random.default_rng(0).integers(3, VOCABULARY, (requests, context))
+    draft = Draft(theirs, requests, context)
+    client.poll(1.0)
+    names = [f"request-{i}" for i in range(requests)]
+    parameters = SimpleNamespace(
+        max_tokens=4096, stop_token_ids=[], eos_token_id=None, ignore_eos=True
+    )
+    proposer.bind(SimpleNamespace(input_batch=SimpleNamespace(req_ids=names), requests={}), client)
+    announced = [
+        proposer.requests.announce(name, texts[i, :context], context, parameters)
+        for i, name in enumerate(names)
+    ]
+    client.send(list(announced))
+    proposals: list[list[int]] = [[] for _ in names]
+    seconds: list[float] = []
+    for _ in range(ROUNDS):
+        draft.turn()
+        sampled = []
+        for i, proposal in enumerate(proposals):
+            # Everything proposed is accepted, and the target's next token is the draft's.
+            last = proposal[-1] if proposal else int(texts[i, lengths[i] - 1])
+            tokens = [*proposal, successor(last)]
+            texts[i, lengths[i] : lengths[i] + len(tokens)] = tokens
+            lengths[i] += len(tokens)
+            sampled.append(tokens)
+        began = time.perf_counter()
+        proposals = proposer.propose(sampled, lengths, texts)
+        seconds.append(time.perf_counter() - began)
+    return seconds, draft.engine, proposer.stats.hits / proposer.stats.rounds
+
+
+def _proposer(connection: socket.socket, context: int) -> tuple[SSDProposer, DraftClient]:
+    options = {"model": "table", "num_speculative_tokens": DEPTH, "strict": True}
+    config: Any = SimpleNamespace(
+        additional_config={"ssd": options},
+        model_config=SimpleNamespace(max_model_len=context + 4096),
+    )
+    proposer = SSDProposer(config)
+    setup = Setup({}, DEPTH, [3] * (DEPTH + 1), BRANCHES, 0.7, 1.0, 0.0, True, VOCABULARY)
+    client = DraftClient(setup, [], 60.0, proposer.stats, proposer.requests.forget_all)
+    stand_in: Any = SimpleNamespace(channel=Channel(connection, TargetBound), pid=0)
+    client.process = stand_in
+    return proposer, client
+
+
+def main() -> None:
+    """Print both tables."""
+    table = Table(title=f"propose(), K = {DEPTH}, {BRANCHES} branches a request, {ROUNDS} rounds")
+    for column in ("requests", "context", "hit rate", "median", "99 %"):
+        table.add_column(column, justify="right")
+    steps = Table(title="the draft's Python per step, beyond the model's forward")
+    for column in ("rows", "context", "mean"):
+        steps.add_column(column, justify="right")
+    for requests, context in ((1, 100), (1, 8_000), (32, 100), (32, 8_000)):
+        seconds, engine, hit_rate = measure(requests, context)
+        microseconds = sorted(1e6 * s for s in seconds[20:])
+        table.add_row(
+            str(requests),
+            str(context),
+            f"{hit_rate:.1%}",
+            f"{statistics.median(microseconds):.0f} µs",
+            f"{microseconds[int(0.99 * len(microseconds))]:.0f} µs",
+        )
+        counters = engine.counters
+        steps.add_row(
+            f"{counters['draft_rows'] / counters['draft_steps']:.1f}",
+            str(context),
+            f"{1e3 * counters['draft_python_seconds'] / counters['draft_steps']:.2f} ms",
+        )
+    console = Console()
+    console.print(table)
+    console.print(steps)
+
+
+if __name__ == "__main__":
+    main()
