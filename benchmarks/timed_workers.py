@@ -8,12 +8,14 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_ssd.target.worker import PlatformWorker, SSDWorker
+from vllm.platforms import current_platform
 
-if TYPE_CHECKING:
-    Base = object
+from vllm_ssd.target.worker import SSDWorker
+
+if TYPE_CHECKING or not current_platform.is_cpu():
+    from vllm.v1.worker.gpu_worker import Worker as PlatformWorker
 else:
-    Base = PlatformWorker
+    from vllm.v1.worker.cpu_worker import CPUWorker as PlatformWorker
 
 RECORDED = "VLLM_SSD_BENCHMARK_TEXTS"
 """Environment variable: a JSON file with the texts the target is known to write."""
@@ -43,7 +45,7 @@ class TimedSSDWorker(Timed, SSDWorker):
     """SSD, timed. Its notices to the draft are part of the time."""
 
 
-class TimedWorker(Timed, Base):
+class TimedWorker(Timed, PlatformWorker):
     """Plain vLLM, timed."""
 
 
@@ -52,7 +54,7 @@ class RecordedProposer:
 
     def __init__(self, vllm_config: Any) -> None:
         self._depth = vllm_config.speculative_config.num_speculative_tokens
-        self._texts = json.loads(Path(os.environ[RECORDED]).read_text())
+        self._texts: list[list[int]] = json.loads(Path(os.environ[RECORDED]).read_text())
 
     def load_model(self, target_model: Any) -> None:
         """Nothing to load."""
