@@ -57,9 +57,9 @@ def bind_target(cores: list[int]) -> None:
     """Keep the target's threads, which run in this process, to ``cores``."""
     import torch
 
-    # vLLM takes this function away once it has bound threads; an earlier engine has set it then.
-    if torch.get_num_threads() != len(cores):
-        torch.set_num_threads(len(cores))
+    # torch.set_num_threads does nothing any more if this process had an engine before, even one
+    # without the plugin; and two OpenMP threads on one core wait for each other by spinning.
+    torch._C.set_num_threads(len(cores))
     affinity.bind(cores)
 
 
