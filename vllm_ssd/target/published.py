@@ -77,13 +77,17 @@ class PublishedTrees:
         for handle, base, trunk, count, end in zip(
             handles, bases, trunks.tolist(), counts.tolist(), ended, strict=True
         ):
-            if handle in self._announced:
-                if trunk < 0:
-                    self.cache.trees.pop(handle, None)
-                    self.withdrawn.add(handle)
-                else:
-                    self.withdrawn.discard(handle)
-                    self.cache.plant(handle, base, trunk, tokens[at : at + count], bool(end))
+            if trunk < 0:
+                self.cache.trees.pop(handle, None)
+            else:
+                self.cache.plant(handle, base, trunk, tokens[at : at + count], bool(end))
+            if handle not in self._announced:
+                # It is over. Its rows count all the same: they grow until the draft knows.
+                self.cache.trees.pop(handle, None)
+            elif trunk < 0:
+                self.withdrawn.add(handle)
+            else:
+                self.withdrawn.discard(handle)
             at += count
 
     def fork(self, message: Forked) -> None:

@@ -1,0 +1,155 @@
+"""What must hold between any two messages."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from tests.draft.simulation import Simulation
+from tests.draft.toy_model import greedy
+from vllm_ssd.core.tree import SpeculationCache, Tree
+from vllm_ssd.draft.request import DORMANT, Request
+
+Paths = dict[tuple[int, ...], list[int]]
+"""Tokens of the trunk, under ``()``, and of each fork, under its ``(k, t*)``."""
+
+
+def paths(cache: SpeculationCache, tree: Tree) -> Paths:
+    """All that a tree holds."""
+    found: Paths = {(): cache.row_tokens(tree.trunk)}
+    for keys, rows in tree.forks:
+        for key, row in zip(keys.tolist(), rows.tolist(), strict=True):
+            found[key >> 32, key & 0xFFFFFFFF] = cache.row_tokens(row)
+    return found
+
+
+def check_always(sim: Simulation) -> None:
+    """Whatever has happened so far."""
+    for handle, tree in sim.published.cache.trees.items():
+        request = sim.requests[handle]
+        assert tree.base <= request.told
+        check_tree(sim, sim.published.cache, tree, request.text)
+    for handle, request_there in sim.engine.tenancy.requests.items():
+        if (tree_there := sim.rows.cache.trees.get(handle)) is not None:
+            assert request_there.trunk == tree_there.trunk
+            check_tree(sim, sim.rows.cache, tree_there, request_there.text.tolist())
+    assert sim.rows.cache.trees.keys() <= sim.engine.tenancy.requests.keys()
+    check_rows(sim)
+    check_blocks(sim)
+    if not sim.to_draft and not sim.to_target:
+        check_trees_agree(sim)
+
+
+def check_tree(sim: Simulation, cache: SpeculationCache, tree: Tree, text: list[int]) -> None:
+    """A tree holds what the model says to exactly this text, and nothing else."""
+    vocab_size = sim.sizes.vocab_size
+    base = text[: tree.base]
+    assert len(base) == tree.base
+    held = paths(cache, tree)
+    trunk = held.pop(())
+    assert trunk == greedy(base, vocab_size, len(trunk))
+    for (k, first), branch in held.items():
+        assert k <= len(trunk)
+        assert trunk[k : k + 1] != [first], "a fork of the very token it leaves"
+        assert branch[0] == first
+        below = greedy(base + trunk[:k] + [first], vocab_size, len(branch) - 1)
+        assert branch[1:] == below
+
+
+def check_trees_agree(sim: Simulation) -> None:
+    """The target's copy holds what the draft holds."""
+    theirs, ours = sim.rows.cache, sim.published.cache
+    assert ours.trees.keys() == theirs.trees.keys()
+    for handle, tree in theirs.trees.items():
+        copy = ours.trees[handle]
+        assert (copy.base, copy.trunk) == (tree.base, tree.trunk)
+        assert paths(ours, copy) == paths(theirs, tree)
+        for row in [tree.trunk, *sim.engine.tenancy.requests[handle].forks]:
+            assert ours.ended[row] == theirs.ended[row]
+
+
+def check_rows(sim: Simulation) -> None:
+    """Each row has one owner, and those that decode have blocks of their own to write to."""
+    rows, size = sim.rows, sim.sizes.block_size
+    owned: list[int] = []
+    for request in sim.engine.tenancy.requests.values():
+        if request.trunk == DORMANT:
+            assert not request.forks
+            assert not request.blocks
+            continue
+        owned += [request.trunk, *request.forks]
+        trunk_cover = range(len(request.blocks))
+        trunk_ids = [block.block_id for block in request.blocks]
+        assert rows.block_table[request.trunk, : len(trunk_ids)].tolist() == trunk_ids
+        _check_cover(sim, request.trunk, trunk_cover)
+        for row, own in request.forks.items():
+            first = int(rows.start[row]) // size
+            ids = [block.block_id for block in own]
+            assert rows.block_table[row, first : first + len(own)].tolist() == ids
+            assert rows.block_table[row, :first].tolist() == trunk_ids[:first]
+            _check_cover(sim, row, range(first, first + len(own)))
+    free = rows._free
+    assert sorted(owned + free) == list(range(sim.sizes.max_rows))
+    assert not rows.pending[free].any()
+
+
+def _check_cover(sim: Simulation, row: int, own: range) -> None:
+    """Whatever the row still writes lies in blocks that are its own."""
+    rows, size = sim.rows, sim.sizes.block_size
+    if rows.pending[row]:
+        next_one = int(rows.computed[row])
+        last_one = next_one + int(rows.room[row])
+        assert next_one // size in own
+        assert last_one // size in own
+
+
+def owners(request: Request) -> list[Any]:
+    """The blocks a request holds, each as often as it holds it."""
+    return request.blocks + [block for own in request.forks.values() for block in own]
+
+
+def check_blocks(sim: Simulation) -> None:
+    """Reference counts are the numbers of owners; the rest is free."""
+    held: Counter[int] = Counter()
+    for request in sim.engine.tenancy.requests.values():
+        held.update(block.block_id for block in owners(request))
+    for block in sim.blocks._pool.blocks:
+        if not block.is_null:
+            assert block.ref_cnt == held[block.block_id]
+    assert sim.blocks.free_count == sim.sizes.num_blocks - 1 - len(held)
+
+
+def guard_writes(sim: Simulation) -> None:
+    """Have every write checked: its blocks have one owner and are not in the prefix cache."""
+
+    def check(written: set[int]) -> None:
+        blocks = sim.blocks._pool.blocks
+        held: Counter[int] = Counter()
+        for request in sim.engine.tenancy.requests.values():
+            held.update(block.block_id for block in owners(request))
+        for block_id in written:
+            assert held[block_id] == 1
+            assert sim.blocks.writable(blocks[block_id])
+
+    sim.model.before_write = check
+
+
+def check_at_rest(sim: Simulation) -> None:
+    """Everything has arrived and the draft has nothing to do: the target would wait in vain."""
+    depth = sim.sizes.depth
+    for request in sim.requests.values():
+        nothing_to_draft = request.limit - len(request.text) <= 1
+        if request.handle in sim.published.withdrawn or nothing_to_draft or request.over:
+            continue
+        tree = sim.published.cache.trees[request.handle]
+        assert tree.base == request.told
+        assert tree.complete
+        ended, length = sim.published.cache.ended, sim.published.cache.length
+        left = request.limit - tree.base
+        wanted = min(len(request.proposed) + 1 + depth, left)
+        assert ended[tree.trunk] or length[tree.trunk] >= wanted
+        for keys, rows in tree.forks:
+            for key, row in zip(keys.tolist(), rows.tolist(), strict=True):
+                k = key >> 32
+                if k <= request.verifying:
+                    assert ended[row] or length[row] == 1 + min(depth, left - k - 1)

@@ -1,0 +1,233 @@
+"""A target and a draft engine without processes: messages travel when the test says so.
+
+The target's side is what the plugin's is (the published trees, look-up by content, notices); the
+draft's side is the real engine over vLLM's real block pool, with :class:`ToyModel` as its model.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from tests.draft.toy_model import ToyModel, best_tokens, greedy
+from vllm_ssd.core.tree import Walk, Where
+from vllm_ssd.draft.blocks import KVBlocks
+from vllm_ssd.draft.engine import DraftEngine
+from vllm_ssd.draft.rounds import Policy
+from vllm_ssd.draft.rows import Rows
+from vllm_ssd.target.published import PublishedTrees
+from vllm_ssd.wire.messages import (
+    Finished,
+    Forked,
+    Outcomes,
+    Planted,
+    Ready,
+    Start,
+    Stepped,
+    ToDraft,
+    ToTarget,
+    Trimmed,
+    pack,
+)
+
+
+class Sizes(NamedTuple):
+    """How big everything is; by default nothing runs short."""
+
+    depth: int = 3
+    fan_out: tuple[int, ...] = (2, 2, 2, 2)
+    max_branches: int = 0
+    vocab_size: int = 12
+    num_blocks: int = 400
+    block_size: int = 4
+    max_rows: int = 64
+    max_length: int = 64
+    prefill_chunk: int = 4
+    prefill_chunk_idle: int = 16
+    caching: bool = True
+
+
+@dataclass
+class TargetRequest:
+    """A request as the target sees it."""
+
+    handle: int
+    text: list[int]
+    limit: int
+    stop: list[int]
+    told: int
+    """How much of the text the draft was told of."""
+    proposed: list[int] = field(default_factory=list)
+    verifying: int = 0
+    over: bool = False
+    """It has ended; the draft may not know yet."""
+
+
+class Simulation:
+    """One target, one draft."""
+
+    def __init__(self, sizes: Sizes = Sizes()) -> None:  # noqa: B008 (immutable)
+        self.sizes = sizes
+        candidates = min(sum(sizes.fan_out) + 1, sizes.vocab_size)
+        self.model = ToyModel(sizes.num_blocks, sizes.block_size, sizes.vocab_size, candidates)
+        self.blocks = KVBlocks(sizes.num_blocks, sizes.block_size, sizes.caching)
+        self.rows = Rows(
+            sizes.max_rows, -(-sizes.max_length // sizes.block_size), sizes.depth, candidates
+        )
+        self.engine = DraftEngine(
+            self.model,
+            self.rows,
+            self.blocks,
+            Policy(sizes.depth, sizes.fan_out, sizes.max_branches, 0.7, 1.0),
+            sizes.prefill_chunk,
+            sizes.prefill_chunk_idle,
+        )
+        self.published = PublishedTrees(sizes.depth, sizes.vocab_size)
+        self.published.start(Ready(sizes.max_rows, sizes.num_blocks, sizes.block_size))
+        self.requests: dict[int, TargetRequest] = {}
+        """All that the draft was told of and not told to be finished."""
+        self.to_draft: deque[list[ToDraft]] = deque()
+        self.to_target: deque[list[ToTarget]] = deque()
+        self._next_handle = 0
+
+    # ---- the target
+
+    def start(
+        self, prompt: Sequence[int], max_tokens: int = 100, stop: Sequence[int] = ()
+    ) -> TargetRequest:
+        """A new request."""
+        limit = min(len(prompt) + max_tokens, self.sizes.max_length) - 1
+        return self._announce(list(prompt), limit, list(stop))
+
+    def _announce(self, text: list[int], limit: int, stop: list[int]) -> TargetRequest:
+        request = TargetRequest(self._next_handle, text, limit, stop, len(text))
+        self._next_handle += 1
+        self.requests[request.handle] = request
+        self.published.announce(request.handle)
+        self.to_draft.append([Start(request.handle, pack(text), limit, stop)])
+        return request
+
+    def confirm(self, request: TargetRequest, accepted: int, token: int) -> None:
+        """Verification accepts so many of the proposed tokens and emits ``token`` after them."""
+        assert accepted <= request.verifying
+        request.text += [*request.proposed[:accepted], token]
+        new = request.text[-accepted - 1 :]
+        request.over = len(request.text) > request.limit or bool(set(new) & set(request.stop))
+
+    def propose(self, requests: Iterable[TargetRequest]) -> None:
+        """Look up what follows the confirmed texts, and tell the draft."""
+        handles, lengths, confirmed, proposed = [], [], [], []
+        tokens: list[int] = []
+        for request in requests:
+            walk = self.walk(request)
+            wanted = min(self.sizes.depth, request.limit - len(request.text))
+            request.proposed = []
+            if walk.where is Where.FOUND and wanted > 0:
+                request.proposed = self.published.cache.below(walk, wanted)
+            request.verifying = len(request.proposed)
+            handles.append(request.handle)
+            lengths.append(request.told)
+            confirmed.append(len(request.text) - request.told)
+            proposed.append(len(request.proposed))
+            tokens += request.text[request.told :] + request.proposed
+            request.told = len(request.text)
+        fields = (handles, lengths, confirmed, proposed, tokens)
+        self.to_draft.append([Outcomes(*(pack(values) for values in fields), 0)])
+
+    def walk(self, request: TargetRequest) -> Walk:
+        """Walk a request's text down its tree, however old the tree is."""
+        tree = self.published.cache.trees.get(request.handle)
+        new = request.text[tree.base :] if tree is not None else []
+        return self.published.cache.walk(request.handle, new)
+
+    def verify(self, request: TargetRequest, accepted: int, token: int) -> list[int]:
+        """One verification and the look-up after it; the new proposal."""
+        self.confirm(request, accepted, token)
+        self.propose([request])
+        return request.proposed
+
+    def trim(self, request: TargetRequest, verified: int) -> None:
+        """Fewer tokens than were proposed will be verified."""
+        request.verifying = verified
+        self.to_draft.append([Trimmed(pack([request.handle]), pack([verified]))])
+
+    def finish(self, requests: Sequence[TargetRequest]) -> None:
+        """Requests are over."""
+        handles = [request.handle for request in requests]
+        for handle in handles:
+            del self.requests[handle]
+            self.published.drop(handle)
+        self.to_draft.append([Finished(pack(handles))])
+
+    def resync(self) -> None:
+        """A new epoch: what is on its way is lost, all live requests are announced anew."""
+        self.to_draft.clear()
+        self.to_target.clear()
+        self.published.clear()
+        self.engine.reset()
+        live = [request for request in self.requests.values() if not request.over]
+        self.requests.clear()
+        for request in live:
+            self._announce(request.text, request.limit, request.stop)
+
+    def greedy(self, request: TargetRequest, count: int) -> list[int]:
+        """The draft model's own continuation of a request's text."""
+        return greedy(request.text, self.sizes.vocab_size, count)
+
+    def best(self, text: list[int]) -> list[int]:
+        """The draft model's next tokens after a text, best first."""
+        return best_tokens(text, self.sizes.vocab_size, self.sizes.vocab_size)
+
+    # ---- the draft, as its server drives it
+
+    def draft_receives(self, frames: int = 1) -> None:
+        """The draft takes frames in and publishes what they change."""
+        for _ in range(min(frames, len(self.to_draft))):
+            for message in self.to_draft.popleft():
+                match message:
+                    case Start():
+                        self.engine.start(message)
+                    case Outcomes():
+                        self.engine.outcomes(message)
+                    case Trimmed():
+                        self.engine.trimmed(message)
+                    case Finished():
+                        self.engine.finished(message)
+        self.to_target.append(self.engine.publications())
+
+    def draft_steps(self, steps: int = 1) -> None:
+        """The draft decodes."""
+        for _ in range(steps):
+            if self.engine.has_work:
+                self.to_target.append(self.engine.step())
+
+    # ---- the target's side of the line
+
+    def target_receives(self, frames: int = 1) -> None:
+        """The target takes publications in."""
+        for _ in range(min(frames, len(self.to_target))):
+            for message in self.to_target.popleft():
+                match message:
+                    case Planted():
+                        self.published.plant(message)
+                    case Forked():
+                        self.published.fork(message)
+                    case Stepped():
+                        self.published.step(message)
+
+    def deliver(self) -> None:
+        """Everything under way arrives; nothing is decoded."""
+        self.draft_receives(len(self.to_draft))
+        self.target_receives(len(self.to_target))
+
+    def settle(self) -> None:
+        """Everything arrives and the draft works until it has nothing to do."""
+        self.deliver()
+        for _ in range(1000):
+            if not self.engine.has_work:
+                self.target_receives(len(self.to_target))
+                return
+            self.draft_steps()
+        raise AssertionError("the draft never comes to rest")

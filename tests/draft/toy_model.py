@@ -1,0 +1,125 @@
+"""A draft model that answers from what its KV cache really holds.
+
+Its next token is a hash of the whole text as read back through the block table. A wrong block
+table, a missing copy, a stale slot or a write into a shared block changes what it says, or is
+caught right here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vllm_ssd.core.tree import Int32Array
+from vllm_ssd.draft.forward import Sequences
+
+NOTHING = -1
+_LONGEST = 4096
+_WEIGHTS = np.random.default_rng(0).integers(1, 2**63, _LONGEST, np.uint64) | np.uint64(1)
+
+
+def prefix_hashes(tokens: Int32Array) -> NDArray[np.uint64]:
+    """A number for each beginning of a text: what the KV of a position depends on."""
+    return np.cumsum((tokens.astype(np.uint64) + np.uint64(1)) * _WEIGHTS[: len(tokens)])
+
+
+def best_tokens(text: list[int], vocab_size: int, count: int) -> list[int]:
+    """The model: its ``count`` best next tokens after ``text``, best first."""
+    tokens = np.array(text, np.int32)
+    return _best(prefix_hashes(tokens)[-1:], vocab_size)[0, :count].tolist()
+
+
+def greedy(text: list[int], vocab_size: int, count: int) -> list[int]:
+    """The ``count`` tokens the model goes on with."""
+    grown = list(text)
+    for _ in range(count):
+        grown += best_tokens(grown, vocab_size, 1)
+    return grown[len(text) :]
+
+
+def _best(hashes: NDArray[np.uint64], vocab_size: int) -> Int32Array:
+    """All tokens after the texts with these hashes, best first; ``[n, vocab_size]``."""
+    scores = hashes[:, None] ^ _WEIGHTS[-vocab_size:]
+    for shift in (33, 29):  # splitmix64's finish: all bits depend on all bits
+        scores = (scores ^ (scores >> np.uint64(shift))) * np.uint64(0xBF58476D1CE4E5B9)
+    return np.argsort(scores, axis=1).astype(np.int32)
+
+
+class ToyModel:
+    """A :class:`vllm_ssd.draft.forward.DraftModel` of numpy arrays.
+
+    Args:
+        num_blocks: blocks of its KV cache.
+        block_size: tokens per block.
+        vocab_size: its tokens.
+        num_candidates: how many best tokens a forward returns.
+    """
+
+    def __init__(
+        self, num_blocks: int, block_size: int, vocab_size: int, num_candidates: int
+    ) -> None:
+        shape = (num_blocks, block_size)
+        self.vocab_size = vocab_size
+        self.forwards = 0
+        self.sequences: list[int] = []
+        """How many sequences each forward had."""
+        self.before_write: Callable[[set[int]], None] = lambda blocks: None
+        """Called with the blocks that are about to be written."""
+        self._size = block_size
+        self._num_candidates = num_candidates
+        self._position = np.full(shape, NOTHING, np.int32)
+        self._token = np.full(shape, NOTHING, np.int32)
+        self._prefix = np.zeros(shape, np.uint64)
+
+    def copy_blocks(self, sources: Sequence[int], destinations: Sequence[int]) -> None:
+        """Copy blocks."""
+        assert len(sources) == len(destinations) == len(set(destinations))
+        assert not set(sources) & set(destinations)
+        self._may_write(set(destinations))
+        for held in (self._position, self._token, self._prefix):
+            held[list(destinations)] = held[list(sources)]
+
+    def forward(self, sequences: Sequences) -> Int32Array:
+        """Write, then read back, then answer."""
+        tables, lens, tokens, positions = sequences
+        assert len(tables) == len(lens) > 0
+        assert len(tokens) == len(positions) == lens.sum()
+        assert (lens > 0).all()
+        assert sorted(lens > 1) == (lens > 1).tolist(), "sequences of one query token come first"
+
+        owner = np.repeat(np.arange(len(lens)), lens)
+        blocks, offsets = tables[owner, positions // self._size], positions % self._size
+        slots = (blocks * self._size + offsets).tolist()
+        assert len(set(slots)) == len(slots), "two tokens into one slot"
+        self._may_write(set(blocks.tolist()))
+        # As in a real layer all writes of a forward come before all reads.
+        self._position[blocks, offsets] = positions
+        self._token[blocks, offsets] = tokens
+
+        ends = np.cumsum(lens)
+        hashes = np.zeros(len(lens), np.uint64)
+        for i, (table, end, count) in enumerate(zip(tables, ends, lens, strict=True)):
+            first, length = int(positions[end - count]), int(positions[end - 1]) + 1
+            hashes[i] = self._read_back(table, first, length)
+        self.forwards += 1
+        self.sequences.append(len(lens))
+        return _best(hashes, self.vocab_size)[:, : self._num_candidates]
+
+    def _read_back(self, table: Int32Array, first_new: int, length: int) -> np.uint64:
+        """The hash of a sequence's text as its blocks hold it."""
+        at = np.arange(length)
+        blocks, offsets = table[at // self._size], at % self._size
+        assert self._position[blocks, offsets].tolist() == at.tolist(), "holes or stale slots"
+        hashes = prefix_hashes(self._token[blocks, offsets])
+        # KV also depends on all tokens before it: a block is good for one beginning only.
+        old = slice(0, first_new)
+        assert (self._prefix[blocks[old], offsets[old]] == hashes[old]).all(), "KV of another text"
+        new = slice(first_new, length)
+        self._prefix[blocks[new], offsets[new]] = hashes[new]
+        return hashes[-1]
+
+    def _may_write(self, blocks: set[int]) -> None:
+        assert 0 not in blocks, "the null block"
+        self.before_write(blocks)
