@@ -150,7 +150,7 @@ def _proposer(connection: socket.socket, context: int) -> tuple[SSDProposer, Dra
         model_config=SimpleNamespace(max_model_len=context + 4096),
     )
     proposer = SSDProposer(config)
-    setup = Setup({}, DEPTH, [3] * (DEPTH + 1), BRANCHES, 0.7, 1.0, 0.0, True, VOCABULARY)
+    setup = Setup({}, DEPTH, [3] * (DEPTH + 1), BRANCHES, 0.7, 1.0, True, VOCABULARY)
     client = DraftClient(setup, [], 60.0, proposer.stats, proposer.requests.forget_all)
     stand_in: Any = SimpleNamespace(channel=Channel(connection, TargetBound), pid=0)
     client.process = stand_in

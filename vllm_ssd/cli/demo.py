@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import tempfile
 from typing import Any
 
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from vllm_ssd.cli import CommandError
@@ -19,7 +21,13 @@ QUESTIONS = [
     "Give me five tips for learning to cook at home.",
 ]
 
-PLAIN, DRAFT_MODEL, SSD = "vLLM", "vLLM draft_model", "SSD"
+PLAIN, DRAFT_MODEL, SSD = "vLLM", "draft_model", "SSD"
+
+SLOW_DRAFT_WAIT_MS = 10_000.0
+"""A draft as slow as its target is never ready in time; waited for, it at least shows its hits."""
+
+ENDING_SECONDS = 15.0
+"""How long an engine may take to shut down."""
 
 console = Console()
 
@@ -50,9 +58,10 @@ def run(max_tokens: int, num_speculative_tokens: int, enforce_eager: bool = True
     )
     if models.draft_is_target:
         console.print(
-            "[yellow]There is no distilled draft yet: the model drafts for itself. "
-            "Such a draft is far too slow to gain anything; this shows that it works.[/]"
+            "[yellow]There is no distilled draft yet: the model drafts for itself, and SSD waits "
+            "for it. Such a draft is too slow to gain anything; this shows that it works.[/]"
         )
+        methods[SSD] = {"method": "ssd", **speculation, "max_wait_ms": SLOW_DRAFT_WAIT_MS}
     results = {
         name: _ask(
             name, EngineSpec(str(models.target), method, QUESTIONS, max_tokens, enforce_eager)
@@ -71,22 +80,28 @@ def _ask(name: str, spec: EngineSpec) -> Answers:
     """Start one engine, print its answers as they come, return them."""
     context = multiprocessing.get_context("spawn")
     events, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=run_engine, args=(spec, theirs), name=f"demo {name}")
-    process.start()
-    theirs.close()
-    try:
-        return _listen(name, spec, events)
-    except EOFError:
-        raise CommandError(f"the engine of {name!r} ended without a word") from None
-    finally:
-        process.kill()
-        process.join()
+    with tempfile.NamedTemporaryFile("r", prefix="vllm-ssd-demo-", suffix=".log") as log:
+        process = context.Process(target=run_engine, args=(spec, theirs, log.name))
+        process.start()
+        theirs.close()
+        try:
+            answers = _listen(name, spec, events)
+            process.join(ENDING_SECONDS)
+            return answers
+        except (EOFError, CommandError) as error:
+            reason = str(error) or f"the engine of {name!r} ended without a word"
+            raise CommandError(f"{reason}\n{log.read()[-2000:]}") from None
+        finally:
+            process.kill()
+            process.join()
 
 
 def _listen(name: str, spec: EngineSpec, events: Any) -> Answers:
     console.rule(f"[bold]{name}")
     current = -1
-    with console.status(f"starting {name}"):
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        bar.add_task(f"starting {name}", total=None)
         event = events.recv()
     while not isinstance(event, Answers):
         match event:
@@ -107,9 +122,9 @@ def _listen(name: str, spec: EngineSpec, events: Any) -> Answers:
 def _table(results: dict[str, Answers]) -> Table:
     table = Table(title="The same questions, three ways")
     table.add_column("")
-    columns = ("tokens/s", "inter-token latency", "acceptance length", "hit rate")
-    for column in (*columns, "draft round / verification", "text"):
-        table.add_column(column, justify="right")
+    columns = ("tokens/s", "inter-token\nlatency", "acceptance\nlength", "hit rate")
+    for column in (*columns, "draft round /\nverification", "text"):
+        table.add_column(column, justify="right", no_wrap=True)
     plain = results[PLAIN]
     for name, answers in results.items():
         tokens = sum(map(len, answers.token_ids))
@@ -118,7 +133,7 @@ def _table(results: dict[str, Answers]) -> Table:
         table.add_row(
             name,
             f"{tokens / answers.seconds:.1f}",
-            f"{1e3 * answers.gaps / max(1, gaps):.1f} ms",
+            f"{1e3 * answers.gaps / max(1, gaps):.0f} ms",
             _acceptance_length(answers.metrics),
             _hit_rate(answers.metrics),
             _times(answers.metrics),

@@ -55,8 +55,17 @@ class Failed(NamedTuple):
     reason: str
 
 
-def run_engine(spec: EngineSpec, events: Connection) -> None:
-    """Start the engine and answer; everything goes to ``events``. The process's entry point."""
+def run_engine(spec: EngineSpec, events: Connection, log: str) -> None:
+    """The process's entry point: start the engine and answer, everything goes to ``events``.
+
+    Args:
+        spec: what to start and what to ask.
+        events: where the answers go.
+        log: file that takes all other output, this process's and its draft's.
+    """
+    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
+    for standard in (1, 2):
+        os.dup2(descriptor, standard)
     # The engine in this very process: its steps can be watched, its threads are ours to place.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")

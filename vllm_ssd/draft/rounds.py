@@ -28,7 +28,6 @@ class Policy(NamedTuple):
     """Branches per request, the trunk being one; 0: as many as the step time affords."""
     acceptance: float
     miss_exponent: float
-    max_wait_s: float = 0.0
 
 
 class Rounds:
@@ -168,7 +167,7 @@ class Rounds:
         count = policy.max_branches or affordable_guesses(
             guesses,
             self._clock,
-            self.verify_seconds + policy.max_wait_s,
+            self.verify_seconds,
             self.batch,
             policy.num_speculative_tokens,
             policy.acceptance,

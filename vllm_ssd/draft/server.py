@@ -210,7 +210,6 @@ class DraftServer:
             setup.max_branches,
             setup.acceptance,
             setup.miss_exponent,
-            setup.max_wait_s,
         )
         self._engine = DraftEngine(
             model,

@@ -115,7 +115,6 @@ def plan_draft(config: SSDConfig, vllm_config: Any) -> DraftPlan:
         max_branches=0 if config.branches == "auto" else config.branches,
         acceptance=config.acceptance,
         miss_exponent=config.miss_exponent,
-        max_wait_s=config.max_wait_ms * 1e-3,
         enable_prefix_caching=bool(vllm_config.cache_config.enable_prefix_caching),
         vocab_size=target.get_vocab_size(),
         device_index=0 if on_cpu else int(device.partition(":")[2] or 0),

@@ -48,7 +48,6 @@ class Setup(Message, frozen=True):
     """Rows per request; 0 for as many as the measured step time affords."""
     acceptance: float
     miss_exponent: float
-    max_wait_s: float
     enable_prefix_caching: bool
     vocab_size: int
     """The target's vocabulary: ids from there on are never drafted."""
