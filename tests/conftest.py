@@ -13,6 +13,7 @@ from vllm_ssd.cli.models import DemoModels, demo_models
 # vLLM reads these when it is first imported, which no import above does. What is set already stays.
 for name, value in {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in the test's own process starts in 2 s
+    "OMP_NUM_THREADS": "1",  # the first engine decides it for all engines of a process
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_NO_USAGE_STATS": "1",

@@ -53,14 +53,29 @@ def split_cores(wanted: list[int] | None, in_process: bool) -> Cores:
     return Cores(None, draft)
 
 
-def bind_target(cores: list[int]) -> None:
-    """Keep the target's threads, which run in this process, to ``cores``."""
+def bind_target(cores: list[int]) -> bool:
+    """Keep the target's threads, which run in this process, to ``cores``.
+
+    Returns:
+        Whether that was done. Not after an earlier engine in this process, even one without the
+        plugin, that has more threads: vLLM then keeps their number, because its cached matrix
+        kernels give wrong results with weights laid out for another one; and threads that have to
+        take turns on a core wait for each other by spinning.
+    """
     import torch
 
-    # torch.set_num_threads does nothing any more if this process had an engine before, even one
-    # without the plugin; and two OpenMP threads on one core wait for each other by spinning.
-    torch._C.set_num_threads(len(cores))
+    torch.set_num_threads(len(cores))
+    threads = torch.get_num_threads()
+    if threads > len(cores):
+        logger.warning(
+            "ssd: this process has had an engine with %d threads, so the draft shares a core with "
+            "this one's; start it in a new process, or set OMP_NUM_THREADS=%d before",
+            threads,
+            len(cores),
+        )
+        return False
     affinity.bind(cores)
+    return True
 
 
 def _bound_by_vllm() -> set[int]:

@@ -44,8 +44,7 @@ class SSDWorker(PlatformWorker):
             in_process = self.parallel_config.distributed_executor_backend == "uni"
             split = split_cores(self._config.draft_cpu_cores, in_process)
             if split.target is not None:
-                bind_target(split.target)
-                self._bound = True
+                self._bound = bind_target(split.target)
             cores = split.draft
         super().init_device()
         if current_platform.is_cpu():
