@@ -148,7 +148,7 @@ class Rounds:
             self._tenancy.release(request)
             return
         at_rest = not rows.pending[trunk] and request.handle not in self._tenancy.catching_up
-        if at_rest and not rows.cache.ended[trunk] and rows.room[trunk] > 0:
+        if at_rest and not rows.cache.ended[trunk]:
             rows.resume(trunk)
         request.forks_wanted = self._forks_wanted(request.verified)
         if rows.cache.ended[trunk]:

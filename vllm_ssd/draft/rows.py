@@ -81,9 +81,13 @@ class Rows:
         self.pending[row] = False
 
     def resume(self, row: int) -> None:
-        """Let a row that had reached its depth grow again, with the token it already knows."""
+        """Let a row that rests grow again, as far as it has room."""
         length = int(self.cache.length[row])
-        self._grow(np.array([row], np.int32), self.candidates[row, length, :1].copy())
+        if self.computed[row] < self.start[row] + length:
+            # It was stopped before it fed its last token.
+            self.pending[row] = True
+        elif self.room[row] > 0:
+            self._grow(np.array([row], np.int32), self.candidates[row, length, :1].copy())
 
     def take_step(self, rows: Int32Array, top: Int32Array) -> tuple[Int32Array, Int32Array]:
         """Take in one step's result.
