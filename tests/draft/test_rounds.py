@@ -1,0 +1,281 @@
+"""One round after the other: what is guessed, what comes true, where branches end."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.draft.invariants import check_always, check_at_rest, guard_writes, paths
+from tests.draft.simulation import Simulation, Sizes, TargetRequest
+from vllm_ssd.core.tree import Where
+from vllm_ssd.draft.engine import OutOfStepError
+from vllm_ssd.wire.messages import Outcomes, pack
+
+PROMPT = [1, 2, 3, 4, 5, 6]
+
+
+def at_rest(sizes: Sizes = Sizes()) -> tuple[Simulation, TargetRequest]:  # noqa: B008 (immutable)
+    """One request whose first outcomes have been guessed to the full depth."""
+    sim = Simulation(sizes)
+    guard_writes(sim)
+    request = sim.start(PROMPT)
+    sim.settle()
+    return sim, request
+
+
+def verified_once(sizes: Sizes = Sizes()) -> tuple[Simulation, TargetRequest]:  # noqa: B008
+    """The same with a full proposal being verified, everything guessed."""
+    sim, request = at_rest(sizes)
+    sim.verify(request, 0, sim.greedy(request, 1)[0])
+    sim.settle()
+    return sim, request
+
+
+def forks_of(sim: Simulation, request: TargetRequest) -> dict[int, list[int]]:
+    """The guessed tokens after each k."""
+    cache = sim.published.cache
+    guessed: dict[int, list[int]] = {}
+    for key in paths(cache, cache.trees[request.handle]):
+        if key:
+            guessed.setdefault(key[0], []).append(key[1])
+    return guessed
+
+
+def text_after(sim: Simulation, request: TargetRequest, k: int) -> list[int]:
+    """The text if ``k`` of the proposed tokens are accepted."""
+    return request.text + request.proposed[:k]
+
+
+# ---- hits
+
+
+def test_hit_returns_the_branch_that_came_true() -> None:
+    sim, request = verified_once()
+    # The second token is rejected; the target goes on with the draft's second choice there.
+    token = sim.best(text_after(sim, request, 1))[1]
+    proposed = sim.verify(request, 1, token)
+    assert proposed == sim.greedy(request, sim.sizes.depth)
+
+
+def test_the_first_outcome_is_guessed_from_the_prompt_alone() -> None:
+    sim, request = at_rest()
+    token = sim.best(PROMPT)[3]
+    assert sim.verify(request, 0, token) == sim.greedy(request, sim.sizes.depth)
+
+
+def test_a_draft_that_is_the_target_hits_every_time_with_full_depth() -> None:
+    sim, request = at_rest()
+    for _ in range(8):
+        bonus = sim.greedy(request, request.verifying + 1)[-1]
+        proposed = sim.verify(request, request.verifying, bonus)
+        assert proposed == sim.greedy(request, sim.sizes.depth)
+        sim.settle()
+    # Nothing was guessed in vain beyond what the trunk itself went through.
+    assert sim.engine.counters["draft_prefill_tokens"] == len(PROMPT)
+
+
+@given(st.data())
+def test_every_guessed_outcome_hits_with_full_depth(data: st.DataObject) -> None:
+    depth = data.draw(st.integers(1, 4), label="depth")
+    fan_out = data.draw(st.integers(1, 3), label="fan_out")
+    sim, request = at_rest(Sizes(depth=depth, fan_out=(fan_out,) * (depth + 1)))
+    for _ in range(4):
+        guessed = forks_of(sim, request)
+        k = data.draw(st.integers(0, request.verifying), label="accepted")
+        candidates = guessed.get(k, [])
+        if k == request.verifying:
+            candidates = [*candidates, sim.best(text_after(sim, request, k))[0]]
+        proposed = sim.verify(request, k, data.draw(st.sampled_from(candidates), label="token"))
+        assert proposed == sim.greedy(request, depth)
+        sim.settle()
+
+
+def test_an_outcome_nobody_guessed_is_a_miss_and_the_next_one_hits_again() -> None:
+    sim, request = verified_once()
+    assert sim.verify(request, 0, sim.best(request.text)[-1]) == []
+    sim.settle()
+    assert sim.verify(request, 0, sim.best(request.text)[1]) == sim.greedy(request, 3)
+
+
+def test_a_half_drafted_branch_is_a_shorter_draft() -> None:
+    sim, request = at_rest()
+    sim.verify(request, 0, sim.greedy(request, 1)[0])
+    sim.deliver()
+    sim.draft_steps(2)
+    sim.target_receives(2)
+    token = sim.best(request.text)[1]
+    sim.confirm(request, 0, token)
+    sim.propose([request])
+    assert request.proposed == sim.greedy(request, 2)
+
+
+def test_the_target_may_be_two_rounds_ahead_of_the_draft() -> None:
+    sim, request = verified_once()
+    # The draft hears of neither outcome; its old tree still holds the text.
+    first = sim.verify(request, 1, request.proposed[1])
+    assert first == sim.greedy(request, len(first))
+    second = sim.verify(request, 1, first[1])
+    assert second == sim.greedy(request, len(second))
+    assert len(second) > 0
+    sim.settle()
+    check_always(sim)
+    check_at_rest(sim)
+
+
+# ---- what is guessed
+
+
+def test_after_a_prompt_the_whole_budget_is_at_k_0() -> None:
+    sim, request = at_rest()
+    # The trunk is the first choice; the forks are the next ones, best first.
+    budget = sum(sim.sizes.fan_out)
+    assert forks_of(sim, request) == {0: sim.best(PROMPT)[1:budget]}
+
+
+def test_after_an_empty_proposal_the_whole_budget_is_at_k_0() -> None:
+    sim, request = verified_once()
+    assert sim.verify(request, 0, sim.best(request.text)[-1]) == []
+    sim.settle()
+    budget = sum(sim.sizes.fan_out)
+    assert forks_of(sim, request) == {0: sim.best(request.text)[1:budget]}
+
+
+def test_forks_are_the_best_tokens_but_the_drafted_one() -> None:
+    sim, request = verified_once(Sizes(fan_out=(3, 2, 1, 2)))
+    guessed = forks_of(sim, request)
+    for k, count in enumerate([3, 2, 1]):
+        best = sim.best(text_after(sim, request, k))
+        assert best[0] == request.proposed[k]
+        assert guessed[k] == best[1 : 1 + count]
+    # After all of them the trunk itself is the first choice.
+    assert guessed[3] == sim.best(text_after(sim, request, 3))[1:2]
+
+
+def test_end_tokens_are_not_guessed() -> None:
+    sim = Simulation()
+    stop = sim.best(PROMPT)[2]
+    request = sim.start(PROMPT, stop=[stop])
+    sim.settle()
+    guessed = forks_of(sim, request)[0]
+    best = [token for token in sim.best(PROMPT) if token != stop]
+    assert guessed == best[1 : sum(sim.sizes.fan_out)]
+
+
+def test_branches_bounds_the_rows_likeliest_outcomes_first() -> None:
+    sim, request = verified_once(Sizes(max_branches=4))
+    cache = sim.published.cache
+    # By the model at acceptance 0.7: all accepted, then a rejection, the earlier the likelier.
+    assert len(paths(cache, cache.trees[request.handle])) == 4
+    assert {k: len(tokens) for k, tokens in forks_of(sim, request).items()} == {0: 1, 1: 1, 2: 1}
+    alone, single = at_rest(Sizes(max_branches=1))
+    assert forks_of(alone, single) == {}
+
+
+# ---- where branches end
+
+
+def test_a_branch_ends_at_its_end_token() -> None:
+    sim = Simulation()
+    stop = sim.greedy(sim.start(PROMPT), 2)[1]
+    sim = Simulation()
+    request = sim.start(PROMPT, stop=[stop])
+    sim.settle()
+    proposed = sim.verify(request, 0, sim.best(PROMPT)[0])
+    assert proposed[-1] == stop
+    assert len(proposed) == 1
+    sim.settle()
+    # Nothing is guessed after an end token that is accepted.
+    assert set(forks_of(sim, request)) == {0}
+    cache = sim.published.cache
+    assert cache.ended[cache.trees[request.handle].trunk]
+
+
+def test_a_branch_ends_at_the_length_limit() -> None:
+    sim = Simulation()
+    # Five new tokens: the last comes from the target itself, so four can be drafted.
+    request = sim.start(PROMPT, max_tokens=5)
+    sim.settle()
+    lengths = []
+    while not request.over:
+        token = sim.best(request.text)[1]
+        lengths.append(len(sim.verify(request, 0, token)))
+        sim.settle()
+    assert lengths == [3, 2, 1, 0, 0]
+    assert len(request.text) == len(PROMPT) + 5
+
+
+def test_a_request_with_nothing_left_to_draft_holds_nothing() -> None:
+    sim = Simulation()
+    request = sim.start(PROMPT, max_tokens=1)
+    sim.settle()
+    assert sim.model.forwards == 0
+    assert request.handle not in sim.published.cache.trees
+    assert sim.rows.free_count == sim.sizes.max_rows
+
+
+# ---- what the scheduler does to proposals
+
+
+def test_outcomes_beyond_a_trimmed_proposal_are_not_drafted_any_more() -> None:
+    sim, request = at_rest()
+    sim.verify(request, 0, sim.greedy(request, 1)[0])
+    sim.trim(request, 1)
+    sim.settle()
+    lengths = {
+        key: len(branch)
+        for key, branch in paths(
+            sim.published.cache, sim.published.cache.trees[request.handle]
+        ).items()
+        if key
+    }
+    assert {length for (k, _), length in lengths.items() if k <= 1} == {4}
+    assert {length for (k, _), length in lengths.items() if k > 1} == {1}
+
+
+def test_a_stopped_branch_that_came_true_after_all_goes_on_where_it_stopped() -> None:
+    sim, request = at_rest()
+    sim.verify(request, 0, sim.greedy(request, 1)[0])
+    sim.trim(request, 1)
+    sim.deliver()
+    # One proposal is skipped, so that two verifications arrive as one outcome.
+    sim.confirm(request, 1, request.proposed[1])
+    sim.trim(request, 0)
+    sim.verify(request, 0, sim.best(request.text)[1])
+    sim.settle()
+    check_always(sim)
+    check_at_rest(sim)
+    assert sim.verify(request, 0, sim.best(request.text)[0]) == sim.greedy(request, 3)
+
+
+# ---- out of step
+
+
+@pytest.mark.parametrize(
+    ("handle", "length", "confirmed", "tokens"),
+    [(9, 6, 1, [1]), (0, 5, 1, [1]), (0, 7, 1, [1]), (0, 6, 2, [1])],
+    ids=["unknown request", "text shrank", "text missed", "tokens missing"],
+)
+def test_outcomes_that_do_not_fit_the_known_text_are_out_of_step(
+    handle: int, length: int, confirmed: int, tokens: list[int]
+) -> None:
+    sim, _ = at_rest()
+    message = Outcomes(
+        pack([handle]), pack([length]), pack([confirmed]), pack([0]), pack(tokens), 0
+    )
+    with pytest.raises(OutOfStepError):
+        sim.engine.outcomes(message)
+    sim.engine.reset()
+    assert sim.rows.free_count == sim.sizes.max_rows
+    assert not np.any(sim.rows.pending)
+
+
+def test_an_unguessed_text_is_pending_only_while_the_draft_is_at_work() -> None:
+    sim, request = at_rest()
+    request.text.append(sim.best(PROMPT)[-1])
+    assert sim.walk(request).where is Where.OFF
+    other = sim.start(PROMPT[:3])
+    sim.deliver()
+    other.text.append(sim.best(other.text)[-1])
+    assert sim.walk(other).where is Where.PENDING

@@ -1,0 +1,310 @@
+"""Rows and blocks: shared prefixes, prompts beside decoding, idle requests, shortage."""
+
+from __future__ import annotations
+
+from tests.draft.invariants import check_always, check_at_rest, check_blocks, guard_writes, paths
+from tests.draft.simulation import Simulation, Sizes, TargetRequest
+from vllm_ssd.draft.request import DORMANT
+
+PROMPT = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
+
+
+def simulation(**sizes: int) -> Simulation:
+    sim = Simulation(Sizes()._replace(**sizes))
+    guard_writes(sim)
+    return sim
+
+
+def settle(sim: Simulation) -> None:
+    sim.settle()
+    check_always(sim)
+    check_at_rest(sim)
+
+
+def trunk_blocks(sim: Simulation, request: TargetRequest) -> list[int]:
+    return [block.block_id for block in sim.engine.tenancy.requests[request.handle].blocks]
+
+
+def holds_nothing(sim: Simulation, request: TargetRequest) -> bool:
+    return sim.engine.tenancy.requests[request.handle].trunk == DORMANT
+
+
+def prefilled(sim: Simulation) -> float:
+    return sim.engine.counters["draft_prefill_tokens"]
+
+
+def hit(sim: Simulation, request: TargetRequest) -> list[int]:
+    """The target accepts all and goes on as the draft would."""
+    token = sim.greedy(request, request.verifying + 1)[-1]
+    return sim.verify(request, request.verifying, token)
+
+
+# ---- shared prefixes
+
+
+def test_a_second_request_with_the_same_beginning_computes_only_its_own_end() -> None:
+    sim = simulation()
+    first = sim.start(PROMPT)
+    settle(sim)
+    before = prefilled(sim)
+    second = sim.start([*PROMPT[:9], 11, 11])
+    settle(sim)
+    # Two full blocks of four are the same.
+    assert prefilled(sim) - before == 3
+    assert trunk_blocks(sim, second)[:2] == trunk_blocks(sim, first)[:2]
+    assert trunk_blocks(sim, second)[2] != trunk_blocks(sim, first)[2]
+
+
+def test_a_prefix_outlives_its_request() -> None:
+    sim = simulation()
+    sim.finish([sim.start(PROMPT)])
+    settle(sim)
+    first = sim.start(PROMPT)
+    settle(sim)
+    sim.finish([first])
+    settle(sim)
+    before = prefilled(sim)
+    sim.start(PROMPT)
+    settle(sim)
+    assert prefilled(sim) - before == 2
+
+
+def test_the_last_token_of_a_cached_prompt_is_computed_all_the_same() -> None:
+    sim = simulation()
+    sim.start(PROMPT[:8])
+    settle(sim)
+    request = sim.start(PROMPT[:8])
+    settle(sim)
+    assert hit(sim, request) == sim.greedy(request, 3)
+
+
+def test_only_verified_tokens_are_shared() -> None:
+    sim = simulation()
+    request = sim.start(PROMPT)
+    settle(sim)
+    hit(sim, request)
+    settle(sim)
+    # The draft has computed two blocks' worth of tokens the target has not confirmed.
+    drafted = [*request.text, *sim.greedy(request, 6)]
+    before = prefilled(sim)
+    sim.start(drafted)
+    settle(sim)
+    assert prefilled(sim) - before == len(drafted) - len(request.text) // 4 * 4
+
+
+def test_confirmed_text_is_shared_block_by_block() -> None:
+    sim = simulation()
+    request = sim.start(PROMPT)
+    settle(sim)
+    for _ in range(4):
+        hit(sim, request)
+        settle(sim)
+    before = prefilled(sim)
+    sim.start([*request.text, 0])
+    settle(sim)
+    assert prefilled(sim) - before == len(request.text) % 4 + 1
+
+
+def test_without_prefix_caching_nothing_is_shared() -> None:
+    sim = simulation(caching=False)
+    first, second = sim.start(PROMPT), sim.start(PROMPT)
+    settle(sim)
+    assert prefilled(sim) == 2 * len(PROMPT)
+    assert not set(trunk_blocks(sim, first)) & set(trunk_blocks(sim, second))
+
+
+# ---- prompts beside decoding
+
+
+def test_a_long_prompt_is_prefilled_in_chunks_while_others_go_on_decoding() -> None:
+    sim = simulation(prefill_chunk=3)
+    running = sim.start(PROMPT[:4])
+    settle(sim)
+    hit(sim, running)
+    sim.start(list(range(11)) * 2)
+    sim.deliver()
+    cache = sim.published.cache
+    trunk = cache.trees[running.handle].trunk
+    lengths = []
+    for _ in range(3):
+        before = prefilled(sim)
+        sim.draft_steps()
+        sim.target_receives(1)
+        assert prefilled(sim) - before == 3
+        lengths.append(int(cache.length[trunk]))
+    assert lengths == [lengths[0], lengths[0] + 1, lengths[0] + 2]
+    settle(sim)
+
+
+def test_a_prompt_alone_is_prefilled_in_larger_chunks() -> None:
+    sim = simulation(prefill_chunk=3, prefill_chunk_idle=16)
+    sim.start(list(range(11)) * 2)
+    sim.deliver()
+    sim.draft_steps()
+    assert prefilled(sim) == 16
+
+
+def test_all_branches_of_all_requests_are_one_batch() -> None:
+    sim = simulation()
+    for shift in range(3):
+        sim.start(PROMPT[shift:])
+    settle(sim)
+    for request in sim.requests.values():
+        hit(sim, request)
+    sim.deliver()
+    before = sim.model.forwards
+    sim.settle()
+    # The branches' first tokens are known; K forwards, and one for the candidates after them.
+    assert sim.model.forwards - before <= sim.sizes.depth + 2
+    assert max(sim.model.sequences) == 3 * sum(sim.sizes.fan_out)
+
+
+# ---- idle and preempted requests
+
+
+def test_a_request_that_is_not_scheduled_keeps_its_state() -> None:
+    sim = simulation()
+    idle, busy = sim.start(PROMPT), sim.start(PROMPT[::-1])
+    settle(sim)
+    hit(sim, idle)
+    settle(sim)
+    held = trunk_blocks(sim, idle)
+    for _ in range(5):
+        hit(sim, busy)
+        settle(sim)
+    before = prefilled(sim)
+    assert trunk_blocks(sim, idle) == held
+    assert hit(sim, idle) == sim.greedy(idle, 3)
+    settle(sim)
+    assert prefilled(sim) == before
+
+
+# ---- shortage
+
+
+def test_short_of_rows_a_request_gets_fewer_branches() -> None:
+    sim = simulation(max_rows=4)
+    request = sim.start(PROMPT)
+    settle(sim)
+    cache = sim.published.cache
+    assert len(paths(cache, cache.trees[request.handle])) == 4
+    assert sim.engine.counters["draft_narrowed"] > 0
+    assert hit(sim, request) == sim.greedy(request, 3)
+
+
+def test_short_of_blocks_a_request_gets_fewer_branches() -> None:
+    sim = simulation(num_blocks=9)
+    request = sim.start(PROMPT)
+    settle(sim)
+    cache = sim.published.cache
+    assert 1 < len(paths(cache, cache.trees[request.handle])) < 8
+    assert hit(sim, request) == sim.greedy(request, 3)
+
+
+def test_forks_give_way_to_a_new_request() -> None:
+    sim = simulation(num_blocks=10)
+    first = sim.start(PROMPT)
+    settle(sim)
+    second = sim.start(PROMPT[::-1])
+    settle(sim)
+    cache = sim.published.cache
+    assert list(paths(cache, cache.trees[first.handle])) == [()]
+    # Both trunks serve.
+    assert hit(sim, first) == sim.greedy(first, 3)
+    assert hit(sim, second) == sim.greedy(second, 3)
+
+
+def test_the_request_not_wanted_for_longest_is_evicted_and_comes_back() -> None:
+    sim = simulation(max_rows=2, num_blocks=40)
+    idle, second = sim.start(PROMPT), sim.start(PROMPT[::-1])
+    settle(sim)
+    hit(sim, second)
+    settle(sim)
+    third = sim.start([5] * 6)
+    settle(sim)
+    assert holds_nothing(sim, idle)
+    assert idle.handle in sim.published.withdrawn
+    assert sim.engine.counters["draft_evictions"] == 1
+    # It is back with the outcome after its own; the third has not been wanted since it started.
+    hit(sim, second)
+    sim.finish([third])
+    settle(sim)
+    assert sim.verify(idle, 0, sim.best(PROMPT)[0]) == []
+    settle(sim)
+    assert not holds_nothing(sim, idle)
+    assert hit(sim, idle) == sim.greedy(idle, 3)
+
+
+def test_requests_wanted_in_the_same_frame_do_not_evict_each_other() -> None:
+    sim = simulation(max_rows=1)
+    first, second = sim.start(PROMPT), sim.start(PROMPT[::-1])
+    settle(sim)
+    for _ in range(3):
+        for request in (first, second):
+            sim.confirm(request, request.verifying, sim.greedy(request, request.verifying + 1)[-1])
+        sim.propose([first, second])
+        settle(sim)
+        assert sim.engine.counters["draft_evictions"] == 0
+        assert holds_nothing(sim, second)
+        assert first.proposed == sim.greedy(first, 3)
+
+
+def test_a_request_that_finds_no_row_is_not_waited_for() -> None:
+    sim = simulation(max_rows=1)
+    sim.start(PROMPT)
+    turned_away = sim.start(PROMPT[::-1])
+    settle(sim)
+    assert turned_away.handle in sim.published.withdrawn
+
+
+def test_a_request_evicted_with_a_proposal_under_way_is_drafted_past_it() -> None:
+    sim = simulation(max_rows=1)
+    first = sim.start(PROMPT)
+    settle(sim)
+    second = sim.start(PROMPT[::-1])
+    sim.confirm(second, 0, sim.best(second.text)[0])
+    sim.propose([second])
+    # Its tree still stands on the target's side when it is asked for.
+    assert hit(sim, first) == sim.greedy(first, 3)
+    settle(sim)
+    # It was back too late to guess, but far enough ahead for all of them accepted.
+    assert hit(sim, first) == sim.greedy(first, 3)
+
+
+def test_a_text_that_can_never_fit_is_turned_down_again_and_again() -> None:
+    sim = simulation(num_blocks=4)
+    request = sim.start(PROMPT * 3)
+    for _ in range(3):
+        settle(sim)
+        assert request.handle in sim.published.withdrawn
+        assert sim.verify(request, 0, 0) == []
+    assert sim.blocks.free_count == 3
+
+
+# ---- the end
+
+
+def test_everything_is_free_when_all_requests_are_finished() -> None:
+    sim = simulation()
+    requests = [sim.start(PROMPT[shift:]) for shift in range(4)]
+    for _ in range(3):
+        settle(sim)
+        for request in requests:
+            hit(sim, request)
+    sim.finish(requests)
+    settle(sim)
+    check_blocks(sim)
+    assert sim.blocks.free_count == sim.sizes.num_blocks - 1
+    assert sim.rows.free_count == sim.sizes.max_rows
+    assert not sim.engine.has_work
+
+
+def test_a_request_finished_with_its_tree_on_the_way_leaves_no_tree_behind() -> None:
+    sim = simulation()
+    request = sim.start(PROMPT)
+    sim.draft_receives()
+    sim.draft_steps(3)
+    sim.finish([request])
+    settle(sim)
+    assert not sim.published.cache.trees
+    assert not sim.published.withdrawn
