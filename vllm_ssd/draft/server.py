@@ -12,6 +12,7 @@ from vllm_ssd.draft.engine import DraftEngine, OutOfStepError
 from vllm_ssd.draft.model import VllmDraftModel
 from vllm_ssd.draft.rounds import Policy
 from vllm_ssd.draft.rows import Rows
+from vllm_ssd.draft.validation import Bounds, check
 from vllm_ssd.wire.channel import Channel, ChannelClosedError
 from vllm_ssd.wire.messages import (
     MAX_EPOCH_JUMP,
@@ -66,6 +67,7 @@ class DraftServer:
         self._setup: Setup | None = None
         self._model: VllmDraftModel | None = None
         self._engine: DraftEngine | None = None
+        self._bounds: Bounds | None = None
 
     def run(self) -> None:
         """Serve until the target closes the channel or says so."""
@@ -166,6 +168,8 @@ class DraftServer:
     # ---- messages
 
     def _handle(self, message: ToDraft) -> None:
+        if self._bounds is not None:
+            check(message, self._bounds)
         match message:
             case Setup():
                 self._set_up(message)
@@ -218,6 +222,11 @@ class DraftServer:
             policy,
             prefill_chunk=max(1, (max_tokens - max_rows) // _BUSY_CHUNK_FRACTION),
             prefill_chunk_idle=max_tokens - max_rows,
+        )
+        self._bounds = Bounds(
+            setup.vocab_size,
+            model.config.model_config.max_model_len,
+            setup.num_speculative_tokens,
         )
         self._send([Ready(max_rows, model.num_blocks, model.block_size)])
 

@@ -1,0 +1,54 @@
+"""What the target says, checked before anything is computed: garbage must not end the draft."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from vllm_ssd.core.tree import Int32Array
+from vllm_ssd.wire.messages import Outcomes, Start, ToDraft, Trimmed, unpack
+
+MAX_HANDLE = 2**31 - 1
+"""Handles travel as int32."""
+
+
+class Bounds(NamedTuple):
+    """What no message may exceed."""
+
+    vocab_size: int
+    max_model_len: int
+    num_speculative_tokens: int
+
+
+def check(message: ToDraft, bounds: Bounds) -> None:
+    """Refuse a message with a field out of range.
+
+    Raises:
+        ValueError: says which.
+    """
+    match message:
+        case Start():
+            _check_tokens(unpack(message.tokens), bounds)
+            if not message.tokens or not 0 <= message.handle <= MAX_HANDLE:
+                raise ValueError(f"request {message.handle} of {len(message.tokens)} bytes")
+            if not -1 <= message.limit <= bounds.max_model_len:
+                raise ValueError(f"limit {message.limit}")
+        case Outcomes():
+            confirmed, proposed = unpack(message.confirmed_counts), unpack(message.proposed_counts)
+            tokens = unpack(message.tokens)
+            _check_tokens(tokens, bounds)
+            _check_counts(confirmed, len(tokens))
+            _check_counts(proposed, bounds.num_speculative_tokens)
+            if sum(confirmed.tolist()) + sum(proposed.tolist()) != len(tokens):
+                raise ValueError("counts that do not add up")
+        case Trimmed():
+            _check_counts(unpack(message.verified_counts), bounds.num_speculative_tokens)
+
+
+def _check_tokens(tokens: Int32Array, bounds: Bounds) -> None:
+    if tokens.size and not (tokens.min() >= 0 and tokens.max() < bounds.vocab_size):
+        raise ValueError("a token outside the vocabulary")
+
+
+def _check_counts(counts: Int32Array, most: int) -> None:
+    if counts.size and not (counts.min() >= 0 and counts.max() <= most):
+        raise ValueError(f"a count that is not from 0 to {most}")
