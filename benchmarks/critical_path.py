@@ -20,10 +20,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from vllm_ssd.core.tree import Int32Array
 from vllm_ssd.draft.blocks import KVBlocks
 from vllm_ssd.draft.engine import DraftEngine
-from vllm_ssd.draft.forward import Sequences
+from vllm_ssd.draft.forward import Done, Sequences
 from vllm_ssd.draft.rounds import Policy
 from vllm_ssd.draft.rows import Rows
 from vllm_ssd.target.client import DraftClient
@@ -51,11 +50,13 @@ BLOCK = 32
 class TableModel:
     """A draft "model" whose next token is a function of the last one."""
 
-    def forward(self, sequences: Sequences) -> Int32Array:
+    lookahead = False
+
+    def launch(self, sequences: Sequences) -> Done:
         """The best tokens after each sequence: its last token's successor, then others."""
         last = sequences.tokens[np.cumsum(sequences.query_lens) - 1].astype(np.int64)
         top = (last[:, None] * 31 + np.arange(CANDIDATES) * 101 + 7) % VOCABULARY
-        return top.astype(np.int32)
+        return Done(top.astype(np.int32))
 
     def copy_blocks(self, sources: Sequence[int], destinations: Sequence[int]) -> None:
         """There is no KV to copy."""

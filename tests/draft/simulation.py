@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from tests.draft.toy_model import ToyModel, best_tokens, greedy
+from tests.draft.toy_model import LookaheadToyModel, ToyModel, best_tokens, greedy
 from vllm_ssd.core.tree import Walk, Where
 from vllm_ssd.draft.blocks import KVBlocks
 from vllm_ssd.draft.engine import DraftEngine
@@ -47,6 +47,7 @@ class Sizes(NamedTuple):
     prefill_chunk: int = 4
     prefill_chunk_idle: int = 16
     caching: bool = True
+    lookahead: bool = False
 
 
 @dataclass
@@ -71,7 +72,8 @@ class Simulation:
     def __init__(self, sizes: Sizes = Sizes()) -> None:  # noqa: B008 (immutable)
         self.sizes = sizes
         candidates = min(sum(sizes.fan_out) + 1, sizes.vocab_size)
-        self.model = ToyModel(sizes.num_blocks, sizes.block_size, sizes.vocab_size, candidates)
+        model_class = LookaheadToyModel if sizes.lookahead else ToyModel
+        self.model = model_class(sizes.num_blocks, sizes.block_size, sizes.vocab_size, candidates)
         self.blocks = KVBlocks(sizes.num_blocks, sizes.block_size, sizes.caching)
         self.rows = Rows(
             sizes.max_rows, -(-sizes.max_length // sizes.block_size), sizes.depth, candidates
@@ -118,7 +120,10 @@ class Simulation:
 
     def propose(self, requests: Iterable[TargetRequest]) -> None:
         """Look up what follows the confirmed texts, and tell the draft."""
-        handles, lengths, confirmed, proposed = [], [], [], []
+        handles: list[int] = []
+        lengths: list[int] = []
+        confirmed: list[int] = []
+        proposed: list[int] = []
         tokens: list[int] = []
         for request in requests:
             walk = self.walk(request)
@@ -133,8 +138,10 @@ class Simulation:
             proposed.append(len(request.proposed))
             tokens += request.text[request.told :] + request.proposed
             request.told = len(request.text)
-        fields = (handles, lengths, confirmed, proposed, tokens)
-        self.to_draft.append([Outcomes(*(pack(values) for values in fields), 0)])
+        message = Outcomes(
+            pack(handles), pack(lengths), pack(confirmed), pack(proposed), pack(tokens), 0
+        )
+        self.to_draft.append([message])
 
     def walk(self, request: TargetRequest) -> Walk:
         """Walk a request's text down its tree, however old the tree is."""

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllm_ssd.core.tree import Int32Array
-from vllm_ssd.draft.forward import Sequences
+from vllm_ssd.draft.forward import FROM_LAST_STEP, Done, Sequences, Ticket
 
 NOTHING = -1
 _LONGEST = 4096
@@ -62,6 +62,7 @@ class ToyModel:
     ) -> None:
         shape = (num_blocks, block_size)
         self.vocab_size = vocab_size
+        self.lookahead = False
         self.forwards = 0
         self.sequences: list[int] = []
         """How many sequences each forward had."""
@@ -81,9 +82,15 @@ class ToyModel:
         for held in (self._position, self._token, self._prefix):
             held[list(destinations)] = held[list(sources)]
 
-    def forward(self, sequences: Sequences) -> Int32Array:
+    def launch(self, sequences: Sequences) -> Ticket:
+        """Answer at once."""
+        return Done(self._compute(sequences))
+
+    def _compute(self, sequences: Sequences) -> Int32Array:
         """Write, then read back, then answer."""
-        tables, lens, tokens, positions = sequences
+        tables, lens, tokens, positions, rows = sequences
+        assert len(rows) == len(lens) == len(set(rows.tolist()))
+        assert (tokens >= 0).all()
         assert len(tables) == len(lens) > 0
         assert len(tokens) == len(positions) == lens.sum()
         assert (lens > 0).all()
@@ -123,3 +130,45 @@ class ToyModel:
     def _may_write(self, blocks: set[int]) -> None:
         assert 0 not in blocks, "the null block"
         self.before_write(blocks)
+
+
+class LookaheadToyModel(ToyModel):
+    """The same, with answers that are read later, as on a device with a stream of its own.
+
+    What a launch computes is computed in the order of launches; the host just may not see it yet.
+    """
+
+    def __init__(self, *args: int) -> None:
+        super().__init__(*args)
+        self.lookahead = True
+        self.under_way: list[_Unread] = []
+        """Launched and not read yet."""
+        self._next_token: dict[int, int] = {}
+        """The first choice of the newest launch for each of its rows."""
+
+    def launch(self, sequences: Sequences) -> Ticket:
+        """Compute; tokens left to the step before are taken from it."""
+        assert len(self.under_way) < 2, "more than one step ahead"
+        tokens = sequences.tokens.copy()
+        for i in np.flatnonzero(tokens == FROM_LAST_STEP).tolist():
+            assert len(tokens) == len(sequences.rows)
+            assert self.under_way, "the host knows this token"
+            tokens[i] = self._next_token[int(sequences.rows[i])]
+        top = self._compute(sequences._replace(tokens=tokens))
+        self._next_token = dict(zip(sequences.rows.tolist(), top[:, 0].tolist(), strict=True))
+        unread = _Unread(self, top)
+        self.under_way.append(unread)
+        return unread
+
+
+class _Unread:
+    """A ticket of :class:`LookaheadToyModel`."""
+
+    def __init__(self, model: LookaheadToyModel, top: Int32Array) -> None:
+        self._model = model
+        self._top = top
+
+    def result(self) -> Int32Array:
+        """Read once, in order."""
+        assert self._model.under_way.pop(0) is self
+        return self._top

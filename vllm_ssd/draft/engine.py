@@ -12,9 +12,9 @@ import time
 import numpy as np
 
 from vllm_ssd.core.budget import StepTimeModel
-from vllm_ssd.core.tree import Int32Array
 from vllm_ssd.draft.blocks import KVBlocks, VerifiedPrefix
-from vllm_ssd.draft.forward import DraftModel, Sequences
+from vllm_ssd.draft.forward import DraftModel
+from vllm_ssd.draft.pipeline import Pipeline, Taken
 from vllm_ssd.draft.request import Request
 from vllm_ssd.draft.rounds import Policy, Rounds
 from vllm_ssd.draft.rows import MAX_STOP_TOKENS, Rows
@@ -77,19 +77,24 @@ class DraftEngine:
         self.tenancy = Tenancy(model, rows, blocks, self.counters)
         self._clock = StepTimeModel()
         self._rounds = Rounds(self.tenancy, policy, self._clock)
-        self._prefill_chunk = prefill_chunk
-        self._prefill_chunk_idle = prefill_chunk_idle
+        self._pipeline = Pipeline(model, self.tenancy, prefill_chunk, prefill_chunk_idle)
+        self._unsent: list[ToTarget] = []
+        self._counted = 0.0
+        """When the newest step was counted."""
         self._round_began: float | None = None
 
     # ---- what the target says
 
     def reset(self) -> None:
         """Forget all requests; the KV of verified prefixes stays in the cache."""
+        self._pipeline.settle()
+        self._unsent.clear()
         for request in list(self.tenancy.requests.values()):
             self.tenancy.remove(request)
 
     def start(self, message: Start) -> None:
         """A new request, or a known one whose text is announced again."""
+        self._settle()
         known = self.tenancy.requests.get(message.handle)
         if known is not None:
             self.tenancy.remove(known)
@@ -106,6 +111,7 @@ class DraftEngine:
 
     def finished(self, message: Finished) -> None:
         """Free what finished requests hold."""
+        self._settle()
         for handle in unpack(message.handles).tolist():
             request = self.tenancy.requests.get(handle)
             if request is not None:
@@ -113,6 +119,7 @@ class DraftEngine:
 
     def trimmed(self, message: Trimmed) -> None:
         """The scheduler lets fewer drafts be verified than were proposed."""
+        self._settle()
         counts = unpack(message.verified_counts).tolist()
         for handle, verified in zip(unpack(message.handles).tolist(), counts, strict=True):
             request = self.tenancy.requests.get(handle)
@@ -125,6 +132,7 @@ class DraftEngine:
         Raises:
             OutOfStepError: the text does not continue what is known of the request.
         """
+        self._settle()
         self.tenancy.frame += 1
         handles = unpack(message.handles).tolist()
         lengths = unpack(message.lengths).tolist()
@@ -154,12 +162,14 @@ class DraftEngine:
 
     @property
     def has_work(self) -> bool:
-        """Whether a step would compute something."""
-        return bool(self.tenancy.catching_up) or bool(self.rows.pending.any())
+        """Whether a step would compute something, or one is under way."""
+        return self._pipeline.has_work
 
     def publications(self) -> list[ToTarget]:
         """What changed in the trees since the last call."""
-        return self.tenancy.publisher.messages()
+        messages = self._unsent + self.tenancy.publisher.messages()
+        self._unsent = []
+        return messages
 
     def step(self) -> list[ToTarget]:
         """Decode every pending row by one token, prefill some, fork where candidates became known.
@@ -167,95 +177,43 @@ class DraftEngine:
         Returns:
             What to publish, in order.
         """
-        began = time.perf_counter()
         messages = self.publications()
-        decoding = np.flatnonzero(self.rows.pending).astype(np.int32)
-        chunks = self._next_chunks(len(decoding))
-        sequences = self._sequences(decoding, chunks)
-        forward_began = time.perf_counter()
-        top = self.model.forward(sequences)
-        forward_seconds = time.perf_counter() - forward_began
-        grown, tokens = self._take_results(decoding, chunks, top)
-        if len(grown):
-            ended = grown[self.rows.cache.ended[grown]]
-            messages.append(Stepped(pack(grown), pack(tokens), pack(ended)))
+        return messages + self._follow_up(self._pipeline.step())
+
+    def _settle(self) -> None:
+        """Take in the step under way before the target's word changes the rows it works on."""
+        taken = self._pipeline.settle()
+        if taken is not None:
+            self._unsent += self._follow_up(taken)
+
+    def _follow_up(self, taken: Taken) -> list[ToTarget]:
+        """What to publish of a step; forks where it made candidates known."""
+        messages: list[ToTarget] = []
+        if len(taken.grown):
+            ended = taken.grown[self.rows.cache.ended[taken.grown]]
+            messages.append(Stepped(pack(taken.grown), pack(taken.tokens), pack(ended)))
         for request in self.tenancy.requests.values():
             if request.next_k < len(request.forks_wanted):
                 self._rounds.fork(request)
-        messages += self.publications()
-        self._count(len(decoding), bool(chunks), began, forward_seconds)
+        messages += self.tenancy.publisher.messages()
+        self._count(taken)
         return messages
 
-    def _next_chunks(self, decoding: int) -> list[tuple[Request, int]]:
-        """Which requests catch up with their text in this step, and by how many tokens."""
-        budget = self._prefill_chunk if decoding else self._prefill_chunk_idle
-        chunks: list[tuple[Request, int]] = []
-        for request in self.tenancy.catching_up.values():
-            missing = request.length - int(self.rows.computed[request.trunk])
-            count = min(missing, budget)
-            chunks.append((request, count))
-            budget -= count
-            if budget == 0:
-                break
-        # A chunk of one token is a decode to the model, and decodes come first.
-        chunks.sort(key=lambda chunk: chunk[1] > 1)
-        return chunks
-
-    def _sequences(self, decoding: Int32Array, chunks: list[tuple[Request, int]]) -> Sequences:
-        """The forward's input: the decoding rows, then the chunks."""
-        rows, size = self.rows, self.tenancy.blocks.block_size
-        positions = rows.computed[decoding]
-        if not chunks:
-            tables = rows.block_table[decoding, : int(positions.max()) // size + 1]
-            ones = np.ones(len(decoding), np.int32)
-            return Sequences(tables, ones, rows.feed_token[decoding], positions)
-        all_tokens, all_positions = [rows.feed_token[decoding]], [positions]
-        for request, count in chunks:
-            start = int(rows.computed[request.trunk])
-            all_tokens.append(request.text[start : start + count])
-            all_positions.append(np.arange(start, start + count, dtype=np.int32))
-        counts = np.array([count for _, count in chunks], np.int32)
-        trunks = np.array([request.trunk for request, _ in chunks], np.int32)
-        positions = np.concatenate(all_positions)
-        tables = rows.block_table[np.concatenate([decoding, trunks])]
-        self.counters["draft_prefill_tokens"] += int(counts.sum())
-        return Sequences(
-            tables[:, : int(positions.max()) // size + 1],
-            np.concatenate([np.ones(len(decoding), np.int32), counts]),
-            np.concatenate(all_tokens),
-            positions,
-        )
-
-    def _take_results(
-        self, decoding: Int32Array, chunks: list[tuple[Request, int]], top: Int32Array
-    ) -> tuple[Int32Array, Int32Array]:
-        """Grow the rows that decoded, and the trunks that have caught up."""
-        rows = self.rows
-        caught_up, at = [], []
-        for i, (request, count) in enumerate(chunks, start=len(decoding)):
-            rows.computed[request.trunk] += count
-            self.tenancy.share_verified(request)
-            if int(rows.computed[request.trunk]) == request.length:
-                del self.tenancy.catching_up[request.handle]
-                # As if it had only fed its last token, like every row that decodes.
-                rows.computed[request.trunk] -= 1
-                caught_up.append(request.trunk)
-                at.append(i)
-        if caught_up:
-            fed = np.concatenate([decoding, np.array(caught_up, np.int32)])
-            top = top[np.concatenate([np.arange(len(decoding)), np.array(at)])]
-            return rows.take_step(fed, top)
-        return rows.take_step(decoding, top[: len(decoding)])
-
-    def _count(self, rows: int, prefill: bool, began: float, forward_seconds: float) -> None:
+    def _count(self, taken: Taken) -> None:
         now = time.perf_counter()
-        if not prefill:
-            self._clock.observe(rows, now - began)
+        # A step launched ahead has the device to itself only after the one before.
+        seconds = now - max(taken.began, self._counted)
+        self._counted = now
+        if not taken.prefilled:
+            self._clock.observe(taken.decoded, seconds)
         counters = self.counters
         counters["draft_steps"] += 1
-        counters["draft_rows"] += rows
-        counters["draft_step_seconds"] += now - began
-        counters["draft_python_seconds"] += now - began - forward_seconds
+        counters["draft_rows"] += taken.decoded
+        counters["draft_prefill_tokens"] += taken.prefilled
+        counters["draft_step_seconds"] += seconds
+        counters["draft_python_seconds"] = (
+            counters["draft_step_seconds"] - self._pipeline.model_seconds
+        )
         if self._round_began is not None and not self.has_work:
             counters["draft_rounds"] += 1
             counters["draft_round_seconds"] += now - self._round_began

@@ -1,4 +1,4 @@
-"""What the draft's algorithm asks of a model: one forward over forkable sequences."""
+"""What the draft's algorithm asks of a model: forwards over forkable sequences."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from vllm_ssd.core.tree import Int32Array
+
+FROM_LAST_STEP = -1
+"""In place of a token: the first choice the step before made for the same row."""
 
 
 class Sequences(NamedTuple):
@@ -16,17 +19,41 @@ class Sequences(NamedTuple):
     query_lens: Int32Array
     """``[n]``; sequences with one query token come first."""
     tokens: Int32Array
-    """``[T]``."""
+    """``[T]``; :data:`FROM_LAST_STEP` only in a forward without prompts, of a model that looks
+    ahead."""
     positions: Int32Array
     """``[T]``."""
+    rows: Int32Array
+    """``[n]``, the row of each sequence."""
+
+
+class Ticket(Protocol):
+    """A forward under way."""
+
+    def result(self) -> Int32Array:
+        """Wait for ``[n, C]``: the best C next tokens of each sequence's last query token, best
+        first, all below the target's vocabulary size."""
+
+
+class Done(NamedTuple):
+    """A ticket for a forward that was computed when it was launched."""
+
+    top: Int32Array
+
+    def result(self) -> Int32Array:
+        """See :class:`Ticket`."""
+        return self.top
 
 
 class DraftModel(Protocol):
     """A model whose sequences are block tables."""
 
-    def forward(self, sequences: Sequences) -> Int32Array:
-        """Write the KV of all query tokens and return ``[n, C]``: the best C next tokens of each
-        sequence's last query token, best first, all below the target's vocabulary size."""
+    lookahead: bool
+    """Whether a forward may be launched before the result of the one before it is taken; if not,
+    launching computes."""
+
+    def launch(self, sequences: Sequences) -> Ticket:
+        """Write the KV of all query tokens and choose the best next tokens, in launch order."""
 
     def copy_blocks(self, sources: Sequence[int], destinations: Sequence[int]) -> None:
-        """Copy KV blocks, ordered before the next forward."""
+        """Copy KV blocks, after the forwards launched before and before those launched later."""

@@ -17,7 +17,7 @@ import torch
 
 from vllm_ssd import compat
 from vllm_ssd.core.tree import Int32Array
-from vllm_ssd.draft.forward import Sequences
+from vllm_ssd.draft.forward import FROM_LAST_STEP, Done, Sequences, Ticket
 
 
 class VllmDraftModel:
@@ -40,6 +40,8 @@ class VllmDraftModel:
         self._rendezvous = tempfile.mkdtemp(prefix="vllm-ssd-draft-")
         self._worker = WorkerWrapperBase(rpc_rank=0)
         self._local_rank = local_rank
+        self.lookahead = False
+        """Whether launches do not wait for the device: on CUDA, once loaded."""
 
     def load(self, kv_cache_memory_bytes: int, num_candidates: int, vocab_size: int) -> None:
         """Load the weights, allocate the KV cache, compile and capture.
@@ -73,25 +75,50 @@ class VllmDraftModel:
         self._vocab_size = vocab_size
         self._runner: Any = self._worker.worker.model_runner
         self._table: Any = self._runner.input_batch.block_table[0]
+        device = self._runner.device
+        self.lookahead = device.type == "cuda"
+        if self.lookahead:
+            self._copy_stream = torch.cuda.Stream(device)
+            self._inputs_copied = torch.cuda.Event()
+            max_rows = self.config.scheduler_config.max_num_seqs
+            # The first choice of each row's last step, by row: what it feeds next.
+            self._next_token = torch.zeros(max_rows, dtype=torch.int32, device=device)
+            self._row_index = torch.zeros(max_rows, dtype=torch.int64, device=device)
 
     def copy_blocks(self, sources: Sequence[int], destinations: Sequence[int]) -> None:
         """Copy KV blocks on the stream of the forwards."""
         compat.copy_kv_blocks(self._runner.kv_caches, self.num_blocks, sources, destinations)
 
     @torch.inference_mode()
-    def forward(self, sequences: Sequences) -> Int32Array:
+    def launch(self, sequences: Sequences) -> Ticket:
         """One forward; see :class:`vllm_ssd.draft.forward.DraftModel`."""
-        hidden, last = self._hidden_states(sequences)
+        rows = None
+        if self.lookahead:
+            rows = _fill(self._row_index, sequences.rows, len(sequences.rows))
+        hidden, last = self._hidden_states(sequences, rows)
         logits = self._runner.model.compute_logits(hidden[last])[:, : self._vocab_size]
-        top = torch.topk(logits, self._num_candidates, dim=-1).indices
-        return top.to(torch.int32).cpu().numpy()
+        top = torch.topk(logits, self._num_candidates, dim=-1).indices.to(torch.int32)
+        if rows is None:
+            return Done(top.cpu().numpy())
+        self._next_token[rows] = top[:, 0]
+        return _Readback(top, self._copy_stream)
 
-    def _hidden_states(self, sequences: Sequences) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states of all query tokens, and the index of each sequence's last one."""
+    def _hidden_states(
+        self, sequences: Sequences, rows_on_device: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states of all query tokens, and the index of each sequence's last one.
+
+        Args:
+            sequences: what to compute.
+            rows_on_device: ``[n]``, their rows; None where no token is left to the last step.
+        """
         from vllm.config import CUDAGraphMode
         from vllm.forward_context import set_forward_context
         from vllm.v1.attention.backend import CommonAttentionMetadata
 
+        if self.lookahead:
+            # As in vLLM's runner: metadata builders reuse pinned buffers of the step before.
+            self._inputs_copied.synchronize()
         runner = self._runner
         count, total = len(sequences.query_lens), len(sequences.tokens)
         max_query = int(sequences.query_lens.max())
@@ -111,11 +138,14 @@ class VllmDraftModel:
         used = sequences.block_tables.shape[1]
 
         ids = _fill(runner.input_ids.gpu, sequences.tokens, padded)
+        if rows_on_device is not None and total == count:
+            fed = ids[:count]
+            fed.copy_(torch.where(fed == FROM_LAST_STEP, self._next_token[rows_on_device], fed))
         positions = _fill(runner.positions, sequences.positions, padded)
         query_start_loc = _fill(runner.query_start_loc.gpu, starts, rows + 1)
         seq_lens = _fill(runner.seq_lens, lens, rows)
         tables = self._table.block_table.gpu[:rows]
-        tables[:count, :used].copy_(torch.from_numpy(sequences.block_tables), non_blocking=True)
+        _copy(tables[:count, :used], sequences.block_tables)
         slots = _fill(self._table.slot_mapping.gpu, self._slots(sequences), padded)
         slots[total:] = -1  # padding writes no KV
 
@@ -140,6 +170,8 @@ class VllmDraftModel:
             for name in group.layer_names:
                 per_layer[name] = built
                 slot_mapping[name] = slots
+        if self.lookahead:
+            self._inputs_copied.record()
         with set_forward_context(
             per_layer,
             self.config,
@@ -163,7 +195,40 @@ class VllmDraftModel:
         self._worker.shutdown()
 
 
+class _Readback:
+    """A result on its way to the host, on a stream of its own so that the next forward runs.
+
+    vLLM's ``AsyncGPUModelRunnerOutput`` does the same.
+
+    Args:
+        top: ``[n, C]``, the result on the device.
+        stream: the stream of the copy.
+    """
+
+    def __init__(self, top: torch.Tensor, stream: torch.cuda.Stream) -> None:
+        self._device = top  # not to be reused before the copy is done
+        self._done = torch.cuda.Event(blocking=True)
+        forward = torch.cuda.current_stream()
+        with torch.cuda.stream(stream):
+            stream.wait_stream(forward)
+            self._host = top.to("cpu", non_blocking=True)  # pinned
+            self._done.record()
+
+    def result(self) -> Int32Array:
+        """See :class:`vllm_ssd.draft.forward.Ticket`."""
+        self._done.synchronize()
+        return self._host.numpy()
+
+
 def _fill(buffer: torch.Tensor, values: np.ndarray[Any, Any], size: int) -> torch.Tensor:
     """Copy values into the head of a persistent buffer; its first ``size`` elements."""
-    buffer[: len(values)].copy_(torch.from_numpy(values), non_blocking=True)
+    _copy(buffer[: len(values)], values)
     return buffer[:size]
+
+
+def _copy(target: torch.Tensor, values: np.ndarray[Any, Any]) -> None:
+    """Copy values to the device; from pinned memory, or CUDA would wait for the step under way."""
+    source = torch.from_numpy(values)
+    if target.is_cuda:
+        source = source.to(target.dtype).pin_memory()
+    target.copy_(source, non_blocking=True)

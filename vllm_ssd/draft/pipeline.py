@@ -1,0 +1,209 @@
+"""The draft's steps: what the next one computes, launched before its turn where the model can.
+
+With a model that looks ahead, a step is launched while the one before it is under way: the device
+does not wait while the host reads a result, publishes it and makes forks. Such a step holds the
+rows that go on whatever the one before finds (the token they feed is taken from it on the device),
+and the forks made by then. What it computes for a row that turns out to have ended is dropped.
+No step is ahead while anything else changes the rows: :meth:`Pipeline.settle` comes first.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vllm_ssd.core.tree import Int32Array
+from vllm_ssd.draft.forward import FROM_LAST_STEP, DraftModel, Sequences, Ticket
+from vllm_ssd.draft.request import Request
+from vllm_ssd.draft.tenancy import Tenancy
+
+
+class Taken(NamedTuple):
+    """What a step came to."""
+
+    grown: Int32Array
+    """``[m]``, the rows that grew."""
+    tokens: Int32Array
+    """``[m]``, the token each grew by."""
+    decoded: int
+    """How many rows were decoded."""
+    prefilled: int
+    """How many prompt tokens were prefilled."""
+    began: float
+    """When its launch began, by ``time.perf_counter``."""
+
+
+class _Step(NamedTuple):
+    """A step under way."""
+
+    decoding: Int32Array
+    chunks: list[tuple[Request, int]]
+    ahead: bool
+    """Launched while another one was under way."""
+    began: float
+    ticket: Ticket
+
+
+class Pipeline:
+    """Launches steps and takes their results into the rows.
+
+    Args:
+        model: the draft model.
+        tenancy: the requests and what they hold.
+        prefill_chunk: most prompt tokens per step while other requests decode.
+        prefill_chunk_idle: the same while none does.
+    """
+
+    def __init__(
+        self, model: DraftModel, tenancy: Tenancy, prefill_chunk: int, prefill_chunk_idle: int
+    ) -> None:
+        self.model_seconds = 0.0
+        """Time spent in launches and in waiting for results."""
+        self._model = model
+        self._tenancy = tenancy
+        self._rows = tenancy.rows
+        self._prefill_chunk = prefill_chunk
+        self._prefill_chunk_idle = prefill_chunk_idle
+        self._under_way: _Step | None = None
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step is under way or would compute something."""
+        if self._under_way is not None or self._tenancy.catching_up:
+            return True
+        return bool(self._rows.pending.any())
+
+    def step(self) -> Taken:
+        """Take in the step under way, or one launched now; by then the next one may be."""
+        step = self._under_way or self._launch()
+        # Nothing is launched beside chunks: their trunks join the rows with the result.
+        ahead = self._model.lookahead and not step.chunks
+        self._under_way = self._launch_after(step) if ahead else None
+        return self._take(step)
+
+    def settle(self) -> Taken | None:
+        """Take in the step that is under way, if one is; none is then."""
+        step, self._under_way = self._under_way, None
+        return None if step is None else self._take(step)
+
+    # ---- launching
+
+    def _launch(self) -> _Step:
+        """Launch a step of all pending rows and of some prompts' tokens."""
+        began = time.perf_counter()
+        decoding = np.flatnonzero(self._rows.pending).astype(np.int32)
+        chunks = self._next_chunks(len(decoding))
+        return self._submit(began, decoding, chunks, None)
+
+    def _launch_after(self, step: _Step) -> _Step | None:
+        """Launch a step of all rows that are certain to be pending after ``step``, if any is."""
+        began = time.perf_counter()
+        rows, before = self._rows, step.decoding
+        pending = rows.pending.copy()
+        pending[before] &= rows.room[before] > 0
+        decoding = np.flatnonzero(pending).astype(np.int32)
+        if not len(decoding):
+            return None
+        grows = np.zeros(len(pending), np.bool_)
+        grows[before] = True
+        return self._submit(began, decoding, [], grows[decoding])
+
+    def _submit(
+        self,
+        began: float,
+        decoding: Int32Array,
+        chunks: list[tuple[Request, int]],
+        grows: NDArray[np.bool_] | None,
+    ) -> _Step:
+        sequences = self._sequences(decoding, chunks, grows)
+        launched = time.perf_counter()
+        ticket = self._model.launch(sequences)
+        self.model_seconds += time.perf_counter() - launched
+        return _Step(decoding, chunks, grows is not None, began, ticket)
+
+    def _next_chunks(self, decoding: int) -> list[tuple[Request, int]]:
+        """Which requests catch up with their text in this step, and by how many tokens."""
+        budget = self._prefill_chunk if decoding else self._prefill_chunk_idle
+        chunks: list[tuple[Request, int]] = []
+        for request in self._tenancy.catching_up.values():
+            missing = request.length - int(self._rows.computed[request.trunk])
+            count = min(missing, budget)
+            chunks.append((request, count))
+            budget -= count
+            if budget == 0:
+                break
+        # A chunk of one token is a decode to the model, and decodes come first.
+        chunks.sort(key=lambda chunk: chunk[1] > 1)
+        return chunks
+
+    def _sequences(
+        self,
+        decoding: Int32Array,
+        chunks: list[tuple[Request, int]],
+        grows: NDArray[np.bool_] | None,
+    ) -> Sequences:
+        """The forward's input: the decoding rows, then the chunks.
+
+        Args:
+            decoding: ``[n]``, the rows that feed one token.
+            chunks: prompts and how many of their tokens.
+            grows: ``[n]``, which of the rows the step under way grows by a token; None if no
+                step is under way.
+        """
+        rows, size = self._rows, self._tenancy.blocks.block_size
+        tokens, positions = rows.feed_token[decoding], rows.computed[decoding]
+        if grows is not None:
+            tokens[grows] = FROM_LAST_STEP
+            positions += grows
+        if not chunks:
+            tables = rows.block_table[decoding, : int(positions.max()) // size + 1]
+            return Sequences(tables, np.ones(len(decoding), np.int32), tokens, positions, decoding)
+        all_tokens, all_positions = [tokens], [positions]
+        for request, count in chunks:
+            start = int(rows.computed[request.trunk])
+            all_tokens.append(request.text[start : start + count])
+            all_positions.append(np.arange(start, start + count, dtype=np.int32))
+        counts = np.array([count for _, count in chunks], np.int32)
+        trunks = np.array([request.trunk for request, _ in chunks], np.int32)
+        positions = np.concatenate(all_positions)
+        all_rows = np.concatenate([decoding, trunks])
+        return Sequences(
+            rows.block_table[all_rows, : int(positions.max()) // size + 1],
+            np.concatenate([np.ones(len(decoding), np.int32), counts]),
+            np.concatenate(all_tokens),
+            positions,
+            all_rows,
+        )
+
+    # ---- taking in
+
+    def _take(self, step: _Step) -> Taken:
+        """Wait for a step; grow the rows that decoded and the trunks that have caught up."""
+        waiting = time.perf_counter()
+        top = step.ticket.result()
+        self.model_seconds += time.perf_counter() - waiting
+        decoding, rows = step.decoding, self._rows
+        fed, best = decoding, top[: len(decoding)]
+        if step.ahead:
+            # Some may have ended in the step before; nothing else has changed since the launch.
+            still = rows.pending[decoding]
+            fed, best = fed[still], best[still]
+        caught_up, at = [], []
+        for i, (request, count) in enumerate(step.chunks, start=len(decoding)):
+            rows.computed[request.trunk] += count
+            self._tenancy.share_verified(request)
+            if int(rows.computed[request.trunk]) == request.length:
+                del self._tenancy.catching_up[request.handle]
+                # As if it had only fed its last token, like every row that decodes.
+                rows.computed[request.trunk] -= 1
+                caught_up.append(request.trunk)
+                at.append(i)
+        if caught_up:
+            fed = np.concatenate([fed, np.array(caught_up, np.int32)])
+            best = np.concatenate([best, top[at]])
+        grown, tokens = rows.take_step(fed, best)
+        prefilled = sum(count for _, count in step.chunks)
+        return Taken(grown, tokens, len(decoding), prefilled, step.began)
