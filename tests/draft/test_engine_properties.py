@@ -200,7 +200,7 @@ class TargetAndDraft(RuleBasedStateMachine):
 
 
 def _run(examples: int, steps: int) -> None:
-    run_state_machine_as_test(  # type: ignore[no-untyped-call]
+    run_state_machine_as_test(
         TargetAndDraft,
         settings=settings(
             max_examples=examples,

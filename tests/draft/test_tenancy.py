@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from tests.draft.invariants import check_always, check_at_rest, check_blocks, guard_writes, paths
 from tests.draft.simulation import Simulation, Sizes, TargetRequest
 from vllm_ssd.draft.request import DORMANT
@@ -9,7 +11,7 @@ from vllm_ssd.draft.request import DORMANT
 PROMPT = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
 
 
-def simulation(**sizes: int) -> Simulation:
+def simulation(**sizes: Any) -> Simulation:
     sim = Simulation(Sizes()._replace(**sizes))
     guard_writes(sim)
     return sim

@@ -1,0 +1,111 @@
+"""The real draft model in a process of its own, as it always is.
+
+vLLM keeps process-wide state (process groups, thread binding, its current configuration), which
+must not meet that of the engines other tests start in this process.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from types import TracebackType
+from typing import Any
+
+from vllm_ssd.core.tree import Int32Array
+from vllm_ssd.draft.forward import Sequences
+
+KV_BYTES = 16 << 20
+
+
+class ModelProcess:
+    """A :class:`VllmDraftModel` at the other end of a pipe.
+
+    Args:
+        engine_args: as for the model.
+        num_candidates: how many best tokens a forward returns.
+        vocab_size: only smaller ids are returned.
+    """
+
+    def __init__(self, engine_args: dict[str, Any], num_candidates: int, vocab_size: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(
+            target=_serve, args=(theirs, engine_args, num_candidates, vocab_size), daemon=True
+        )
+        self._process.start()
+        theirs.close()
+        self.block_size: int = self._receive()
+
+    def forward(self, sequences: Sequences) -> Int32Array:
+        """Launch a forward and wait for it."""
+        return self._ask("forward", sequences)
+
+    def copy_blocks(self, sources: Sequence[int], destinations: Sequence[int]) -> None:
+        """Copy KV blocks."""
+        self._ask("copy_blocks", sources, destinations)
+
+    def compilations(self) -> dict[str, int]:
+        """What has been compiled so far, as torch and vLLM count it."""
+        return self._ask("compilations")
+
+    def __enter__(self) -> ModelProcess:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._pipe.close()
+        self._process.join(30.0)
+        self._process.kill()
+
+    def _ask(self, *request: Any) -> Any:
+        self._pipe.send(request)
+        return self._receive()
+
+    def _receive(self) -> Any:
+        answer = self._pipe.recv()
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+def _serve(
+    pipe: Connection, engine_args: dict[str, Any], num_candidates: int, vocab_size: int
+) -> None:
+    """The process's entry point: bring the model up, then answer until the pipe closes."""
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+    from vllm_ssd.draft.model import VllmDraftModel
+
+    try:
+        model = VllmDraftModel(engine_args)
+        model.load(KV_BYTES, num_candidates, vocab_size)
+        pipe.send(model.block_size)
+        while True:
+            verb, *arguments = pipe.recv()
+            if verb == "forward":
+                pipe.send(model.launch(*arguments).result())
+            elif verb == "copy_blocks":
+                model.copy_blocks(*arguments)
+                pipe.send(None)
+            else:
+                pipe.send(_compilations())
+    except EOFError:
+        os._exit(0)
+    except Exception as error:  # the test's to report
+        pipe.send(error)
+        raise
+
+
+def _compilations() -> dict[str, int]:
+    from torch._dynamo.utils import counters
+    from vllm.compilation.counter import compilation_counter
+
+    compiled = {f"torch {name}": int(count) for name, count in counters["stats"].items()}
+    for name, count in vars(compilation_counter).items():
+        compiled[f"vllm {name}"] = int(count)
+    return compiled

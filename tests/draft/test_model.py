@@ -1,0 +1,217 @@
+"""The real draft model against transformers, on the same texts through forked block tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.draft.model_process import ModelProcess
+from tests.tiny_models import VOCABULARY, TinyModels
+from vllm_ssd.core.tree import Int32Array
+from vllm_ssd.draft.forward import Sequences
+
+CANDIDATES = 6
+VOCAB_SIZE = VOCABULARY - 12  # a target with a smaller vocabulary
+MAX_ROWS = 24
+BLOCK_SIZE = 32
+TOLERANCE = 1e-4
+"""Of logits in float32; two candidates closer than this may change places."""
+
+
+def engine_args(tiny: TinyModels, enforce_eager: bool) -> dict[str, Any]:
+    return {
+        "model": str(tiny.draft),
+        "dtype": "float32",
+        "max_model_len": 256,
+        "max_num_seqs": MAX_ROWS,
+        "max_num_batched_tokens": MAX_ROWS + 64,
+        "enforce_eager": enforce_eager,
+        "skip_tokenizer_init": True,
+        "enable_prefix_caching": False,
+        "kv_cache_memory_bytes": 1 << 30,
+        "block_size": BLOCK_SIZE,
+    }
+
+
+@dataclass
+class Branch:
+    """A text and the blocks its KV is in."""
+
+    row: int
+    blocks: list[int]
+    text: list[int] = field(default_factory=list)
+
+
+class Forest:
+    """Branches over one model, and what transformers says to their texts."""
+
+    def __init__(self, model: ModelProcess, reference: Any) -> None:
+        assert model.block_size == BLOCK_SIZE
+        self._model = model
+        self._reference = reference
+        self._next_block = 1
+        self._next_row = 0
+
+    def plant(self) -> Branch:
+        """An empty branch with two blocks."""
+        return self._branch(self._new_blocks(2), [])
+
+    def fork(self, parent: Branch) -> Branch:
+        """A branch that shares the full blocks and copies the partial one, as the engine forks."""
+        full = len(parent.text) // BLOCK_SIZE
+        own = self._new_blocks(len(parent.blocks) - full)
+        if len(parent.text) % BLOCK_SIZE:
+            self._model.copy_blocks([parent.blocks[full]], own[:1])
+        return self._branch(parent.blocks[:full] + own, list(parent.text))
+
+    def _branch(self, blocks: list[int], text: list[int]) -> Branch:
+        self._next_row += 1
+        return Branch(self._next_row % MAX_ROWS, blocks, text)
+
+    def _new_blocks(self, count: int) -> list[int]:
+        self._next_block += count
+        return list(range(self._next_block - count, self._next_block))
+
+    def feed(self, *parts: tuple[Branch, Sequence[int]]) -> Int32Array:
+        """One forward that lets each branch grow; checked against transformers."""
+        parts = tuple(sorted(parts, key=lambda part: len(part[1]) > 1))
+        tables = [branch.blocks for branch, _ in parts]
+        positions = [len(branch.text) + i for branch, tokens in parts for i in range(len(tokens))]
+        top = self._model.forward(
+            Sequences(
+                np.array(tables, np.int32),
+                np.array([len(tokens) for _, tokens in parts], np.int32),
+                np.array([token for _, tokens in parts for token in tokens], np.int32),
+                np.array(positions, np.int32),
+                np.array([branch.row for branch, _ in parts], np.int32),
+            )
+        )
+        assert top.shape == (len(parts), CANDIDATES)
+        for (branch, tokens), best in zip(parts, top, strict=True):
+            branch.text += tokens
+            self._check(branch.text, best)
+        return top
+
+    def _check(self, text: list[int], best: Int32Array) -> None:
+        import torch
+
+        with torch.inference_mode():
+            logits = self._reference(torch.tensor([text])).logits[0, -1, :VOCAB_SIZE]
+        expected = torch.topk(logits, CANDIDATES)
+        torch.testing.assert_close(
+            logits[best.tolist()], expected.values, atol=TOLERANCE, rtol=TOLERANCE
+        )
+        assert len(set(best.tolist())) == CANDIDATES
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_pair: TinyModels) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(tiny_pair.draft, dtype=torch.float32).eval()
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(False, id="compiled"),
+        pytest.param(True, id="eager", marks=pytest.mark.slow),
+    ],
+)
+def model(request: pytest.FixtureRequest, tiny_pair: TinyModels) -> Iterator[ModelProcess]:
+    with ModelProcess(engine_args(tiny_pair, request.param), CANDIDATES, VOCAB_SIZE) as process:
+        yield process
+
+
+@pytest.fixture
+def forest(model: ModelProcess, reference: Any) -> Forest:
+    return Forest(model, reference)
+
+
+def text(count: int, seed: int = 0) -> list[int]:
+    tokens: list[int] = np.random.default_rng(seed).integers(3, VOCABULARY, count).tolist()
+    return tokens
+
+
+def test_a_prompt_in_chunks_is_followed_as_transformers_does(forest: Forest) -> None:
+    branch, prompt = forest.plant(), text(50)
+    for start, end in [(0, 1), (1, 8), (8, 31), (31, 32), (32, 50)]:
+        forest.feed((branch, prompt[start:end]))
+
+
+def test_a_branch_decodes_across_a_block_boundary(forest: Forest) -> None:
+    branch = forest.plant()
+    top = forest.feed((branch, text(30)))
+    for _ in range(4):
+        top = forest.feed((branch, top[0, :1].tolist()))
+
+
+def test_forks_go_on_from_a_copied_block_and_do_not_disturb_each_other(forest: Forest) -> None:
+    trunk = forest.plant()
+    top = forest.feed((trunk, text(40)))[0].tolist()
+    forks = [forest.fork(trunk) for _ in range(3)]
+    # The trunk goes on too, into the very slots its forks have copies of.
+    branches = [trunk, *forks]
+    next_tokens = top[:4]
+    for _ in range(4):
+        best = forest.feed(*zip(branches, [[token] for token in next_tokens], strict=True))
+        next_tokens = best[:, 0].tolist()
+    assert len({tuple(branch.text) for branch in branches}) == 4
+
+
+def test_a_fork_at_a_block_boundary_needs_no_copy(forest: Forest) -> None:
+    trunk = forest.plant()
+    forest.feed((trunk, text(BLOCK_SIZE)))
+    fork = forest.fork(trunk)
+    assert fork.blocks[0] == trunk.blocks[0]
+    assert fork.blocks[1] != trunk.blocks[1]
+    forest.feed((trunk, [7]), (fork, [8]))
+    forest.feed((trunk, [9]), (fork, [9]))
+
+
+def test_a_chunk_beside_decoding_branches_changes_neither(forest: Forest) -> None:
+    trunk, prompt = forest.plant(), forest.plant()
+    forest.feed((trunk, text(33)))
+    fork = forest.fork(trunk)
+    chunks = text(45, seed=1)
+    forest.feed((trunk, [5]), (fork, [6]), (prompt, chunks[:20]))
+    forest.feed((trunk, [6]), (fork, [7]), (prompt, chunks[20:21]))
+    forest.feed((trunk, [7]), (fork, [8]), (prompt, chunks[21:]))
+
+
+def test_as_many_branches_as_there_are_rows_are_one_batch(forest: Forest) -> None:
+    trunk = forest.plant()
+    forest.feed((trunk, text(35)))
+    branches = [forest.fork(trunk) for _ in range(MAX_ROWS)]
+    forest.feed(*[(branch, [3 + i]) for i, branch in enumerate(branches)])
+
+
+def test_ids_beyond_the_targets_vocabulary_are_never_drafted(forest: Forest) -> None:
+    branch = forest.plant()
+    for token in text(40, seed=2):
+        assert forest.feed((branch, [token])).max() < VOCAB_SIZE
+
+
+def test_nothing_is_compiled_again_as_the_rows_change(model: ModelProcess, forest: Forest) -> None:
+    trunk = forest.plant()
+    forest.feed((trunk, text(35)))
+    compiled = model.compilations()
+    for count in (1, 2, 3, 8, 17, MAX_ROWS, 5, 1):
+        branches = [forest.fork(trunk) for _ in range(count)]
+        forest.feed(*[(branch, [3 + i]) for i, branch in enumerate(branches)])
+    forest.feed((trunk, [4]), (forest.plant(), text(20)))
+    assert model.compilations() == compiled
+
+
+def test_the_model_is_compiled_by_default(
+    model: ModelProcess, request: pytest.FixtureRequest
+) -> None:
+    if "eager" in request.node.name:
+        pytest.skip("told not to")
+    ways = ("graphs_seen", "aot_compiles", "aot_artifacts_loaded")
+    assert any(model.compilations()[f"vllm num_{way}"] for way in ways)
