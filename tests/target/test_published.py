@@ -1,0 +1,153 @@
+"""The target's copy of the trees: what finished requests leave on the way, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_ssd.target.published import MAX_ROWS, PublishedTrees
+from vllm_ssd.wire.messages import Forked, Planted, Ready, Stepped, pack
+
+DEPTH, VOCAB_SIZE, ROWS = 2, 100, 8
+WIDTH = 2 * DEPTH + 2
+HANDLE = 3
+
+
+@pytest.fixture
+def published() -> PublishedTrees:
+    """One request with trunk ``1 2`` in row 0, of which the draft has been told."""
+    trees = PublishedTrees(DEPTH, VOCAB_SIZE)
+    trees.start(Ready(ROWS, 100, 16))
+    trees.announce(HANDLE)
+    trees.plant(planted(HANDLE, 0, [1, 2]))
+    return trees
+
+
+def planted(handle: int, trunk: int, tokens: Sequence[int], count: int | None = None) -> Planted:
+    count = len(tokens) if count is None else count
+    return Planted(
+        pack([handle]), pack([10]), pack([trunk]), pack([count]), pack([0]), pack(list(tokens))
+    )
+
+
+def forked(
+    handle: int, k: list[int], tokens: list[int], rows: list[int], complete: int = 0
+) -> Forked:
+    return Forked(
+        pack([handle]), pack([len(rows)]), pack([complete]), pack(k), pack(tokens), pack(rows)
+    )
+
+
+def stepped(rows: list[int], tokens: list[int], ended: Sequence[int] = ()) -> Stepped:
+    return Stepped(pack(rows), pack(tokens), pack(list(ended)))
+
+
+def test_what_is_published_is_found(published: PublishedTrees) -> None:
+    published.fork(forked(HANDLE, [1], [7], [4], complete=1))
+    published.step(stepped([0, 4], [3, 8], ended=[4]))
+    cache = published.cache
+    assert cache.below(cache.walk(HANDLE, [1]), 9) == [2, 3]
+    assert cache.below(cache.walk(HANDLE, [1, 7]), 9) == [8]
+    assert cache.trees[HANDLE].complete
+    assert cache.ended[4]
+
+
+def test_a_withdrawn_tree_is_gone_until_the_next_one_is_planted(published: PublishedTrees) -> None:
+    published.plant(planted(HANDLE, -1, []))
+    assert HANDLE not in published.cache.trees
+    assert published.withdrawn == {HANDLE}
+    published.plant(planted(HANDLE, 2, [5]))
+    assert published.cache.row_tokens(published.cache.trees[HANDLE].trunk) == [5]
+    assert published.withdrawn == set()
+
+
+def test_a_tree_on_its_way_for_a_finished_request_is_not_kept(published: PublishedTrees) -> None:
+    published.drop(HANDLE)
+    published.plant(planted(HANDLE, 0, [1]))
+    published.plant(planted(HANDLE, -1, []))
+    published.fork(forked(HANDLE, [0], [4], [1]))
+    assert not published.cache.trees
+    assert not published.withdrawn
+
+
+def test_rows_of_a_finished_request_stay_in_step(published: PublishedTrees) -> None:
+    # Rows 0 and 1 are full from a former life; the draft does not know yet that it is over.
+    for row in (0, 1):
+        published.plant(planted(HANDLE, row, [1] * WIDTH))
+    published.drop(HANDLE)
+    published.plant(planted(HANDLE, 0, [5]))
+    published.fork(forked(HANDLE, [0], [4], [1]))
+    published.step(stepped([0, 1], [6, 7]))
+    assert published.cache.row_tokens(0) == [5, 6]
+    assert published.cache.row_tokens(1) == [4, 7]
+
+
+@pytest.mark.parametrize(
+    ("verb", "message"),
+    [
+        ("start", Ready(0, 1, 1)),
+        ("start", Ready(MAX_ROWS + 1, 1, 1)),
+        ("step", stepped([ROWS], [1])),
+        ("step", stepped([-1], [1])),
+        ("step", stepped([0], [VOCAB_SIZE])),
+        ("step", stepped([0], [-1])),
+        ("step", stepped([0, 1], [1])),
+        ("step", stepped([0], [1], ended=[ROWS])),
+        ("step", Stepped(b"123", b"", b"")),
+        ("plant", planted(HANDLE, ROWS, [1])),
+        ("plant", planted(HANDLE, 0, [VOCAB_SIZE])),
+        ("plant", planted(HANDLE, 0, [1, 2], count=1)),
+        ("plant", planted(HANDLE, 0, [1, 2], count=3)),
+        ("plant", planted(HANDLE, 0, [1], count=-1)),
+        ("plant", planted(HANDLE, 0, [1] * (WIDTH + 1))),
+        ("fork", forked(HANDLE, [0], [1], [ROWS])),
+        ("fork", forked(HANDLE, [0], [-5], [1])),
+        ("fork", forked(HANDLE, [0, 1], [1], [1])),
+    ],
+)
+def test_what_makes_no_sense_is_refused(published: PublishedTrees, verb: str, message: Any) -> None:
+    with pytest.raises((ValueError, IndexError)):
+        getattr(published, verb)(message)
+
+
+def test_a_row_cannot_grow_beyond_its_width(published: PublishedTrees) -> None:
+    for _ in range(WIDTH - 2):
+        published.step(stepped([0], [1]))
+    with pytest.raises(IndexError):
+        published.step(stepped([0], [1]))
+
+
+numbers = st.lists(st.integers(-2, ROWS + 1) | st.just(VOCAB_SIZE), max_size=3).map(pack)
+messages = st.one_of(
+    st.builds(Planted, numbers, numbers, numbers, numbers, numbers, numbers),
+    st.builds(Forked, numbers, numbers, numbers, numbers, numbers, numbers),
+    st.builds(Stepped, numbers, numbers, numbers),
+)
+
+
+@given(st.lists(messages, max_size=8), st.lists(st.integers(0, 9), max_size=4))
+def test_no_message_makes_a_look_up_fail(garbage: list[Any], text: list[int]) -> None:
+    published = PublishedTrees(DEPTH, VOCAB_SIZE)
+    published.start(Ready(ROWS, 100, 16))
+    published.announce(HANDLE)
+    published.plant(planted(HANDLE, 0, [1, 2]))
+    verbs: dict[Any, Callable[[Any], None]] = {
+        Planted: published.plant,
+        Forked: published.fork,
+        Stepped: published.step,
+    }
+    for message in garbage:
+        try:
+            verbs[type(message)](message)
+        except (ValueError, IndexError):
+            published.clear()  # as a new epoch does
+            published.announce(HANDLE)
+    walk = published.cache.walk(HANDLE, text)
+    if walk.row >= 0:
+        drafted = published.cache.below(walk, DEPTH)
+        assert len(drafted) <= DEPTH
+        assert all(0 <= token < VOCAB_SIZE for token in drafted)

@@ -1,0 +1,118 @@
+"""What the draft is told of a request."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from vllm import SamplingParams
+
+from tests.tiny_models import EOS
+from vllm_ssd.target.requests import RequestTable, can_draft, end_tokens
+from vllm_ssd.wire.messages import unpack
+
+MAX_LENGTH = 100
+PROMPT = [5, 6, 7, 8]
+
+
+def parameters(**options: Any) -> SamplingParams:
+    """Sampling parameters as a worker sees them: with the model's end token filled in."""
+    chosen = SamplingParams(**options)
+    chosen.update_from_generation_config({}, EOS)
+    return chosen
+
+
+def test_a_request_is_announced_with_its_text_and_a_handle_of_its_own() -> None:
+    table = RequestTable(MAX_LENGTH)
+    first = table.announce("a", PROMPT, 4, parameters(max_tokens=10))
+    second = table.announce("b", PROMPT, 4, parameters(max_tokens=10))
+    assert unpack(first.tokens).tolist() == PROMPT
+    assert first.handle != second.handle
+    known = table.get("a")
+    assert known is not None
+    assert (known.handle, known.length, known.resynced) == (first.handle, 4, False)
+
+
+def test_a_request_announced_again_gets_a_new_handle() -> None:
+    table = RequestTable(MAX_LENGTH)
+    before = table.announce("a", PROMPT, 4, parameters(max_tokens=10)).handle
+    forgotten = table.forget("a")
+    assert forgotten is not None
+    assert forgotten.handle == before
+    assert table.announce("a", PROMPT, 4, parameters(max_tokens=10)).handle != before
+
+
+def test_a_request_announced_in_the_middle_of_its_life_is_a_resync() -> None:
+    table = RequestTable(MAX_LENGTH)
+    start = table.announce("a", [*PROMPT, 1, 2], 4, parameters(max_tokens=10))
+    known = table.get("a")
+    assert known is not None
+    assert known.resynced
+    # max_tokens counts from the prompt's end, not from where the draft comes in.
+    assert start.limit == 4 + 10 - 1
+
+
+def test_a_new_epoch_forgets_everybody() -> None:
+    table = RequestTable(MAX_LENGTH)
+    table.announce("a", PROMPT, 4, parameters(max_tokens=10))
+    table.forget_all()
+    assert table.get("a") is None
+    assert list(table.items()) == []
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "limit"),
+    [
+        (1, 4),  # the only token comes from the target
+        (10, 13),
+        (96, 99),  # ends with the model's length
+        (500, 99),
+        (None, 99),
+    ],
+)
+def test_no_token_is_drafted_that_the_target_must_emit_itself(
+    max_tokens: int | None, limit: int
+) -> None:
+    table = RequestTable(MAX_LENGTH)
+    assert table.announce("a", PROMPT, 4, parameters(max_tokens=max_tokens)).limit == limit
+
+
+def test_the_end_token_and_the_stop_tokens_end_a_request() -> None:
+    assert end_tokens(parameters()) == [EOS]
+    assert end_tokens(parameters(stop_token_ids=[9, 11])) == [EOS, 9, 11]
+
+
+def test_an_ignored_end_token_does_not() -> None:
+    assert end_tokens(parameters(ignore_eos=True)) == []
+    assert end_tokens(parameters(ignore_eos=True, stop_token_ids=[9])) == [9]
+
+
+def request(**changes: Any) -> Any:
+    """A request of vLLM's as far as it matters here."""
+    plain: dict[str, Any] = {
+        "prompt_token_ids": PROMPT,
+        "prompt_embeds": None,
+        "mm_features": [],
+        "lora_request": None,
+        "sampling_params": parameters(),
+    }
+    return SimpleNamespace(**{**plain, **changes})
+
+
+def test_plain_text_can_be_drafted_for() -> None:
+    assert can_draft(request())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"prompt_token_ids": None, "prompt_embeds": object()},
+        {"mm_features": [object()]},
+        {"lora_request": object()},
+        {"sampling_params": None},
+    ],
+    ids=["embeddings", "multimodal", "adapter", "pooling"],
+)
+def test_what_is_not_plain_text_is_left_to_the_target(changes: dict[str, Any]) -> None:
+    assert not can_draft(request(**changes))
