@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -13,6 +14,17 @@ ADDITIONAL_CONFIG_KEY = "ssd"
 
 MAX_SPECULATIVE_TOKENS = 32
 MAX_FAN_OUT = 64
+MAX_BRANCHES = 1024
+
+_NEEDS = {
+    "model": "needs a folder or a hub name",
+    "fan_out": f"needs integers from 0 to {MAX_FAN_OUT}, not all 0: one, or a list of "
+    "num_speculative_tokens + 1",
+    "branches": f"needs an integer from 1 to {MAX_BRANCHES}, or 'auto'",
+    "draft_device": "needs 'auto', 'cpu', 'cuda' or 'cuda:<index>'",
+    "draft_cpu_cores": "needs a list of core numbers",
+}
+"""What an option takes, where pydantic's own words would not say it."""
 
 
 class SSDConfig(BaseModel):
@@ -55,7 +67,7 @@ class SSDConfig(BaseModel):
     """Where the draft runs: ``"cpu"``, ``"cuda:1"``, ...; ``"auto"``: the target's kind of device,
     on CUDA the first one the target does not use, else the target's own."""
 
-    draft_cpu_cores: list[int] | None = None
+    draft_cpu_cores: list[int] | None = Field(default=None, min_length=1)
     """Cores of a draft on CPU. Default: those the target leaves free, else the last one."""
 
     draft_dtype: Literal["auto", "bfloat16", "float16", "float32"] | None = None
@@ -88,14 +100,14 @@ class SSDConfig(BaseModel):
     def _fan_out_in_range(cls, value: int | list[int]) -> int | list[int]:
         numbers = value if isinstance(value, list) else [value]
         if any(not 0 <= number <= MAX_FAN_OUT for number in numbers) or sum(numbers) == 0:
-            raise ValueError(f"needs numbers from 0 to {MAX_FAN_OUT}, not all 0")
+            raise ValueError(_NEEDS["fan_out"])
         return value
 
     @field_validator("branches")
     @classmethod
     def _branches_in_range(cls, value: int | str) -> int | str:
-        if isinstance(value, int) and not 1 <= value <= 1024:
-            raise ValueError('needs a number from 1 to 1024, or "auto"')
+        if isinstance(value, int) and not 1 <= value <= MAX_BRANCHES:
+            raise ValueError(_NEEDS["branches"])
         return value
 
     @model_validator(mode="after")
@@ -103,8 +115,8 @@ class SSDConfig(BaseModel):
         wanted = self.num_speculative_tokens + 1
         if isinstance(self.fan_out, list) and len(self.fan_out) != wanted:
             raise ValueError(
-                f"fan_out: a list needs num_speculative_tokens + 1 = {wanted} numbers, "
-                f"got {len(self.fan_out)}"
+                f"option 'fan_out' = {self.fan_out}: a list needs num_speculative_tokens + 1 = "
+                f"{wanted} numbers, got {len(self.fan_out)}"
             )
         return self
 
@@ -115,10 +127,11 @@ class SSDConfig(BaseModel):
         Raises:
             ValueError: one sentence for each wrong option, with its value and what it takes.
         """
+        options = {name.replace("-", "_"): value for name, value in options.items()}
         try:
-            return cls.model_validate({k.replace("-", "_"): v for k, v in options.items()})
+            return cls.model_validate(options)
         except ValidationError as error:
-            raise ValueError(_explain(error)) from None
+            raise ValueError(_explain(error, options)) from None
 
     @property
     def fan_out_per_k(self) -> tuple[int, ...]:
@@ -138,21 +151,27 @@ class SSDConfig(BaseModel):
         return every if self.branches == "auto" else min(self.branches, every)
 
 
-def _explain(error: ValidationError) -> str:
-    """Pydantic's findings as sentences for the person who wrote the options."""
-    sentences = []
+def _explain(error: ValidationError, options: dict[str, Any]) -> str:
+    """Pydantic's findings as one sentence an option, for the person who wrote them."""
+    sentences: dict[str, str] = {}
     for finding in error.errors():
         # A union reports each of its members; the option's name comes first in all of them.
         name = str(finding["loc"][0]) if finding["loc"] else ""
+        message = finding["msg"].removeprefix("Value error, ")
         if finding["type"] == "extra_forbidden":
-            known = ", ".join(SSDConfig.model_fields)
-            sentence = f"ssd: unknown option {name!r}; the options are {known}"
+            sentence = _unknown(name)
         elif finding["type"] == "missing":
-            sentence = f"ssd: option {name!r} is missing"
+            sentence = f"option {name!r} is missing; add it to the speculative config"
+        elif name:
+            message = _NEEDS.get(name, message[0].lower() + message[1:])
+            sentence = f"option {name!r} = {options[name]!r}: {message}"
         else:
-            message = finding["msg"].removeprefix("Value error, ")
-            at = f"option {name!r} = {finding['input']!r}: " if name else ""
-            sentence = f"ssd: {at}{message[0].lower()}{message[1:]}"
-        if sentence not in sentences:
-            sentences.append(sentence)
-    return "; ".join(sentences)
+            sentence = message
+        sentences.setdefault(name, sentence)
+    return "ssd: " + "; ".join(sentences.values())
+
+
+def _unknown(name: str) -> str:
+    similar = get_close_matches(name, SSDConfig.model_fields, n=1)
+    hint = f" (did you mean {similar[0]!r}?)" if similar else ""
+    return f"unknown option {name!r}{hint}; the options are {', '.join(SSDConfig.model_fields)}"

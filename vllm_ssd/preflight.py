@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pydantic import ValidationError
+
 from vllm_ssd import compat
 from vllm_ssd.affinity import available_cores
 from vllm_ssd.config import ADDITIONAL_CONFIG_KEY, SSDConfig
@@ -58,6 +60,7 @@ def check(
     if resolve_draft_device(config, parallel) == "cpu":
         check_cores(config.draft_cpu_cores)
     draft = draft_model_config(config, target)
+    check_attention(draft)
     check_vocabulary(target, draft)
 
 
@@ -137,7 +140,7 @@ def check_cores(wanted: list[int] | None, allowed: list[int] | None = None) -> N
     if missing:
         raise ValueError(
             f"ssd: option 'draft_cpu_cores' = {wanted}: core {missing[0]} is not available; "
-            f"this process may use {allowed}"
+            f"use some of {allowed}"
         )
 
 
@@ -152,7 +155,10 @@ def draft_model_config(config: SSDConfig, target: ModelConfig) -> ModelConfig:
     name = config.model
     looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1
     if looks_local and not Path(name).expanduser().is_dir():
-        raise ValueError(f"ssd: option 'model' = {name!r}: there is no such folder")
+        raise ValueError(
+            f"ssd: option 'model' = {name!r}: there is no such folder; give the draft model's "
+            "folder or its hub name"
+        )
     try:
         draft = ModelConfig(
             model=os.path.expanduser(name),
@@ -164,17 +170,46 @@ def draft_model_config(config: SSDConfig, target: ModelConfig) -> ModelConfig:
             enforce_eager=True,
         )
     except Exception as error:  # vLLM, transformers and hub clients each raise their own
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"ssd: option 'model' = {name!r}: {reason}") from error
+        reason = _first_sentence(error)
+        if config.draft_quantization and "quantization" in reason:
+            option, value = "draft_quantization", config.draft_quantization
+        else:
+            option, value = "model", name
+            reason += "; give the folder or the hub name of a model that this vLLM supports"
+        raise ValueError(f"ssd: option {option!r} = {value!r}: {reason}") from error
     longest = draft.max_model_len
     wanted = config.draft_max_model_len or target.max_model_len
     if config.draft_max_model_len and wanted > longest:
         raise ValueError(
             f"ssd: option 'draft_max_model_len' = {wanted}: the draft model supports at most "
-            f"{longest}"
+            f"{longest}; lower it"
         )
     draft.max_model_len = min(wanted, longest)
     return draft
+
+
+def check_attention(draft: ModelConfig) -> None:
+    """Refuse a draft whose branches cannot be forked, as far as its configuration tells.
+
+    Raises:
+        ValueError: names the attention.
+    """
+    layers = getattr(draft.hf_text_config, "layer_types", None)
+    slides = layers is None or "sliding_attention" in layers
+    kinds = {
+        "none": draft.is_attention_free,
+        "mixed with state-space layers": draft.is_hybrid,
+        "multi-head latent": draft.use_mla,
+        "chunked": draft.attention_chunk_size,
+        "a sliding window": slides and draft.get_sliding_window(),
+        "across an encoder": draft.is_encoder_decoder,
+    }
+    for kind, found in kinds.items():
+        if found:
+            raise ValueError(
+                f"ssd: option 'model' = {draft.model!r}: its attention ({kind}) is not plain full "
+                "attention, the only kind whose branches can be forked; choose another draft model"
+            )
 
 
 def check_vocabulary(target: ModelConfig, draft: ModelConfig) -> None:
@@ -194,7 +229,7 @@ def check_vocabulary(target: ModelConfig, draft: ModelConfig) -> None:
         theirs = AutoTokenizer.from_pretrained(
             draft.model, trust_remote_code=target.trust_remote_code
         ).get_vocab()
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers and its tokenizers each raise their own
         # A folder of weights alone: nothing to compare but the size.
         if target.get_vocab_size() == draft.get_vocab_size():
             return
@@ -224,3 +259,11 @@ def _same_tokenizer_file(one: str, other: str) -> bool:
     if not all(file.is_file() for file in files):
         return False
     return files[0].samefile(files[1]) or files[0].read_bytes() == files[1].read_bytes()
+
+
+def _first_sentence(error: Exception) -> str:
+    """The first line of what an error says, without pydantic's frame around it."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    if isinstance(error, ValidationError):
+        lines = str(error.errors()[0]["msg"]).splitlines()
+    return lines[0].removeprefix("Value error, ").removesuffix(".")

@@ -86,7 +86,7 @@ def test_a_wrong_option_is_named_with_its_value_and_what_it_takes(
 
 
 def test_a_missing_option_is_named() -> None:
-    with pytest.raises(ValueError, match=r"^ssd: option 'model' is missing$"):
+    with pytest.raises(ValueError, match=r"^ssd: option 'model' is missing; add it"):
         SSDConfig.parse({"num_speculative_tokens": 4})
 
 
