@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import os
 import statistics
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,10 @@ def main() -> None:
     options = parser.parse_args()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(options.multiprocessing))
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ["PYTHONPATH"] = str(Path(__file__).resolve().parent.parent)
+    # Each engine's process, and vLLM's workers, import this folder's workers by name.
+    root = str(Path(__file__).resolve().parent.parent)
+    sys.path.insert(0, root)
+    os.environ["PYTHONPATH"] = root
     times: dict[str, list[float]] = {"recorded": [], "ssd": []}
     with tempfile.TemporaryDirectory() as folder:
         record = Path(folder) / "texts.json"

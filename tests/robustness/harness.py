@@ -183,13 +183,17 @@ def is_alive(pid: int) -> bool:
         return False
 
 
+def command(pid: int) -> str:
+    """Its title or command line; empty if it has ended."""
+    try:
+        return " ".join(psutil.Process(pid).cmdline())
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        return ""
+
+
 def is_draft(pid: int) -> bool:
     """Whether this is a draft process, by its title or, while it starts, its command."""
-    try:
-        command = " ".join(psutil.Process(pid).cmdline())
-    except (psutil.NoSuchProcess, psutil.ZombieProcess):
-        return False
-    return command.startswith("vllm_ssd draft") or "vllm_ssd.draft" in command
+    return command(pid).startswith("vllm_ssd draft") or "vllm_ssd.draft" in command(pid)
 
 
 def in_session(session: int) -> list[int]:

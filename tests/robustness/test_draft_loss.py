@@ -14,7 +14,7 @@ from vllm import LLM
 from tests.robustness import harness
 from tests.robustness.conftest import LONG_TEXT, LONG_TOKENS, MAX_TOKENS, TEXTS
 from tests.robustness.harness import Decoding, draft_pid, stats, wait_for
-from vllm_ssd.target import client, process
+from vllm_ssd.target import client
 
 
 @pytest.fixture
@@ -121,7 +121,7 @@ def test_draft_that_keeps_dying_is_started_ever_more_rarely_until_one_stays(
     monkeypatch.setattr(line, "_failures", 0)
     attempts = stats(engine)["restarts"]
     with monkeypatch.context() as broken:
-        broken.setattr(process.sys, "executable", "/nonexistent/python")
+        broken.setattr("sys.executable", "/nonexistent/python")
         os.kill(draft_pid(engine), signal.SIGKILL)
         tried_twice = _stepped(engine, lambda: stats(engine)["restarts"] >= attempts + 2)
         wait_for(tried_twice, 30.0, "a second attempt")

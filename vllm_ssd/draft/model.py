@@ -8,7 +8,6 @@ CUDA graphs were captured over them.
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,7 +36,6 @@ class VllmDraftModel:
         from vllm.v1.worker.worker_base import WorkerWrapperBase
 
         self.config = EngineArgs(**engine_args).create_engine_config()
-        self._rendezvous = tempfile.mkdtemp(prefix="vllm-ssd-draft-")
         self._worker = WorkerWrapperBase(rpc_rank=0)
         self._local_rank = local_rank
         self.lookahead = False
@@ -52,23 +50,21 @@ class VllmDraftModel:
             vocab_size: only smaller ids are returned.
         """
         self.config.cache_config.kv_cache_memory_bytes = kv_cache_memory_bytes or None
-        rendezvous = os.path.join(self._rendezvous, "init")
+        # The process group of this one process meets in a file that has no name: a draft that is
+        # killed at any moment leaves nothing behind.
+        self._rendezvous = os.memfd_create("vllm-ssd-draft")
         self._worker.init_worker(
             [
                 {
                     "vllm_config": self.config,
                     "local_rank": self._local_rank,
                     "rank": 0,
-                    "distributed_init_method": f"file://{rendezvous}",
+                    "distributed_init_method": f"file:///proc/self/fd/{self._rendezvous}",
                     "is_driver_worker": True,
                 }
             ]
         )
         self._worker.init_device()
-        # The file has served once the process group stands; nothing of it may be left behind.
-        if os.path.exists(rendezvous):
-            os.unlink(rendezvous)
-        os.rmdir(self._rendezvous)
         self._worker.load_model()
         self.num_blocks, self.block_size = compat.bring_up_kv_cache(self._worker, self.config)
         self._num_candidates = num_candidates

@@ -1,0 +1,23 @@
+"""A draft that knows the target's mind, and the time to speak it, hits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tests.engine.conftest import SPECS
+from tests.engine.harness import Job, Pair, Spec, greedy, hit_rate_after_first, prompt
+
+WANTED = 0.98
+
+
+def test_the_target_as_its_own_draft_hits_and_is_accepted(
+    start_pair: Callable[[Spec], Pair],
+) -> None:
+    pair = start_pair(SPECS["itself"])
+    jobs = [Job(prompt(10 + 7 * i, i), greedy(150), arrives=3 * i) for i in range(12)]
+    stats = pair.check_identical(jobs)
+    assert hit_rate_after_first(stats) > WANTED
+    assert stats["tokens_accepted"] / stats["tokens_drafted"] > WANTED
+    # A verification yields all K tokens and one more, but for the end of each request.
+    depth = pair.spec.depth
+    assert stats["tokens_drafted"] / stats["verifications"] > 0.9 * depth

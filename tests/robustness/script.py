@@ -1,0 +1,31 @@
+"""A user's script: starts an engine and decodes the same prompts for ever, one line an answer.
+
+``python -m tests.robustness.script '{"model": ..., "speculative_config": ..., "max_tokens": ...}'``
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+
+def main() -> None:
+    """Read the arguments, start, decode until somebody ends it."""
+    from vllm import LLM
+
+    from tests.robustness.harness import ENGINE, greedy
+
+    options = json.loads(sys.argv[1])
+    prompts = [{"prompt_token_ids": text} for text in options["texts"]]
+    llm = LLM(
+        model=options["model"],
+        speculative_config=options["speculative_config"],
+        **ENGINE,
+    )
+    while True:
+        outputs = llm.generate(prompts, greedy(options["max_tokens"]), use_tqdm=False)
+        print(json.dumps([list(o.outputs[0].token_ids) for o in outputs]), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""How an engine starts: with vLLM's default memory settings; or not, and then it says why."""
+
+from __future__ import annotations
+
+import gc
+import os
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from vllm import LLM
+
+from tests.robustness import harness
+from tests.robustness.conftest import MAX_TOKENS, TEXTS
+from tests.robustness.harness import Decoding, ssd_options
+from tests.tiny_models import TinyModels
+
+
+def test_draft_that_does_not_load_fails_the_start_with_its_reason(
+    tiny_pair: TinyModels, tmp_path: Path
+) -> None:
+    draft = tmp_path / "draft"
+    draft.mkdir()
+    for file in tiny_pair.draft.iterdir():
+        (draft / file.name).write_bytes(file.read_bytes())
+    weights = draft / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+
+    said = _failure(tiny_pair, draft)
+    assert said.startswith("ssd: the draft process did not come up: ")
+    assert "SafetensorError" in said
+    _assert_no_draft()
+
+
+def test_start_that_takes_too_long_is_given_up(tiny_pair: TinyModels) -> None:
+    said = _failure(tiny_pair, tiny_pair.draft, draft_startup_timeout_s=0.5)
+    assert "draft_startup_timeout_s = 0.5" in said
+    assert "raise it or choose a smaller draft model" in said
+    _assert_no_draft()
+
+
+def test_draft_ends_when_the_target_does_not_start(tiny_pair: TinyModels) -> None:
+    # Too little for one text of the full length: vLLM itself refuses, after the draft has started.
+    _failure(tiny_pair, tiny_pair.draft, engine={"kv_cache_memory_bytes": 1 << 16})
+    gc.collect()
+    harness.wait_for(lambda: not _drafts(), harness.GONE_SECONDS, "the draft is gone")
+
+
+def test_engine_starts_with_vllms_own_choice_of_memory(
+    tiny_pair: TinyModels, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE")
+    memory = psutil.virtual_memory()
+    share = 0.5 * memory.available / memory.total
+    options = ssd_options(tiny_pair.itself)
+    with harness.running_engine(tiny_pair, options, gpu_memory_utilization=share) as llm:
+        cache = llm.llm_engine.vllm_config.cache_config
+        assert cache.kv_cache_memory_bytes is None
+        assert Decoding(llm, TEXTS, MAX_TOKENS).finish() == expected
+        assert harness.stats(llm)["hits"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    psutil.virtual_memory().available < 0.95 * psutil.virtual_memory().total,
+    reason="vLLM itself starts with its defaults only where 92 % of the memory is free",
+)
+def test_one_liner_starts_with_all_defaults(
+    tiny_pair: TinyModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE")
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    llm = LLM(
+        model=str(tiny_pair.target),
+        speculative_config={
+            "method": "ssd",
+            "model": str(tiny_pair.draft),
+            "num_speculative_tokens": 6,
+        },
+    )
+    try:
+        (output,) = llm.generate(["w5 w6 w7"], harness.greedy(8), use_tqdm=False)
+        assert len(output.outputs[0].token_ids) == 8
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+    harness.wait_for(lambda: not _drafts(), harness.GONE_SECONDS, "the draft is gone")
+
+
+def _failure(
+    models: TinyModels, draft: Path, engine: dict[str, Any] | None = None, **options: Any
+) -> str:
+    """What an engine that cannot start says."""
+    with pytest.raises((RuntimeError, ValueError)) as caught:
+        LLM(
+            model=str(models.target),
+            speculative_config=ssd_options(draft, **options),
+            **{**harness.ENGINE, **(engine or {})},
+        )
+    return str(caught.value)
+
+
+def _drafts() -> list[int]:
+    """Draft processes that this process has started and that are still alive."""
+    children = psutil.Process(os.getpid()).children(recursive=True)
+    return [c.pid for c in children if harness.is_draft(c.pid) and harness.is_alive(c.pid)]
+
+
+def _assert_no_draft() -> None:
+    assert not _drafts()
