@@ -234,6 +234,22 @@ def test_outcomes_beyond_a_trimmed_proposal_are_not_drafted_any_more() -> None:
     assert {length for (k, _), length in lengths.items() if k > 1} == {1}
 
 
+def test_a_tree_is_complete_when_the_outcomes_still_to_be_guessed_are_trimmed_away() -> None:
+    sim, request = at_rest()
+    sim.verify(request, 0, sim.best(PROMPT)[1])
+    sim.deliver()
+    sim.draft_steps(2)
+    sim.target_receives(2)
+    # All that is known is proposed, so what follows all of it cannot be guessed yet.
+    assert len(sim.verify(request, 0, sim.best(request.text)[1])) == 2
+    sim.deliver()
+    tree = sim.published.cache.trees[request.handle]
+    assert not tree.complete
+    sim.trim(request, 1)
+    sim.deliver()
+    assert tree.complete
+
+
 def test_a_stopped_branch_that_came_true_after_all_goes_on_where_it_stopped() -> None:
     sim, request = at_rest()
     sim.verify(request, 0, sim.greedy(request, 1)[0])

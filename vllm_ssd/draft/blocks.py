@@ -73,7 +73,6 @@ class KVBlocks:
                 break
             found += cached
         self._pool.touch(found)
-        del prefix.block_hashes[len(found) :]
         return found
 
     def share(
