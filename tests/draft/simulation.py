@@ -92,6 +92,8 @@ class Simulation:
         """All that the draft was told of and not told to be finished."""
         self.to_draft: deque[list[ToDraft]] = deque()
         self.to_target: deque[list[ToTarget]] = deque()
+        self.verify_us = 0
+        """How long the target says that a verification takes; 0: it does not know."""
         self._next_handle = 0
 
     # ---- the target
@@ -139,7 +141,12 @@ class Simulation:
             tokens += request.text[request.told :] + request.proposed
             request.told = len(request.text)
         message = Outcomes(
-            pack(handles), pack(lengths), pack(confirmed), pack(proposed), pack(tokens), 0
+            pack(handles),
+            pack(lengths),
+            pack(confirmed),
+            pack(proposed),
+            pack(tokens),
+            self.verify_us,
         )
         self.to_draft.append([message])
 
