@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from tests.tiny_models import TinyModels, tiny_models
 from vllm_ssd.cli.models import DemoModels, demo_models
@@ -23,7 +23,7 @@ for name, value in {
     os.environ.setdefault(name, value)
 
 # A slow machine is not a failure.
-settings.register_profile("vllm-ssd", deadline=None)
+settings.register_profile("vllm-ssd", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("vllm-ssd")
 
 

@@ -217,4 +217,4 @@ def test_trees_are_exact_and_resources_balance_whatever_happens() -> None:
 
 @pytest.mark.slow
 def test_trees_are_exact_and_resources_balance_in_long_lives() -> None:
-    _run(examples=1000, steps=50)
+    _run(examples=500, steps=50)

@@ -283,6 +283,16 @@ def test_a_text_that_can_never_fit_is_turned_down_again_and_again() -> None:
     assert sim.blocks.free_count == 3
 
 
+def test_a_text_longer_than_the_draft_can_follow_is_left_alone() -> None:
+    sim = simulation(max_length=16)
+    request = sim.start(PROMPT * 2)
+    settle(sim)
+    assert holds_nothing(sim, request)
+    assert sim.verify(request, 0, 0) == []
+    settle(sim)
+    assert sim.model.forwards == 0
+
+
 # ---- the end
 
 
