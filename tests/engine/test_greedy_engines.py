@@ -20,6 +20,7 @@ def test_no_prefix_caching_and_one_token_at_a_time(start_pair: Callable[[Spec], 
     assert pair.ssd.metric("prefix_cache_hits") == 0
 
 
+@pytest.mark.slow
 def test_chunked_prefill_and_drafts_cut_by_the_token_budget(
     start_pair: Callable[[Spec], Pair],
 ) -> None:

@@ -10,6 +10,8 @@ import pytest
 
 from tests.engine.harness import Job, Pair, greedy, prompt
 
+pytestmark = pytest.mark.slow
+
 SCHEMA = {
     "type": "object",
     "properties": {

@@ -17,6 +17,8 @@ from tests.robustness.harness import GONE_SECONDS, wait_for
 from tests.robustness.scripts import START_SECONDS, Script, running_script
 from tests.tiny_models import TinyModels
 
+pytestmark = pytest.mark.slow
+
 
 def test_shut_down_engine_leaves_nothing_even_with_a_stopped_draft(tiny_pair: TinyModels) -> None:
     cores = os.sched_getaffinity(0)

@@ -20,6 +20,8 @@ from tests.robustness.conftest import MAX_TOKENS, TEXTS
 from tests.robustness.scripts import START_SECONDS, Script
 from tests.tiny_models import TinyModels, words
 
+pytestmark = pytest.mark.slow
+
 
 class Server(Script):
     """The server and a client of it.

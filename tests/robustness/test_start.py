@@ -16,6 +16,8 @@ from tests.robustness.conftest import MAX_TOKENS, TEXTS
 from tests.robustness.harness import Decoding, ssd_options
 from tests.tiny_models import TinyModels
 
+pytestmark = pytest.mark.slow
+
 
 def test_draft_that_does_not_load_fails_the_start_with_its_reason(
     tiny_pair: TinyModels, tmp_path: Path

@@ -1,10 +1,12 @@
 """What vLLM's rejection sampler gets wrong on CPU without Triton, put right.
 
-Two faults make temperature > 0 inexact there (vLLM 0.32 and 0.33):
+Three faults show at temperature > 0 there (vLLM 0.32 and 0.33):
 
 * per-request temperature, top-k and top-p are expanded into a copy that is thrown away, so that
   uninitialised memory is used (upstream issue 55005);
-* a draft of -1, vLLM's "no draft here", indexes memory instead of being rejected.
+* a draft of -1, vLLM's "no draft here", indexes memory instead of being rejected;
+* top-k without top-p takes the maximum of nothing when no request of a batch has a draft, as after
+  a prompt, and the engine dies of it.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ _REJECTED = 2.0
 
 
 def fix_cpu_rejection_sampler() -> None:
-    """Replace the two faulty functions in this process, where they are in use."""
+    """Replace the faulty functions in this process, where they are in use."""
     from vllm.triton_utils import HAS_TRITON
     from vllm.v1.sample import rejection_sampler
 
@@ -57,6 +59,16 @@ def fix_cpu_rejection_sampler() -> None:
     # The sampler of the next engine in this process asks its kernel for this at construction.
     reject_negative_ids.register_warmup = original.register_warmup  # type: ignore[attr-defined]
     rejection_sampler._rejection_random_sample = reject_negative_ids
+    constrain = rejection_sampler.apply_sampling_constraints
+
+    def constrain_what_there_is(
+        logits: torch.Tensor, cu_num_draft_tokens: torch.Tensor, sampling_metadata: Any
+    ) -> Any:
+        if logits.shape[0] == 0:
+            return logits
+        return constrain(logits, cu_num_draft_tokens, sampling_metadata)
+
+    rejection_sampler.apply_sampling_constraints = constrain_what_there_is
 
 
 def expand_batch_to_tokens(
