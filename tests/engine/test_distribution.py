@@ -114,6 +114,7 @@ def unfixed_sampler() -> Iterator[None]:
     fix_cpu_rejection_sampler()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unfixed_sampler")
 def test_the_comparison_finds_vllms_own_faults(engine: Engine, tiny_pair: TinyModels) -> None:
     # Without our fix (target/rejection.py) the temperature is uninitialised memory.

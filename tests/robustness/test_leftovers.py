@@ -114,5 +114,5 @@ def _named(script: Script, title: str) -> int:
 
 
 def _is_loading(draft: int) -> bool:
-    """Whether the draft has its libraries: it is about to make what it needs to load the model."""
-    return "_C.abi3.so" in Path(f"/proc/{draft}/maps").read_text()
+    """Whether the draft is bringing up its model, for which it has made a file in memory."""
+    return any("memfd:vllm-ssd-draft" in name for name in harness.open_files(draft))
