@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given
@@ -100,3 +102,15 @@ def test_a_draft_that_is_none_is_rejected_by_the_real_kernel() -> None:
     probabilities = [0.2, 0.2, 0.0, 0.0, 0.6]
     assert verify([[-1, -1]], probabilities) == [[3]]
     assert verify([[0, -1], [-1], [1, 0]], probabilities) == [[0, 3], [3], [1, 0, 4]]
+
+
+@needs_the_fix
+@pytest.mark.usefixtures("_in_a_worker")
+def test_top_k_has_nothing_to_do_where_nobody_has_a_draft() -> None:
+    # As after every prompt: unpatched, the maximum of no numbers ends the engine.
+    sampling = SimpleNamespace(
+        all_greedy=False, temperature=torch.ones(2), top_k=torch.tensor([3, 5]), top_p=None
+    )
+    counts = torch.zeros(2, dtype=torch.int32)
+    constrained = rejection_sampler.apply_sampling_constraints(torch.zeros(0, 8), counts, sampling)
+    assert constrained.shape == (0, 8)
