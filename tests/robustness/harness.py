@@ -175,20 +175,17 @@ def decode_until_hits_come_back(llm: LLM, texts: Sequence[list[int]], expected: 
 # ---- processes
 
 
-def is_alive(pid: int) -> bool:
-    """Whether the process runs (a dead one that nobody has waited for does not)."""
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
 def command(pid: int) -> str:
     """Its title or command line; empty if it has ended."""
     try:
-        return " ".join(psutil.Process(pid).cmdline())
+        return " ".join(psutil.Process(pid).cmdline()).strip()
     except (psutil.NoSuchProcess, psutil.ZombieProcess):
         return ""
+
+
+def is_alive(pid: int) -> bool:
+    """Whether the process runs; one that has ended but is still on the list has no command."""
+    return bool(command(pid))
 
 
 def is_draft(pid: int) -> bool:
