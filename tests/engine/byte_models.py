@@ -9,6 +9,9 @@ from typing import Any
 
 from tests.tiny_models import BOS, EOS, VOCABULARY, TinyModels
 
+WHOLE_LETTERS = 3 + 256
+"""From this id on tokens are pairs of letters; those before are single bytes."""
+
 
 def byte_models(models: TinyModels, folder: Path) -> TinyModels:
     """Copies (by link) of the models' weights with the byte tokenizer."""

@@ -18,6 +18,8 @@ ENGINE_ARGS: dict[str, Any] = {
     "max_model_len": 256,
     "max_num_seqs": 16,
     "block_size": 32,
+    # A random model would fill a JSON text with white space for ever.
+    "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
 }
 LONG_WAIT_MS = 2000.0
 """Longer than any round of the tiny draft: what it has guessed is always there in time."""
@@ -101,7 +103,7 @@ class Engine:
         return [[_answer(c) for c in output.outputs] for output in self.run_raw(jobs)]
 
     def run_raw(self, jobs: Sequence[Job]) -> list[RequestOutput]:
-        """As :meth:`run`, with vLLM's own outputs."""
+        """As :meth:`run`, with vLLM's own outputs, those of all steps merged."""
         engine = self.llm.llm_engine
         self._runs += 1
         ids = [f"{self._runs}-{index}" for index in range(len(jobs))]
@@ -116,6 +118,9 @@ class Engine:
                 prompt: Any = {"prompt_token_ids": list(jobs[index].prompt)}
                 engine.add_request(ids[index], prompt, jobs[index].params.clone())
             for output in engine.step():
+                known = outputs.get(output.request_id, output)
+                # Of several completions a step reports only those that grew.
+                output.outputs = _merged(known.outputs, output.outputs)
                 outputs[output.request_id] = output
                 abort_after = jobs[ids.index(output.request_id)].abort_after
                 enough = abort_after is not None and (
@@ -218,6 +223,11 @@ def staggered(lengths: Iterable[int], every: int, params: SamplingParams) -> lis
         Job(prompt(length, salt), params, arrives=salt * every)
         for salt, length in enumerate(lengths)
     ]
+
+
+def _merged(known: Sequence[Any], grown: Sequence[Any]) -> list[Any]:
+    by_index = {completion.index: completion for completion in (*known, *grown)}
+    return [by_index[index] for index in sorted(by_index)]
 
 
 def _answer(completion: Any) -> Answer:
