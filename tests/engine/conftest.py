@@ -26,20 +26,39 @@ def models(tiny_pair: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> T
 
 
 @pytest.fixture(scope="package")
-def start_pair(models: TinyModels) -> Iterator[Callable[[Spec], Pair]]:
+def running() -> Iterator[list[Pair]]:
+    """The pair of engines that runs now; empty if none does."""
+    pairs: list[Pair] = []
+    yield pairs
+    if pairs:
+        pairs[0].close()
+
+
+@pytest.fixture(scope="package")
+def stop_pair(running: list[Pair]) -> Callable[[], None]:
+    """Ends the running pair, for a test that starts engines of its own."""
+
+    def stop() -> None:
+        if running:
+            running.pop().close()
+
+    return stop
+
+
+@pytest.fixture(scope="package")
+def start_pair(
+    models: TinyModels, running: list[Pair], stop_pair: Callable[[], None]
+) -> Callable[[Spec], Pair]:
     """Starts a pair of engines, or hands out the running one if it was started with the same."""
-    running: list[Pair] = []
 
     def start(spec: Spec) -> Pair:
         if running and running[0].spec != spec:
-            running.pop().close()
+            stop_pair()
         if not running:
             running.append(Pair(spec, models))
         return running[0]
 
-    yield start
-    if running:
-        running[0].close()
+    return start
 
 
 @pytest.fixture(scope="package", params=SPECS)
