@@ -42,9 +42,13 @@ def test_start_that_takes_too_long_is_given_up(tiny_pair: TinyModels) -> None:
     _assert_no_draft()
 
 
-def test_draft_ends_when_the_target_does_not_start(tiny_pair: TinyModels) -> None:
+def test_draft_ends_when_the_target_does_not_start(
+    tiny_pair: TinyModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE")
     # Too little for one text of the full length: vLLM itself refuses, after the draft has started.
-    _failure(tiny_pair, tiny_pair.draft, engine={"kv_cache_memory_bytes": 1 << 16})
+    said = _failure(tiny_pair, tiny_pair.draft, engine={"kv_cache_memory_bytes": 1 << 16})
+    assert "memory for the cache" in said
     gc.collect()
     harness.wait_for(lambda: not _drafts(), harness.GONE_SECONDS, "the draft is gone")
 
