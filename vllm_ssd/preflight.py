@@ -238,11 +238,12 @@ def check_vocabulary(target: ModelConfig, draft: ModelConfig) -> None:
             f"size ({draft.get_vocab_size()}) than the target ({target.get_vocab_size()}); "
             "choose a draft with the target's tokenizer"
         ) from error
-    for token, token_id in theirs.items():
-        if ours.get(token, token_id) != token_id:
+    # By id, so that the same pair of tokenizers is refused in the same words every time.
+    for token, token_id in sorted(ours.items(), key=lambda item: item[1]):
+        if theirs.get(token, token_id) != token_id:
             raise ValueError(
                 f"ssd: option 'model' = {draft.model!r}: its tokenizer differs from the target's "
-                f"({token!r} is {token_id} there and {ours[token]} in the target); choose a draft "
+                f"({token!r} is {theirs[token]} there and {token_id} in the target); choose a draft "
                 "with the target's tokenizer"
             )
     shared = len(ours.keys() & theirs.keys())
