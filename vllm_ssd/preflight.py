@@ -243,8 +243,8 @@ def check_vocabulary(target: ModelConfig, draft: ModelConfig) -> None:
         if theirs.get(token, token_id) != token_id:
             raise ValueError(
                 f"ssd: option 'model' = {draft.model!r}: its tokenizer differs from the target's "
-                f"({token!r} is {theirs[token]} there and {token_id} in the target); choose a draft "
-                "with the target's tokenizer"
+                f"({token!r} is {theirs[token]} there and {token_id} in the target); choose a "
+                "draft with the target's tokenizer"
             )
     shared = len(ours.keys() & theirs.keys())
     if shared < 0.9 * max(len(ours), len(theirs)):
