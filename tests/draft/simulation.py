@@ -229,7 +229,7 @@ class Simulation:
                     case Forked():
                         self.published.fork(message)
                     case Stepped():
-                        self.published.step(message)
+                        self.published.steps([message])
 
     def deliver(self) -> None:
         """Everything under way arrives; nothing is decoded."""

@@ -48,7 +48,7 @@ def stepped(rows: list[int], tokens: list[int], ended: Sequence[int] = ()) -> St
 
 def test_what_is_published_is_found(published: PublishedTrees) -> None:
     published.fork(forked(HANDLE, [1], [7], [4], complete=1))
-    published.step(stepped([0, 4], [3, 8], ended=[4]))
+    published.steps([stepped([0, 4], [3, 8], ended=[4])])
     cache = published.cache
     assert cache.below(cache.walk(HANDLE, [1]), 9) == [2, 3]
     assert cache.below(cache.walk(HANDLE, [1, 7]), 9) == [8]
@@ -81,7 +81,7 @@ def test_rows_of_a_finished_request_stay_in_step(published: PublishedTrees) -> N
     published.drop(HANDLE)
     published.plant(planted(HANDLE, 0, [5]))
     published.fork(forked(HANDLE, [0], [4], [1]))
-    published.step(stepped([0, 1], [6, 7]))
+    published.steps([stepped([0, 1], [6, 7])])
     assert published.cache.row_tokens(0) == [5, 6]
     assert published.cache.row_tokens(1) == [4, 7]
 
@@ -91,13 +91,13 @@ def test_rows_of_a_finished_request_stay_in_step(published: PublishedTrees) -> N
     [
         ("start", Ready(0, 1, 1)),
         ("start", Ready(MAX_ROWS + 1, 1, 1)),
-        ("step", stepped([ROWS], [1])),
-        ("step", stepped([-1], [1])),
-        ("step", stepped([0], [VOCAB_SIZE])),
-        ("step", stepped([0], [-1])),
-        ("step", stepped([0, 1], [1])),
-        ("step", stepped([0], [1], ended=[ROWS])),
-        ("step", Stepped(b"123", b"", b"")),
+        ("steps", stepped([ROWS], [1])),
+        ("steps", stepped([-1], [1])),
+        ("steps", stepped([0], [VOCAB_SIZE])),
+        ("steps", stepped([0], [-1])),
+        ("steps", stepped([0, 1], [1])),
+        ("steps", stepped([0], [1], ended=[ROWS])),
+        ("steps", Stepped(b"123", b"", b"")),
         ("plant", planted(HANDLE, ROWS, [1])),
         ("plant", planted(HANDLE, 0, [VOCAB_SIZE])),
         ("plant", planted(HANDLE, 0, [1, 2], count=1)),
@@ -111,14 +111,36 @@ def test_rows_of_a_finished_request_stay_in_step(published: PublishedTrees) -> N
 )
 def test_what_makes_no_sense_is_refused(published: PublishedTrees, verb: str, message: Any) -> None:
     with pytest.raises((ValueError, IndexError)):
-        getattr(published, verb)(message)
+        getattr(published, verb)([message] if verb == "steps" else message)
+
+
+def test_steps_applied_together_give_what_they_give_one_by_one() -> None:
+    steps = [stepped([0, 2], [5, 6]), stepped([0, 2], [7, 8], ended=[2]), stepped([0], [9])]
+    together, one_by_one = _with_fork(), _with_fork()
+    together.steps(steps)
+    for step in steps:
+        one_by_one.steps([step])
+    for each in (together, one_by_one):
+        assert each.cache.row_tokens(0) == [1, 5, 7, 9]
+        assert each.cache.row_tokens(2) == [4, 6, 8]
+        assert each.cache.ended.tolist() == [False, False, True] + [False] * (ROWS - 3)
+
+
+def _with_fork() -> PublishedTrees:
+    """A tree with trunk 0 and fork 2."""
+    published = PublishedTrees(DEPTH, VOCAB_SIZE)
+    published.start(Ready(ROWS, 100, 16))
+    published.announce(HANDLE)
+    published.plant(planted(HANDLE, 0, [1]))
+    published.fork(forked(HANDLE, [0], [4], [2]))
+    return published
 
 
 def test_a_row_cannot_grow_beyond_its_width(published: PublishedTrees) -> None:
     for _ in range(WIDTH - 2):
-        published.step(stepped([0], [1]))
+        published.steps([stepped([0], [1])])
     with pytest.raises(IndexError):
-        published.step(stepped([0], [1]))
+        published.steps([stepped([0], [1])])
 
 
 numbers = st.lists(st.integers(-2, ROWS + 1) | st.just(VOCAB_SIZE), max_size=3).map(pack)
@@ -138,7 +160,7 @@ def test_no_message_makes_a_look_up_fail(garbage: list[Any], text: list[int]) ->
     verbs: dict[Any, Callable[[Any], None]] = {
         Planted: published.plant,
         Forked: published.fork,
-        Stepped: published.step,
+        Stepped: lambda step: published.steps([step]),
     }
     for message in garbage:
         try:

@@ -128,14 +128,23 @@ class SpeculationCache:
             at += count
 
     def append(self, rows: Int32Array, tokens: Int32Array) -> None:
-        """One step: each of ``rows`` (distinct) grows by its token.
+        """Each of ``rows`` (distinct) grows by its tokens.
+
+        Args:
+            rows: ``[n]``.
+            tokens: ``[steps, n]``, or ``[n]`` for one step.
 
         Raises:
             IndexError: a row does not exist or is full.
         """
         at = self.length[rows]
-        self.tokens[rows, at] = tokens
-        self.length[rows] = at + 1
+        if tokens.ndim == 1:
+            self.tokens[rows, at] = tokens
+            self.length[rows] = at + 1
+        else:
+            steps = len(tokens)
+            self.tokens[rows, at + np.arange(steps)[:, None]] = tokens
+            self.length[rows] = at + steps
 
     def walk(self, handle: int, new_tokens: list[int]) -> Walk:
         """Walk a request's confirmed tokens from its tree's ``base`` on (``text[tree.base:]``)."""

@@ -77,6 +77,8 @@ class DraftClient:
         self._stats = stats
         self._forget_requests = forget_requests
         self._epoch = self._number = self._expected = 0
+        self._steps: list[Stepped] = []
+        """Received and not applied yet."""
         self._failures = 0
         self._started_at = 0.0
         self._start_after = 0.0
@@ -200,8 +202,13 @@ class DraftClient:
             return
         if frames:
             self._unanswered_since = None
-        for frame in frames:
-            self._take(frame)
+        try:
+            for frame in frames:
+                self._take(frame)
+            self._apply_steps()
+        except (ValueError, IndexError, KeyError, OverflowError) as error:
+            # What else has arrived is of the epoch that ends here.
+            self.resync(f"a message that does not make sense: {error!r}")
 
     def resync(self, reason: str) -> None:
         """Give up this epoch: forget all trees and announce the live requests anew."""
@@ -216,6 +223,7 @@ class DraftClient:
     def _begin_epoch(self) -> None:
         self._epoch += 1
         self._number = self._expected = 0
+        self._steps.clear()
         self._unanswered_since = None
         self.published.clear()
         self._forget_requests()
@@ -257,16 +265,23 @@ class DraftClient:
             self.resync(f"frame {frame.number} in place of {self._expected}")
             return
         self._expected += 1
-        try:
-            for message in frame.messages:
+        for message in frame.messages:
+            if frame.epoch != self._epoch:
+                return
+            if isinstance(message, Stepped):
+                self._steps.append(message)
+            else:
+                self._apply_steps()
                 self._apply(message)
-        except (ValueError, IndexError, KeyError, OverflowError) as error:
-            self.resync(f"a message that does not make sense: {error!r}")
+
+    def _apply_steps(self) -> None:
+        """Decode steps wait for one another: those that came in a row are applied as one."""
+        if self._steps:
+            steps, self._steps = self._steps, []
+            self.published.steps(steps)
 
     def _apply(self, message: ToTarget) -> None:
         match message:
-            case Stepped():
-                self.published.step(message)
             case Planted():
                 self.published.plant(message)
             case Forked():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import groupby
+from operator import attrgetter
+
 import numpy as np
 
 from vllm_ssd.core.tree import Int32Array, SpeculationCache
@@ -51,31 +54,41 @@ class PublishedTrees:
             raise ValueError(f"{message.max_rows} rows")
         self.cache = SpeculationCache(message.max_rows, self._width)
 
-    def step(self, message: Stepped) -> None:
-        """Rows have grown by one token each."""
-        rows, tokens = _indices(message.rows), unpack(message.tokens)
-        ended = _indices(message.ended)
+    def steps(self, messages: list[Stepped]) -> None:
+        """Rows have grown by one token in each of some steps.
+
+        While the target verified, the same rows have grown several times: such steps are applied
+        as one array.
+        """
+        for packed, run in groupby(messages, key=attrgetter("rows")):
+            self._grow(packed, list(run))
+
+    def _grow(self, packed_rows: bytes, steps: list[Stepped]) -> None:
+        rows = _indices(packed_rows)
+        tokens = unpack(b"".join([step.tokens for step in steps]))
         self._check_tokens(tokens)
-        if len(rows) != len(tokens):
+        if len(tokens) != len(rows) * len(steps):
             raise ValueError("a step that does not fit its rows")
-        self.cache.append(rows, tokens)
-        if ended.size:
-            self.cache.ended[ended] = True
+        self.cache.append(rows, tokens.reshape(len(steps), len(rows)))
+        ended = b"".join([step.ended for step in steps])
+        if ended:
+            self.cache.ended[_indices(ended)] = True
 
     def plant(self, message: Planted) -> None:
         """Trees replace the requests' former ones."""
+        # Lists where there is one number a request: for a few they are much faster than arrays.
         handles, bases = unpack(message.handles).tolist(), unpack(message.bases).tolist()
-        trunks, counts = unpack(message.trunks), unpack(message.counts)
+        trunks, counts = unpack(message.trunks).tolist(), unpack(message.counts).tolist()
         ended, tokens = unpack(message.ended).tolist(), unpack(message.tokens)
-        if not _all_below(trunks[trunks >= 0], len(self.cache.length)):
+        if trunks and max(trunks) >= len(self.cache.length):
             raise ValueError("a row that does not exist")
         self._check_tokens(tokens)
-        self._check_counts(counts, len(tokens))
-        if counts.size and counts.max() > self._width:
-            raise ValueError(f"{counts.max()} tokens for a trunk")
+        _check_counts(counts, len(tokens))
+        if counts and max(counts) > self._width:
+            raise ValueError(f"{max(counts)} tokens for a trunk")
         at = 0
         for handle, base, trunk, count, end in zip(
-            handles, bases, trunks.tolist(), counts.tolist(), ended, strict=True
+            handles, bases, trunks, counts, ended, strict=True
         ):
             if trunk < 0:
                 self.cache.trees.pop(handle, None)
@@ -92,13 +105,13 @@ class PublishedTrees:
 
     def fork(self, message: Forked) -> None:
         """Trees have got more forks."""
-        handles, counts = unpack(message.handles).tolist(), unpack(message.counts)
+        handles, counts = unpack(message.handles).tolist(), unpack(message.counts).tolist()
         k, tokens, rows = unpack(message.k), unpack(message.tokens), _indices(message.rows)
         self._check_tokens(tokens)
-        self._check_counts(counts, len(rows))
+        _check_counts(counts, len(rows))
         if not len(k) == len(tokens) == len(rows):
             raise ValueError("forks of different lengths")
-        self.cache.add_forks(handles, counts.tolist(), k, tokens, rows)
+        self.cache.add_forks(handles, counts, k, tokens, rows)
         for handle, complete in zip(handles, unpack(message.complete).tolist(), strict=True):
             tree = self.cache.trees.get(handle)
             if tree is not None:
@@ -108,10 +121,10 @@ class PublishedTrees:
         if not _all_below(tokens, self._vocab_size):
             raise ValueError("a token outside the vocabulary")
 
-    def _check_counts(self, counts: Int32Array, total: int) -> None:
-        # As Python's integers, which do not wrap around.
-        if (counts < 0).any() or sum(counts.tolist()) != total:
-            raise ValueError(f"counts that do not add up to {total}")
+
+def _check_counts(counts: list[int], total: int) -> None:
+    if sum(counts) != total or (counts and min(counts) < 0):
+        raise ValueError(f"counts that do not add up to {total}")
 
 
 def _all_below(values: Int32Array, limit: int) -> bool:

@@ -19,7 +19,7 @@ MAX_FRAME_BYTES = 64 << 20
 """A longer frame is garbage: a prompt of 16 million tokens would fit."""
 MAX_PENDING_BYTES = 64 << 20
 """What may wait for a slow reader before the channel counts as full."""
-_READ_BYTES = 1 << 20
+_READ_BYTES = 256 << 10
 
 
 class ChannelClosedError(ConnectionError):
@@ -44,6 +44,7 @@ class Channel(Generic[Frame]):
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(receives)
         self._inbox = bytearray()
+        self._arrived = memoryview(bytearray(_READ_BYTES))
         self._outbox = bytearray()
 
     def fileno(self) -> int:
@@ -116,15 +117,15 @@ class Channel(Generic[Frame]):
         """Read what the socket has; True at end of file."""
         while True:
             try:
-                data = self._socket.recv(_READ_BYTES)
+                size = self._socket.recv_into(self._arrived)
             except BlockingIOError:
                 return False
             except OSError as error:
                 raise ChannelClosedError(f"receive: {error}") from error
-            if not data:
+            if not size:
                 return True
-            self._inbox += data
-            if len(data) < _READ_BYTES:
+            self._inbox += self._arrived[:size]
+            if size < _READ_BYTES:
                 return False
 
     def _take_frames(self) -> list[Frame | None]:
