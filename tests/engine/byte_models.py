@@ -15,7 +15,7 @@ WHOLE_LETTERS = 3 + 256
 
 def byte_models(models: TinyModels, folder: Path) -> TinyModels:
     """Copies (by link) of the models' weights with the byte tokenizer."""
-    tokenizer = _byte_tokenizer()
+    tokenizer = byte_tokenizer()
     for source in {models.target, models.draft, models.near}:
         copy = folder / source.name
         copy.mkdir()
@@ -26,7 +26,7 @@ def byte_models(models: TinyModels, folder: Path) -> TinyModels:
     return TinyModels(*(folder / s.name for s in (models.target, models.draft, models.near)))
 
 
-def _byte_tokenizer() -> Any:
+def byte_tokenizer() -> Any:
     """All bytes, then pairs of letters up to the models' vocabulary."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

@@ -1,0 +1,87 @@
+"""The model card: what the draft is, what it was made from and how well it predicts the target."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from evaluation import Acceptance
+from shapes import num_trained
+from training import Recipe
+
+
+def write_card(
+    folder: Path,
+    work: Path,
+    options: dict[str, Any],
+    recipe: Recipe,
+    num_texts: int,
+    model: Any,
+    found: dict[str, Acceptance],
+    num_speculative_tokens: int,
+) -> None:
+    """Write ``README.md`` beside the weights.
+
+    Args:
+        folder: the draft's.
+        work: where the curve is.
+        options: what the command was told.
+        recipe: of the training.
+        num_texts: trained on.
+        model: the draft.
+        found: acceptance of each test set.
+        num_speculative_tokens: K of the acceptance lengths.
+    """
+    curve = [json.loads(line) for line in (work / "curve.jsonl").read_text().splitlines()]
+    last = curve[-1]
+    target = Path(options["target"]).name
+    sources = [Path(path).name for path in options["texts"]]
+    if options["self_written"]:
+        sources.append(f"answers to {options['self_written']} prompts of the target's own")
+    lines = [
+        f"# A draft for {target}",
+        "",
+        f"Distilled from {target} with `examples/distill/distill.py` for speculative decoding:",
+        "it predicts the target's own next token, and is of little use alone.",
+        "",
+        f"- **Shape** `{options['shape']}`, {num_trained(model) / 1e6:.1f}M parameters of its own,",
+        f"  head trained for the {options['head']} most frequent tokens (`draft_vocab.txt`).",
+        f"- **Texts** {num_texts} prompts with greedy answers of the target, at most",
+        f"  {options['max_tokens']} tokens long: {', '.join(sources)}. Held out by topic:",
+        f"  {', '.join(options['topics'])}.",
+        f"- **Training** {last['step']} steps, {last['tokens']} answer tokens,",
+        f"  {last['cpu_seconds'] / 60:.0f} CPU minutes: " + _sentence(recipe) + ".",
+        f"- **Licence** that of {target}, whose derivative it is.",
+        "",
+        "## Acceptance on held-out prompts",
+        "",
+        "Share of the target's greedy tokens that the draft predicts, and acceptance length",
+        f"(1 + accepted / drafts) at K = {num_speculative_tokens}.",
+        "",
+        "| prompts | per-token acceptance | acceptance length | tokens |",
+        "|---|---|---|---|",
+    ]
+    lines += [
+        f"| {name} | {one.mean:.3f} | {one.length:.2f} | {one.tokens} |"
+        for name, one in found.items()
+    ]
+    lines += ["", "## The curve", "", "| step | answer tokens | CPU s | loss | acceptance |"]
+    lines += ["|---|---|---|---|---|"]
+    lines += [
+        f"| {point['step']} | {point['tokens']} | {point['cpu_seconds']:.0f} | {point['loss']} "
+        f"| {point['acceptance']} |"
+        for point in _thinned(curve)
+    ]
+    (folder / "README.md").write_text("\n".join(lines) + "\n")
+
+
+def _sentence(recipe: Recipe) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in asdict(recipe).items())
+
+
+def _thinned(curve: list[dict[str, float]], most: int = 20) -> list[dict[str, float]]:
+    """At most about so many points, the last among them."""
+    every = max(1, len(curve) // most)
+    return curve[::-1][::every][::-1]

@@ -1,0 +1,127 @@
+"""Texts the target writes itself: prompts in the user's place, and greedy answers to prompts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from progress import track
+from texts import Text
+
+CHUNK = 128
+"""Prompts between two writes: what is lost at most when generating is cut off."""
+PROMPT_TOKENS = 200
+CONTEXT = 2048
+
+
+class Target:
+    """The target as vLLM runs it, many sequences at once.
+
+    Args:
+        folder: the model.
+        dtype: as vLLM's.
+        sequences: how many are generated at once.
+    """
+
+    def __init__(self, folder: Path, dtype: str, sequences: int = 64) -> None:
+        from vllm import LLM
+
+        self._llm = LLM(
+            model=str(folder),
+            dtype=dtype,
+            max_model_len=CONTEXT,
+            max_num_seqs=sequences,
+            max_num_batched_tokens=1024,
+            kv_cache_memory_bytes=2 << 30,
+            enforce_eager=True,
+            disable_log_stats=True,
+        )
+        self._tokenizer: Any = self._llm.get_tokenizer()
+
+    def chat(self, message: str) -> list[int]:
+        """A user's message in the chat template, as token ids."""
+        text = self._tokenizer.apply_chat_template(
+            [{"role": "user", "content": message}], add_generation_prompt=True, tokenize=False
+        )
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+    def write_prompts(self, numbers: range, seed: int) -> list[str]:
+        """Messages the target writes when its chat template is opened at the user's turn.
+
+        Args:
+            numbers: one prompt is sampled for each, with ``seed + number``.
+            seed: of the whole run.
+        """
+        from vllm import SamplingParams
+
+        mark = "\x00"
+        text = self._tokenizer.apply_chat_template(
+            [{"role": "user", "content": mark}], add_generation_prompt=False, tokenize=False
+        )
+        opened = self._tokenizer.encode(text.split(mark)[0], add_special_tokens=False)
+        parameters = [
+            SamplingParams(temperature=1.0, seed=seed + number, max_tokens=PROMPT_TOKENS)
+            for number in numbers
+        ]
+        prompts = [{"prompt_token_ids": opened}] * len(parameters)
+        outputs = self._llm.generate(prompts, parameters, use_tqdm=False)
+        # One that was cut off is no message.
+        ended = [output.outputs[0] for output in outputs]
+        return [said.text.strip() for said in ended if said.finish_reason == "stop" and said.text]
+
+    def answer(self, prompts: list[list[int]], max_tokens: int) -> list[Text]:
+        """Greedy answers."""
+        from vllm import SamplingParams
+
+        parameters = SamplingParams(temperature=0.0, max_tokens=max_tokens)
+        fitting = [prompt for prompt in prompts if len(prompt) + max_tokens <= CONTEXT]
+        outputs = self._llm.generate(
+            [{"prompt_token_ids": prompt} for prompt in fitting], parameters, use_tqdm=False
+        )
+        return [
+            Text(prompt, list(output.outputs[0].token_ids))
+            for prompt, output in zip(fitting, outputs, strict=True)
+        ]
+
+
+def answer_prompts(
+    prompts: list[str], path: Path, target: Callable[[], Target], max_tokens: int
+) -> None:
+    """Append answers to prompts to a file, going on where an earlier run stopped."""
+
+    def some(numbers: range) -> list[Text]:
+        model = target()
+        return model.answer([model.chat(prompts[number]) for number in numbers], max_tokens)
+
+    _in_chunks(len(prompts), path, some, f"answering {path.stem}")
+
+
+def write_texts(
+    count: int, seed: int, path: Path, target: Callable[[], Target], max_tokens: int
+) -> None:
+    """Append answers to ``count`` prompts of the target's own, going on likewise."""
+
+    def some(numbers: range) -> list[Text]:
+        model = target()
+        prompts = dict.fromkeys(model.write_prompts(numbers, seed))
+        return model.answer([model.chat(prompt) for prompt in prompts], max_tokens)
+
+    _in_chunks(count, path, some, "writing prompts and answers")
+
+
+def _in_chunks(count: int, path: Path, some: Callable[[range], list[Text]], what: str) -> None:
+    state = path.with_suffix(".state")
+    done, size = json.loads(state.read_text()) if state.exists() else (0, 0)
+    for start in track(range(done, count, CHUNK), what):
+        texts = some(range(start, min(start + CHUNK, count)))
+        with path.open("ab") as file:
+            # What follows was written by a run that was cut off before it noted so.
+            file.truncate(size)
+            file.write(b"".join(msgspec.json.encode(text) + b"\n" for text in texts))
+            size = file.tell()
+        scratch = state.with_suffix(".partial")
+        scratch.write_text(json.dumps([min(start + CHUNK, count), size]))
+        scratch.rename(state)

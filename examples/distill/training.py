@@ -1,0 +1,180 @@
+"""Train a draft on the target's answers: cross-entropy mixed with the target's own distribution.
+
+The head is computed for the most frequent tokens only, as the draft will be used (option
+``draft_vocab``); where an answer continues with another token nothing is learned. The learning
+rate rises, stays and then falls to zero, so that a run that was stopped can be prolonged: resume
+from its last checkpoint with more passes.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from evaluation import acceptance
+from labels import Labels
+from progress import say
+from texts import Text, batches
+from torch.nn.functional import cross_entropy, linear
+
+WARM_UP = 50
+"""Steps."""
+FALL = 0.3
+"""Last part of the steps, in which the learning rate falls to zero."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides what a training run computes, beside the texts."""
+
+    passes: float
+    batch_tokens: int
+    learning_rate: float
+    distillation: float
+    """Share of the target's distribution in the loss, the rest is cross-entropy with the answer."""
+    seed: int
+
+
+def train(
+    model: Any,
+    head_ids: torch.Tensor,
+    texts: list[Text],
+    labels: list[Labels] | None,
+    held_out: list[Text],
+    recipe: Recipe,
+    folder: Path,
+    checkpoint_steps: int = 100,
+) -> None:
+    """Train in place; resumes from the checkpoint in ``folder`` and appends to its ``curve.jsonl``.
+
+    Args:
+        model: a causal language model with a tied head.
+        head_ids: ``[N]`` int64, the tokens its head is computed for.
+        texts: prompts with answers.
+        labels: one for each text; None for cross-entropy alone.
+        held_out: some texts to draw the curve with.
+        recipe: how.
+        folder: of the checkpoint and the curve.
+        checkpoint_steps: steps between checkpoints.
+    """
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(
+        weights, lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True
+    )
+    schedule = _schedule(texts, recipe)
+    checkpoint, curve = folder / "checkpoint.pt", folder / "curve.jsonl"
+    step = tokens = 0
+    seconds = 0.0
+    if checkpoint.exists():
+        saved = torch.load(checkpoint, weights_only=False)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        step, tokens, seconds = saved["step"], saved["tokens"], saved["seconds"]
+        say(f"training: resumed at step {step} of {len(schedule)}")
+    position = torch.full((model.config.vocab_size,), -1)
+    position[head_ids] = torch.arange(len(head_ids))
+    began, losses = time.process_time() - seconds, []
+    while step < len(schedule):
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.learning_rate * _rate(step, len(schedule))
+        indices = schedule[step]
+        loss, count = _loss(
+            model,
+            head_ids,
+            position,
+            [texts[index] for index in indices],
+            [labels[index] for index in indices] if labels else None,
+            recipe.distillation,
+        )
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(float(loss.detach()))
+        step, tokens = step + 1, tokens + count
+        if step % checkpoint_steps and step < len(schedule):
+            continue
+        point = {
+            "step": step,
+            "tokens": tokens,
+            "cpu_seconds": round(time.process_time() - began, 1),
+            "loss": round(sum(losses) / len(losses), 4),
+            "acceptance": round(acceptance(model, head_ids, held_out).mean, 4),
+        }
+        losses = []
+        with curve.open("a") as file:
+            file.write(json.dumps(point) + "\n")
+        say(f"training, {len(schedule)} steps: {point}")
+        _save(checkpoint, model, optimizer, point, recipe)
+
+
+def _schedule(texts: list[Text], recipe: Recipe) -> list[np.ndarray]:
+    """The batches of all passes; a longer run starts with those of a shorter one."""
+    lengths = np.array([len(text.p) + len(text.a) for text in texts])
+    steps: list[np.ndarray] = []
+    whole = int(np.ceil(recipe.passes))
+    for number in range(whole):
+        one_pass = batches(lengths, recipe.batch_tokens, seed=recipe.seed + number)
+        steps += one_pass
+    return steps[: round(len(steps) * recipe.passes / whole)]
+
+
+def _rate(step: int, steps: int) -> float:
+    """Of the highest learning rate: up, level, and down to zero."""
+    rising = (step + 1) / min(WARM_UP, max(1, steps // 10))
+    falling = (steps - step) / max(1.0, FALL * steps)
+    return min(1.0, rising, falling)
+
+
+def _loss(
+    model: Any,
+    head_ids: torch.Tensor,
+    position: torch.Tensor,
+    texts: list[Text],
+    labels: list[Labels] | None,
+    distillation: float,
+) -> tuple[torch.Tensor, int]:
+    """Mean loss over the tokens of answers that the head has, and their number."""
+    hidden, answers = answer_states(model, texts)
+    wanted = position[answers]
+    known = wanted >= 0
+    hidden, wanted = hidden[known], wanted[known]
+    logits = linear(hidden, model.lm_head.weight[head_ids])
+    if labels is None or not distillation:
+        return cross_entropy(logits, wanted), len(wanted)
+    best = torch.from_numpy(np.concatenate([label.tokens for label in labels])).long()[known]
+    values = torch.from_numpy(np.concatenate([label.log_probs for label in labels]))[known]
+    places = position[best]
+    # What the head does not have is spread over the rest in proportion.
+    teacher = values.float().masked_fill(places < 0, -torch.inf).softmax(-1)
+    log_probs = logits.log_softmax(-1)
+    of_best = log_probs.gather(1, places.clamp(min=0))
+    soft = -(teacher * of_best).sum(-1).mean()
+    hard = -log_probs.gather(1, wanted[:, None]).mean()
+    return distillation * soft + (1 - distillation) * hard, len(wanted)
+
+
+def answer_states(model: Any, texts: list[Text]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Final hidden states before each answer's token, ``[T, H]``, and these tokens, ``[T]``."""
+    lengths = [len(text.p) + len(text.a) for text in texts]
+    tokens = torch.zeros(len(texts), max(lengths), dtype=torch.long)
+    before = torch.zeros_like(tokens, dtype=torch.bool)
+    for row, text in enumerate(texts):
+        tokens[row, : lengths[row]] = torch.tensor(text.p + text.a)
+        before[row, len(text.p) - 1 : lengths[row] - 1] = True
+    # Padded at the end: the causal mask keeps it from the tokens that count.
+    hidden = model.model(tokens, use_cache=False).last_hidden_state
+    return hidden[before], torch.tensor([token for text in texts for token in text.a])
+
+
+def _save(path: Path, model: Any, optimizer: Any, point: dict[str, float], recipe: Recipe) -> None:
+    scratch = path.with_suffix(".partial")
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    state |= {"step": point["step"], "tokens": point["tokens"], "seconds": point["cpu_seconds"]}
+    torch.save(state | {"recipe": asdict(recipe)}, scratch)
+    scratch.rename(path)

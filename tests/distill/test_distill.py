@@ -1,0 +1,143 @@
+"""The distillation tool, from prompts to a draft that vLLM loads, on a target made in a second."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from tests.distill.toy_target import TOPIC, make_target, write_prompts
+from tests.engine.harness import LONG_WAIT_MS, Engine, Job, greedy
+
+TOOL = Path(__file__).resolve().parents[2] / "examples" / "distill" / "distill.py"
+HEAD = 300
+PASSES = 6
+
+
+class Distillation:
+    """The tool's command over one folder.
+
+    Args:
+        folder: where target, prompts and draft are.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.target, self.out = folder / "target", folder / "draft"
+        self._prompts = folder / "prompts.txt"
+        self._test_prompts = folder / "unseen.jsonl"
+        make_target(self.target)
+        write_prompts(self._prompts, 150)
+        self._test_prompts.write_text(
+            "\n".join(json.dumps({"turns": [f"{letter * 3}?", "and?"]}) for letter in "klmnop")
+        )
+
+    def run(self, **options: object) -> subprocess.CompletedProcess[str]:
+        """The command with some options changed."""
+        chosen: dict[str, object] = {
+            "target": self.target,
+            "out": self.out,
+            "prompts": self._prompts,
+            "held_out": self._test_prompts,
+            "held_out_topic": TOPIC,
+            "self_written": 40,
+            "max_tokens": 40,
+            "shape": "narrow:64x1",
+            "head": HEAD,
+            "batch_tokens": 1024,
+            "learning_rate": 5e-3,
+            "passes": PASSES,
+        }
+        command = [sys.executable, str(TOOL)]
+        for name, value in (chosen | options).items():
+            command += [f"--{name.replace('_', '-')}", str(value)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+    def curve(self) -> list[dict[str, float]]:
+        """The points of the training curve."""
+        lines = (self.out / "work" / "curve.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def distillation(tmp_path_factory: pytest.TempPathFactory) -> Distillation:
+    return Distillation(tmp_path_factory.mktemp("distill"))
+
+
+@pytest.fixture(scope="module")
+def said(distillation: Distillation) -> str:
+    """What a run from nothing to a draft says."""
+    done = distillation.run()
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stderr
+
+
+def test_card_tells_the_acceptance_on_texts_held_out_by_topic_and_by_file(
+    distillation: Distillation, said: str
+) -> None:
+    card = (distillation.out / "README.md").read_text()
+    rows = re.findall(r"^\| (\w+) \| (0\.\d+|1\.0+) \| (\d\.\d+) \| \d+ \|$", card, re.MULTILINE)
+    found = {name: (float(mean), float(length)) for name, mean, length in rows}
+    assert found.keys() == {"others", "unseen"}
+    for mean, length in found.values():
+        assert mean > 0.6
+        assert length > 2.0
+    assert "prompts.txt" in card
+    assert TOPIC in card
+
+
+def test_what_was_done_is_not_done_again(distillation: Distillation, said: str) -> None:
+    before = distillation.curve()
+    done = distillation.run()
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "answering" not in done.stderr
+    assert "labelling" not in done.stderr
+    assert distillation.curve() == before
+
+
+def test_more_passes_go_on_from_the_last_step(distillation: Distillation, said: str) -> None:
+    steps = distillation.curve()[-1]["step"]
+    done = distillation.run(passes=PASSES + 2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"resumed at step {steps:.0f} of" in done.stderr
+    assert distillation.curve()[-1]["step"] > steps
+
+
+def test_another_shape_in_the_same_folder_is_refused(distillation: Distillation, said: str) -> None:
+    done = distillation.run(shape="layers:0")
+    assert done.returncode != 0
+    assert "was made with shape = 'narrow:64x1'" in done.stderr
+
+
+@pytest.mark.parametrize("shape", ["narrow:65x1", "layers:7", "wide"])
+def test_impossible_shape_is_refused_in_one_sentence(
+    distillation: Distillation, tmp_path: Path, shape: str
+) -> None:
+    done = distillation.run(shape=shape, out=tmp_path)
+    assert done.returncode != 0
+    assert "--shape" in done.stderr.strip().splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+def test_the_draft_serves_in_vllm(distillation: Distillation, said: str) -> None:
+    vocabulary = (distillation.out / "draft_vocab.txt").read_text().split("\n")[1:-1]
+    assert 0 < len(vocabulary) <= HEAD
+    speculation = {"method": "ssd", "model": str(distillation.out), "num_speculative_tokens": 4}
+    engine = Engine(
+        str(distillation.target),
+        speculative_config={**speculation, "max_wait_ms": LONG_WAIT_MS, "strict": True},
+        disable_log_stats=False,
+    )
+    try:
+        question = [{"role": "user", "content": "qqq?"}]
+        tokenizer = AutoTokenizer.from_pretrained(distillation.out)
+        text = tokenizer.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
+        engine.run([Job(tokenizer.encode(text, add_special_tokens=False), greedy(60))])
+        stats = engine.stats()
+    finally:
+        engine.close()
+    assert stats["tokens_accepted"] > 0.5 * stats["tokens_drafted"] > 0
