@@ -1,0 +1,51 @@
+"""The distilled draft that ships with the package: its own weights, the rest is the target's.
+
+What a draft shares with its target (the embedding, the tokenizer) is not stored twice: it is taken
+from the target's folder when the draft's is made. ``examples/distill/ship.py`` does the reverse.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from pathlib import Path
+
+SHIPPED = Path(__file__).parent / "smollm2_draft"
+WEIGHTS = "model.safetensors"
+TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+"""What the draft has in common with the target beside weights."""
+
+
+def version(shipped: Path) -> str:
+    """A name for the shipped weights, by their content."""
+    return hashlib.sha256((shipped / WEIGHTS).read_bytes()).hexdigest()[:12]
+
+
+def join(shipped: Path, target: Path, folder: Path) -> None:
+    """Make a whole model folder of shipped weights and the target's.
+
+    Args:
+        shipped: holds the weights that differ from the target's, configuration and card.
+        target: the target's folder.
+        folder: the draft's, to be made.
+    """
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(shipped / WEIGHTS)
+    with safe_open(shipped / WEIGHTS, framework="pt") as file:
+        taken = (file.metadata() or {}).get("from_target", "").split()
+    with safe_open(target / WEIGHTS, framework="pt") as file:
+        weights |= {name: file.get_tensor(name) for name in taken}
+    folder.mkdir(parents=True)
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    for source in shipped.iterdir():
+        if source.is_file() and source.name != WEIGHTS:
+            shutil.copyfile(source, folder / source.name)
+    for name in TOKENIZER:
+        shutil.copyfile(target / name, folder / name)
