@@ -137,6 +137,16 @@ def test_waiting_for_frames_hands_over_what_waits_to_be_sent(pair: Pair) -> None
     assert got == [frame(0, size=4 * MEGABYTE)]
 
 
+def test_looking_for_frames_hands_over_what_waits_to_be_sent(pair: Pair) -> None:
+    pair.target.send(frame(0, size=MEGABYTE))
+    got: list[DraftBound | None] = []
+    deadline = time.monotonic() + 10.0
+    while not got and time.monotonic() < deadline:
+        assert pair.target.receive() == []
+        got = pair.draft.receive()
+    assert got == [frame(0, size=MEGABYTE)]
+
+
 def test_garbage_stands_as_none_and_the_next_frame_is_read(pair: Pair) -> None:
     garbage = b"\xc1 is no msgpack"
     wrong_type = encoded(DraftBound(0, 0, []))

@@ -90,12 +90,15 @@ class Channel(Generic[Frame]):
     def receive(self, timeout: float | None = 0.0) -> list[Frame | None]:
         """The frames that have arrived, in order; ``None`` in place of one that cannot be decoded.
 
+        What waits to be sent is handed over first, as far as the socket takes it.
+
         Args:
             timeout: seconds to wait for the first byte; 0 does not wait, ``None`` waits for ever.
 
         Raises:
             ChannelClosedError: end of file, or a length that no frame has.
         """
+        self.flush()
         if timeout != 0.0 and not self._wait(timeout):
             return []
         closed = self._fill()
