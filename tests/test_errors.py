@@ -64,6 +64,9 @@ def refusal(models: TinyModels, engine: dict[str, Any] | None = None, **options:
         ({"draft_cpu_cores": [999]}, ["'draft_cpu_cores' = [999]", "core 999", "use some of"]),
         ({"draft_cpu_cores": []}, ["'draft_cpu_cores' = []", "list of core numbers"]),
         ({"draft_max_model_len": 4096}, ["'draft_max_model_len' = 4096", "at most 1024", "lower"]),
+        ({"draft_vocab": -1}, ["'draft_vocab' = -1", "0 for all"]),
+        ({"draft_vocab": 513}, ["'draft_vocab' = 513", "has only 512 tokens", "lower it"]),
+        ({"draft_vocab": "/no/list"}, ["'draft_vocab' = '/no/list'", "no such file", "a number"]),
         ({"draft_quantization": "zip"}, ["'draft_quantization' = 'zip'", "Must be one of"]),
     ],
 )

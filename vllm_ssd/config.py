@@ -23,6 +23,7 @@ _NEEDS = {
     "branches": f"needs an integer from 1 to {MAX_BRANCHES}, or 'auto'",
     "draft_device": "needs 'auto', 'cpu', 'cuda' or 'cuda:<index>'",
     "draft_cpu_cores": "needs a list of core numbers",
+    "draft_vocab": "needs a number of tokens, 0 for all, or a file of token ids by frequency",
 }
 """What an option takes, where pydantic's own words would not say it."""
 
@@ -76,6 +77,12 @@ class SSDConfig(BaseModel):
     draft_quantization: str | None = None
     """As vLLM's ``quantization``, for the draft model."""
 
+    draft_vocab: int | str | None = None
+    """The tokens the draft's head is computed for: a text file of token ids, one a line, most
+    frequent first (``#`` starts a comment); or how many, of those the draft's folder lists in
+    ``draft_vocab.txt``, else of the lowest ids; 0 for all. The target's end tokens are always
+    among them. Default: all that ``draft_vocab.txt`` lists, if there is one, else all tokens."""
+
     draft_max_model_len: int | None = Field(default=None, ge=2)
     """Longest text the draft follows. Default: the target's, at most what the draft supports."""
 
@@ -108,6 +115,13 @@ class SSDConfig(BaseModel):
     def _branches_in_range(cls, value: int | str) -> int | str:
         if isinstance(value, int) and not 1 <= value <= MAX_BRANCHES:
             raise ValueError(_NEEDS["branches"])
+        return value
+
+    @field_validator("draft_vocab")
+    @classmethod
+    def _draft_vocab_in_range(cls, value: int | str | None) -> int | str | None:
+        if value == "" or (isinstance(value, int) and value < 0):
+            raise ValueError(_NEEDS["draft_vocab"])
         return value
 
     @model_validator(mode="after")

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from vllm_ssd import compat
 from vllm_ssd.affinity import available_cores
 from vllm_ssd.config import ADDITIONAL_CONFIG_KEY, SSDConfig
+from vllm_ssd.draft_vocab import select_draft_vocab
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig, VllmConfig
@@ -62,6 +63,7 @@ def check(
     draft = draft_model_config(config, target)
     check_attention(draft)
     check_vocabulary(target, draft)
+    select_draft_vocab(config, target, draft)
 
 
 def _check_parallelism(parallel: ParallelConfig) -> None:

@@ -74,6 +74,10 @@ def test_branches_bounds_the_rows_of_a_request() -> None:
         ({"max_wait_ms": -1.0}, ["'max_wait_ms' = -1.0", "greater than or equal to 0"]),
         ({"draft_device": "tpu"}, ["'draft_device' = 'tpu'"]),
         ({"draft_dtype": "int4"}, ["'draft_dtype' = 'int4'", "'bfloat16'"]),
+        ({"draft_vocab": -1}, ["'draft_vocab' = -1", "0 for all, or a file of token ids"]),
+        ({"draft_vocab": ""}, ["'draft_vocab' = ''", "a number of tokens"]),
+        ({"draft_vocab": True}, ["'draft_vocab' = True", "a number of tokens"]),
+        ({"draft_vocab": [1, 2]}, ["'draft_vocab' = [1, 2]", "a number of tokens"]),
         ({"draft_kv_cache_memory_bytes": 5}, ["'draft_kv_cache_memory_bytes' = 5"]),
     ],
 )

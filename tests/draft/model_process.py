@@ -26,13 +26,21 @@ class ModelProcess:
         engine_args: as for the model.
         num_candidates: how many best tokens a forward returns.
         vocab_size: only smaller ids are returned.
+        draft_vocab: the only ids that are returned; None for all.
     """
 
-    def __init__(self, engine_args: dict[str, Any], num_candidates: int, vocab_size: int) -> None:
+    def __init__(
+        self,
+        engine_args: dict[str, Any],
+        num_candidates: int,
+        vocab_size: int,
+        draft_vocab: Int32Array | None = None,
+    ) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
+        loaded = (KV_BYTES, num_candidates, vocab_size, draft_vocab)
         self._process = context.Process(
-            target=_serve, args=(theirs, engine_args, num_candidates, vocab_size), daemon=True
+            target=_serve, args=(theirs, engine_args, loaded), daemon=True
         )
         self._process.start()
         theirs.close()
@@ -74,16 +82,14 @@ class ModelProcess:
         return answer
 
 
-def _serve(
-    pipe: Connection, engine_args: dict[str, Any], num_candidates: int, vocab_size: int
-) -> None:
+def _serve(pipe: Connection, engine_args: dict[str, Any], loaded: tuple[Any, ...]) -> None:
     """The process's entry point: bring the model up, then answer until the pipe closes."""
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
     from vllm_ssd.draft.model import VllmDraftModel
 
     try:
         model = VllmDraftModel(engine_args)
-        model.load(KV_BYTES, num_candidates, vocab_size)
+        model.load(*loaded)
         pipe.send(model.block_size)
         while True:
             verb, *arguments = pipe.recv()

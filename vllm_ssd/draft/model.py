@@ -41,13 +41,24 @@ class VllmDraftModel:
         self.lookahead = False
         """Whether launches do not wait for the device: on CUDA, once loaded."""
 
-    def load(self, kv_cache_memory_bytes: int, num_candidates: int, vocab_size: int) -> None:
+    def load(
+        self,
+        kv_cache_memory_bytes: int,
+        num_candidates: int,
+        vocab_size: int,
+        draft_vocab: Int32Array | None = None,
+    ) -> None:
         """Load the weights, allocate the KV cache, compile and capture.
 
         Args:
             kv_cache_memory_bytes: size of the KV cache; 0 for what vLLM finds to be free.
-            num_candidates: C, how many best tokens a forward returns.
+            num_candidates: C, how many best tokens a forward returns; no more than there are.
             vocab_size: only smaller ids are returned.
+            draft_vocab: ``[N]``, the only ids that are returned, all of them below ``vocab_size``;
+                the head is computed for no others. None for all.
+
+        Raises:
+            ValueError: the model's attention cannot be forked, or ``draft_vocab`` be selected.
         """
         self.config.cache_config.kv_cache_memory_bytes = kv_cache_memory_bytes or None
         # The process group of this one process meets in a file that has no name: a draft that is
@@ -66,10 +77,15 @@ class VllmDraftModel:
         )
         self._worker.init_device()
         self._worker.load_model()
+        self._runner: Any = self._worker.worker.model_runner
+        self._num_logits = vocab_size
+        self._token_ids: torch.Tensor | None = None
+        if draft_vocab is not None:
+            self._num_logits = len(draft_vocab)
+            self._token_ids = torch.tensor(draft_vocab, device=self._runner.device)
+            compat.select_head_rows(self._runner.get_model(), self.config, self._token_ids)
         self.num_blocks, self.block_size = compat.bring_up_kv_cache(self._worker, self.config)
         self._num_candidates = num_candidates
-        self._vocab_size = vocab_size
-        self._runner: Any = self._worker.worker.model_runner
         self._table: Any = self._runner.input_batch.block_table[0]
         device = self._runner.device
         self.lookahead = device.type == "cuda"
@@ -92,8 +108,9 @@ class VllmDraftModel:
         if self.lookahead:
             rows = _fill(self._row_index, sequences.rows, len(sequences.rows))
         hidden, last = self._hidden_states(sequences, rows)
-        logits = self._runner.model.compute_logits(hidden[last])[:, : self._vocab_size]
-        top = torch.topk(logits, self._num_candidates, dim=-1).indices.to(torch.int32)
+        logits = self._runner.model.compute_logits(hidden[last])[:, : self._num_logits]
+        best = torch.topk(logits, self._num_candidates, dim=-1).indices
+        top = best.to(torch.int32) if self._token_ids is None else self._token_ids[best]
         if rows is None:
             return Done(top.cpu().numpy())
         self._next_token[rows] = top[:, 0]

@@ -32,6 +32,7 @@ from vllm_ssd.wire.messages import (
     ToDraft,
     ToTarget,
     Trimmed,
+    unpack,
 )
 
 logger = logging.getLogger("vllm_ssd.draft")
@@ -199,9 +200,11 @@ class DraftServer:
         setup, model = self._setup, self._model
         if setup is None or model is None:
             return
-        candidates = min(sum(setup.fan_out) + 1, _MAX_CANDIDATES, setup.vocab_size)
+        draft_vocab = unpack(setup.draft_vocab) if setup.draft_vocab else None
+        choices = setup.vocab_size if draft_vocab is None else len(draft_vocab)
+        candidates = min(sum(setup.fan_out) + 1, _MAX_CANDIDATES, choices)
         try:
-            model.load(message.kv_cache_memory_bytes, candidates, setup.vocab_size)
+            model.load(message.kv_cache_memory_bytes, candidates, setup.vocab_size, draft_vocab)
         except Exception as error:  # as above
             self._fail(error)
             return

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_ssd.config import SSDConfig
+from vllm_ssd.draft_vocab import select_draft_vocab
 from vllm_ssd.preflight import draft_model_config, resolve_draft_device
-from vllm_ssd.wire.messages import Setup
+from vllm_ssd.wire.messages import Setup, pack
 
 MAX_ROWS = 1024
 """Rows of the draft's batch, however many requests there are."""
@@ -82,6 +83,7 @@ def plan_draft(config: SSDConfig, vllm_config: Any) -> DraftPlan:
     """Derive the draft's setup from the options and the target's configuration."""
     target = vllm_config.model_config
     draft = draft_model_config(config, target)
+    draft_vocab = select_draft_vocab(config, target, draft)
     device = resolve_draft_device(config, vllm_config.parallel_config)
     on_cpu = device == "cpu"
     requests = vllm_config.scheduler_config.max_num_seqs
@@ -118,13 +120,14 @@ def plan_draft(config: SSDConfig, vllm_config: Any) -> DraftPlan:
         enable_prefix_caching=bool(vllm_config.cache_config.enable_prefix_caching),
         vocab_size=target.get_vocab_size(),
         device_index=0 if on_cpu else int(device.partition(":")[2] or 0),
+        draft_vocab=b"" if draft_vocab is None else pack(draft_vocab),
     )
     return DraftPlan(
         setup=setup,
         max_model_len=min(draft.max_model_len, target.max_model_len),
         shares_device=shares,
         kv_bytes_per_token=kv_bytes_per_token(draft),
-        weight_bytes=_weight_bytes(draft),
+        weight_bytes=_weight_bytes(draft, None if draft_vocab is None else len(draft_vocab)),
         rows=rows,
         requests=requests,
         kv_cache_memory_bytes=config.draft_kv_cache_memory_bytes or 0,
@@ -141,13 +144,19 @@ def kv_bytes_per_token(model_config: Any) -> int:
     return 2 * layers * heads * model_config.get_head_size() * size
 
 
-def _weight_bytes(model_config: Any) -> int:
-    """Size of the weights, from the shape of a decoder with a gated feed-forward part."""
+def _weight_bytes(model_config: Any, head_rows: int | None) -> int:
+    """Size of the weights, from the shape of a decoder with a gated feed-forward part.
+
+    Args:
+        model_config: the model's.
+        head_rows: rows selected from its head; None for the head as it is.
+    """
     text = model_config.hf_text_config
     hidden = model_config.get_hidden_size()
     layer = 4 * hidden * hidden + 3 * hidden * getattr(text, "intermediate_size", 4 * hidden)
-    tables = 1 if getattr(text, "tie_word_embeddings", False) else 2
-    parameters = text.num_hidden_layers * layer + tables * text.vocab_size * hidden
+    if head_rows is None:
+        head_rows = 0 if getattr(text, "tie_word_embeddings", False) else text.vocab_size
+    parameters = text.num_hidden_layers * layer + (text.vocab_size + head_rows) * hidden
     return int(parameters * model_config.dtype.itemsize)
 
 

@@ -53,6 +53,8 @@ class Setup(Message, frozen=True):
     """The target's vocabulary: ids from there on are never drafted."""
     device_index: int = 0
     """Index of the CUDA device; 0 on CPU."""
+    draft_vocab: bytes = b""
+    """The tokens the head is computed for, int32; empty for all."""
 
 
 class Allocate(Message, frozen=True):
