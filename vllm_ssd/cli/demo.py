@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import tempfile
+from contextlib import ExitStack
 from typing import Any
 
 from rich.console import Console
@@ -12,7 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from vllm_ssd.cli import CommandError
-from vllm_ssd.cli.demo_engine import Answers, EngineSpec, Failed, Said, Started, run_engine
+from vllm_ssd.cli.demo_engine import Answers, EngineError, EngineSpec, Said, Started, ask
 from vllm_ssd.cli.models import demo_models
 
 QUESTIONS = [
@@ -25,9 +24,6 @@ PLAIN, DRAFT_MODEL, SSD = "vLLM", "draft_model", "SSD"
 
 SLOW_DRAFT_WAIT_MS = 10_000.0
 """A draft as slow as its target is never ready in time; waited for, it at least shows its hits."""
-
-ENDING_SECONDS = 15.0
-"""How long an engine may take to shut down."""
 
 console = Console()
 
@@ -78,45 +74,30 @@ def _cores() -> str:
 
 def _ask(name: str, spec: EngineSpec) -> Answers:
     """Start one engine, print its answers as they come, return them."""
-    context = multiprocessing.get_context("spawn")
-    events, theirs = context.Pipe(duplex=False)
-    with tempfile.NamedTemporaryFile("r", prefix="vllm-ssd-demo-", suffix=".log") as log:
-        process = context.Process(target=run_engine, args=(spec, theirs, log.name))
-        process.start()
-        theirs.close()
-        try:
-            answers = _listen(name, spec, events)
-            process.join(ENDING_SECONDS)
-            return answers
-        except (EOFError, CommandError) as error:
-            reason = str(error) or f"the engine of {name!r} ended without a word"
-            raise CommandError(f"{reason}\n{log.read()[-2000:]}") from None
-        finally:
-            process.kill()
-            process.join()
-
-
-def _listen(name: str, spec: EngineSpec, events: Any) -> Answers:
     console.rule(f"[bold]{name}")
-    current = -1
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
+    with ExitStack() as starting:
+        bar = starting.enter_context(Progress(*columns, console=console, transient=True))
         bar.add_task(f"starting {name}", total=None)
-        event = events.recv()
-    while not isinstance(event, Answers):
-        match event:
-            case Failed():
-                raise CommandError(f"the engine of {name!r} failed: {event.reason}")
-            case Started():
+        current = -1
+
+        def show(event: Started | Said) -> None:
+            nonlocal current
+            starting.close()
+            if isinstance(event, Started):
                 console.print(f"[dim]up after {event.seconds:.0f} s[/]")
-            case Said():
-                if event.prompt != current:
-                    current = event.prompt
-                    console.print(f"\n[cyan]{spec.prompts[current]}[/]")
-                console.print(event.text, end="", highlight=False, markup=False, soft_wrap=True)
-        event = events.recv()
+                return
+            if event.prompt != current:
+                current = event.prompt
+                console.print(f"\n[cyan]{spec.prompts[current]}[/]")
+            console.print(event.text, end="", highlight=False, markup=False, soft_wrap=True)
+
+        try:
+            answers = ask(spec, show)
+        except EngineError as error:
+            raise CommandError(f"the engine of {name!r} failed: {error}") from None
     console.print()
-    return event
+    return answers
 
 
 def _table(results: dict[str, Answers]) -> Table:

@@ -5,8 +5,11 @@ A process for each engine, because vLLM's threads, memory and compiled code outl
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
@@ -53,6 +56,44 @@ class Failed(NamedTuple):
     """The engine ended with an error."""
 
     reason: str
+
+
+class EngineError(RuntimeError):
+    """An engine did not start, or ended too early: its last words."""
+
+
+ENDING_SECONDS = 15.0
+"""How long an engine may take to shut down."""
+
+
+def ask(spec: EngineSpec, listen: Callable[[Started | Said], None]) -> Answers:
+    """Run one engine in a process of its own.
+
+    Args:
+        spec: what to start and what to ask.
+        listen: called with what happens, as it happens.
+
+    Raises:
+        EngineError: it failed.
+    """
+    context = multiprocessing.get_context("spawn")
+    events, theirs = context.Pipe(duplex=False)
+    with tempfile.NamedTemporaryFile("r", prefix="vllm-ssd-demo-", suffix=".log") as log:
+        process = context.Process(target=run_engine, args=(spec, theirs, log.name))
+        process.start()
+        theirs.close()
+        try:
+            while not isinstance(event := events.recv(), Answers):
+                if isinstance(event, Failed):
+                    raise EngineError(f"{event.reason}\n{log.read()[-2000:]}")
+                listen(event)
+            process.join(ENDING_SECONDS)
+            return event
+        except EOFError:
+            raise EngineError(f"it ended without a word\n{log.read()[-2000:]}") from None
+        finally:
+            process.kill()
+            process.join()
 
 
 def run_engine(spec: EngineSpec, events: Connection, log: str) -> None:
