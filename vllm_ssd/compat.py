@@ -221,7 +221,16 @@ def _watch_head(model: nn.Module, probe: torch.Tensor) -> tuple[Any, Any, Any, t
 
     def watch(processor: Any, arguments: Sequence[Any], named: dict[str, Any]) -> None:
         given = {**dict(zip(_PROCESSED, arguments, strict=False)), **named}
-        calls.append((processor, given["lm_head"], given.get("embedding_bias")))
+        head = given["lm_head"]
+        method = head.quant_method
+        plain = isinstance(method, (UnquantizedEmbeddingMethod, UnquantizedLinearMethod))
+        if not plain or not head.weight.numel():
+            kind = type(method).__name__
+            raise _unselectable(f"the draft model's head is quantised or packed ({kind})")
+        # vLLM's CPU kernels do not check it.
+        if head.weight.shape[-1] != given["hidden_states"].shape[-1]:
+            raise _unselectable("the draft model's head has another width than its layers")
+        calls.append((processor, head, given.get("embedding_bias")))
 
     processors = [module for module in model.modules() if isinstance(module, LogitsProcessor)]
     hooks = [p.register_forward_pre_hook(watch, with_kwargs=True) for p in processors]
@@ -234,13 +243,7 @@ def _watch_head(model: nn.Module, probe: torch.Tensor) -> tuple[Any, Any, Any, t
             hook.remove()
     if len(calls) != 1:
         raise _unselectable("the draft model's logits are not just its head's")
-    processor, head, bias = calls[0]
-    method = head.quant_method
-    plain = isinstance(method, (UnquantizedEmbeddingMethod, UnquantizedLinearMethod))
-    if not plain or head.weight.shape[-1] != probe.shape[-1]:
-        kind = type(method).__name__
-        raise _unselectable(f"the draft model's head is quantised or packed ({kind})")
-    return processor, head, bias, logits
+    return (*calls[0], logits)
 
 
 def _unselectable(reason: str) -> ValueError:

@@ -172,6 +172,15 @@ def test_logits_that_are_not_just_a_heads_are_refused(config: Any, kind: type[Mo
         compat.select_head_rows(kind(), config, torch.from_numpy(IDS))
 
 
+def test_a_head_of_another_width_is_refused(config: Any) -> None:
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    model = Model()
+    model.head = ParallelLMHead(VOCABULARY, HIDDEN // 2, disable_tp=True)
+    with pytest.raises(ValueError, match=r"another width than its layers, .* set it to 0$"):
+        compat.select_head_rows(model, config, torch.from_numpy(IDS))
+
+
 def test_a_quantised_head_is_refused(config: Any) -> None:
     from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
