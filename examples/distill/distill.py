@@ -144,6 +144,8 @@ def _generate(
         path = work / f"answers-{source.name.split('.')[0]}.jsonl"
         answer_prompts(read_prompts(source), path, engine, max_tokens)
         of_files[source] = read_texts(path)
+    if engine.cache_info().currsize:  # it was needed
+        engine().close()
     texts += [text for source in prompts for text in of_files[source]]
     return texts, {source.name.split(".")[0]: of_files[source] for source in held_out}
 

@@ -41,6 +41,10 @@ class Target:
         )
         self._tokenizer: Any = self._llm.get_tokenizer()
 
+    def close(self) -> None:
+        """End the engine: its memory and cores are wanted for training."""
+        self._llm.llm_engine.engine_core.shutdown()
+
     def chat(self, message: str) -> list[int]:
         """A user's message in the chat template, as token ids."""
         text = self._tokenizer.apply_chat_template(
