@@ -9,8 +9,6 @@ from vllm import SamplingParams
 
 from tests.engine.harness import Job, Pair, greedy, prompt
 
-pytestmark = pytest.mark.slow
-
 LOGPROBS_AGREE = 1e-3
 """Float32 sums in another order differ by less."""
 

@@ -11,8 +11,6 @@ import pytest
 from tests.engine.byte_models import WHOLE_LETTERS
 from tests.engine.harness import Job, Pair, greedy, prompt
 
-pytestmark = pytest.mark.slow
-
 SCHEMA = {
     "type": "object",
     "properties": {
