@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -10,8 +11,9 @@ from typing import Any
 
 import torch
 
-_LEFT_OUT = 1e-4
-"""Probability of the prefixes that are not followed: a sample in ten thousand."""
+_LEFT_OUT = 3e-3
+"""Probability of the prefixes that are not followed: of six thousand samples twenty, spread over
+all tokens, which moves the statistic less than chance does."""
 
 
 class ExactSampler:
@@ -30,15 +32,18 @@ class ExactSampler:
         from transformers import AutoModelForCausalLM
 
         self._model: Any = AutoModelForCausalLM.from_pretrained(str(model), dtype=torch.float32)
-        self._prompt = list(prompt)
         self._temperature = temperature
         self._top_p = top_p
+        with torch.inference_mode():
+            # All but its last token, with which every text below begins, is computed only once.
+            self._last = prompt[-1]
+            self._before = self._model(torch.tensor([prompt[:-1]]), use_cache=True).past_key_values
 
     @torch.inference_mode()
     def marginals(self, positions: int) -> list[torch.Tensor]:
         """The distribution of each of the first tokens, ``[vocabulary]`` each, by enumeration."""
         marginals = []
-        prefixes, weights = torch.tensor([self._prompt]), torch.ones(1)
+        prefixes, weights = torch.tensor([[self._last]]), torch.ones(1)
         for position in range(positions):
             marginal = torch.zeros(0)
             joints = []
@@ -54,7 +59,10 @@ class ExactSampler:
 
     def _following(self, texts: torch.Tensor) -> torch.Tensor:
         """``[texts, vocabulary]``, as vLLM would sample from it."""
-        logits = self._model(texts).logits[:, -1] / self._temperature
+        before = copy.deepcopy(self._before)
+        before.batch_repeat_interleave(len(texts))
+        output = self._model(texts, past_key_values=before, logits_to_keep=1)
+        logits = output.logits[:, -1] / self._temperature
         ascending, order = logits.softmax(-1).sort(dim=-1)
         out = ascending.cumsum(-1) <= 1.0 - self._top_p
         out[:, -1] = False
