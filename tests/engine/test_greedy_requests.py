@@ -71,7 +71,7 @@ def test_outputs_shorter_than_a_draft(pair: Pair, max_tokens: int) -> None:
 
 def _answer_tokens(pair: Pair) -> tuple[int, ...]:
     """What follows ``prompt(20)``: end conditions are taken from it."""
-    return pair.plain.run([Job(prompt(20), greedy(60))])[0][0].tokens
+    return pair.expected([Job(prompt(20), greedy(60))])[0][0].tokens
 
 
 def _first_new(tokens: tuple[int, ...], at_least: int) -> int:
@@ -93,7 +93,7 @@ def test_requests_end_at_stop_tokens(pair: Pair) -> None:
 
 
 def test_requests_end_at_stop_strings(pair: Pair) -> None:
-    text = pair.plain.run([Job(prompt(20), greedy(60))])[0][0].text
+    text = pair.expected([Job(prompt(20), greedy(60))])[0][0].text
     letters = [i for i in range(len(text) - 2) if text[i : i + 3].isascii()]
     stops = [text[i : i + 3] for i in (letters[0], letters[len(letters) // 2], letters[-1])]
     jobs = [Job(prompt(20), greedy(60, stop=[stop])) for stop in stops]
@@ -107,7 +107,7 @@ def test_requests_end_at_stop_strings(pair: Pair) -> None:
 def test_requests_end_at_eos(pair: Pair) -> None:
     # Greedy text ends by itself once in a while; those are the requests wanted here.
     jobs = [Job(prompt(8 + i % 9, i), greedy(60, ignore_eos=False)) for i in range(80)]
-    answers = pair.plain.run(jobs)
+    answers = pair.expected(jobs)
     ending = [job for job, (answer,) in zip(jobs, answers, strict=True) if _ended(answer)]
     assert len(ending) >= 3
     pair.check_identical([*ending, *ending, jobs[0]])
