@@ -56,7 +56,6 @@ def test_killed_draft_costs_hits_but_no_text_and_comes_back(
 
 
 @pytest.mark.usefixtures("impatient")
-@pytest.mark.slow
 def test_stopped_draft_is_replaced_while_decoding_goes_on(
     engine: LLM, expected: list[list[int]]
 ) -> None:

@@ -12,8 +12,6 @@ from tests.robustness.conftest import MAX_TOKENS, TEXTS
 from tests.robustness.faulty_channel import FAULTS, Direction, Fault, FaultyChannel
 from tests.robustness.harness import Decoding, stats
 
-pytestmark = pytest.mark.slow
-
 RATE = 0.15
 """Chance that a frame is disturbed: several are in every answer."""
 RUNS = 2

@@ -17,8 +17,6 @@ from tests.robustness.harness import GONE_SECONDS, wait_for
 from tests.robustness.scripts import START_SECONDS, Script, running_script
 from tests.tiny_models import TinyModels
 
-pytestmark = pytest.mark.slow
-
 
 def test_shut_down_engine_leaves_nothing_even_with_a_stopped_draft(tiny_pair: TinyModels) -> None:
     cores = os.sched_getaffinity(0)
@@ -34,6 +32,7 @@ def test_shut_down_engine_leaves_nothing_even_with_a_stopped_draft(tiny_pair: Ti
     assert not sockets
 
 
+@pytest.mark.slow
 def test_dropped_engine_leaves_no_draft(tiny_pair: TinyModels) -> None:
     llm: LLM | None = LLM(
         model=str(tiny_pair.target),
@@ -47,6 +46,7 @@ def test_dropped_engine_leaves_no_draft(tiny_pair: TinyModels) -> None:
     wait_for(lambda: not harness.is_alive(draft), GONE_SECONDS, "the draft is gone")
 
 
+@pytest.mark.slow
 def test_two_engines_at_once_do_not_meet_and_leave_nothing(
     tiny_pair: TinyModels, expected: list[list[int]], tmp_path: Path
 ) -> None:
@@ -70,6 +70,7 @@ def test_two_engines_at_once_do_not_meet_and_leave_nothing(
         other.assert_nothing_left()
 
 
+@pytest.mark.slow
 def test_engine_killed_while_its_draft_starts_leaves_nothing(
     tiny_pair: TinyModels, tmp_path: Path
 ) -> None:
@@ -81,6 +82,7 @@ def test_engine_killed_while_its_draft_starts_leaves_nothing(
         script.assert_nothing_left()
 
 
+@pytest.mark.slow
 def test_killed_engine_core_leaves_nothing_below_it(
     tiny_pair: TinyModels, expected: list[list[int]], tmp_path: Path
 ) -> None:

@@ -16,8 +16,6 @@ from tests.robustness.conftest import MAX_TOKENS, TEXTS
 from tests.robustness.harness import Decoding, ssd_options
 from tests.tiny_models import TinyModels
 
-pytestmark = pytest.mark.slow
-
 
 def test_draft_that_does_not_load_fails_the_start_with_its_reason(
     tiny_pair: TinyModels, tmp_path: Path
@@ -53,6 +51,7 @@ def test_draft_ends_when_the_target_does_not_start(
     harness.wait_for(lambda: not _drafts(), harness.GONE_SECONDS, "the draft is gone")
 
 
+@pytest.mark.slow
 def test_engine_starts_with_vllms_own_choice_of_memory(
     tiny_pair: TinyModels, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
