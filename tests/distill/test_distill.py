@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import subprocess
@@ -113,11 +114,27 @@ def test_another_shape_in_the_same_folder_is_refused(distillation: Distillation,
     assert "was made with shape = 'narrow:64x1'" in done.stderr
 
 
-@pytest.mark.parametrize("shape", ["narrow:65x1", "layers:7", "wide"])
-def test_impossible_shape_is_refused_in_one_sentence(
-    distillation: Distillation, tmp_path: Path, shape: str
+@pytest.mark.parametrize(
+    ("shape", "said"),
+    [
+        ("narrow:65x1", "a multiple of 64"),
+        ("layers:0,7", "has layers 0 to 1, not 7"),
+        ("wide", "needs layers:<number>,<number>... or narrow:<hidden size>x<layers>"),
+    ],
+)
+def test_impossible_shape_is_explained(
+    monkeypatch: pytest.MonkeyPatch, shape: str, said: str
 ) -> None:
-    done = distillation.run(shape=shape, out=tmp_path)
+    monkeypatch.syspath_prepend(str(TOOL.parent))
+    with pytest.raises(ValueError, match=re.escape(said)) as caught:
+        importlib.import_module("shapes").parse_shape(shape, target_layers=2)
+    assert str(caught.value).startswith(f"--shape {shape}: ")
+
+
+def test_impossible_shape_is_refused_in_one_sentence(
+    distillation: Distillation, tmp_path: Path
+) -> None:
+    done = distillation.run(shape="layers:7", out=tmp_path)
     assert done.returncode != 0
     assert "--shape" in done.stderr.strip().splitlines()[-1]
     assert "Traceback" not in done.stderr
