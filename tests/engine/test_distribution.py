@@ -12,8 +12,7 @@ from tests.engine.exact_distribution import ExactSampler, deviation
 from tests.engine.harness import Engine, Spec, difference, prompt
 from tests.tiny_models import TinyModels
 
-SAMPLES = 6_000
-"""Enough: the faults below are found in as many."""
+SAMPLES = 10_000
 TOKENS = 4
 """So that the third token can still be a drafted one."""
 PROMPT = prompt(9)
