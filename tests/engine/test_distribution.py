@@ -121,8 +121,10 @@ def unfixed_sampler() -> Iterator[None]:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("unfixed_sampler")
+@pytest.mark.parametrize("engine", ["itself"], indirect=True)
 def test_the_comparison_finds_vllms_own_faults(engine: Engine, tiny_pair: TinyModels) -> None:
-    # Without our fix (target/rejection.py) the temperature is uninitialised memory.
+    # Without our fix (target/rejection.py) the temperature is uninitialised memory. It counts for
+    # tokens that have a draft only: a random draft has too few for the fault to show every time.
     texts = sample(engine, PROMPT, temperature=0.7)
     marginals = ExactSampler(tiny_pair.target, PROMPT, temperature=0.7).marginals(3)
     worst = max(
