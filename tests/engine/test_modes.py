@@ -27,13 +27,20 @@ SPEC = Spec("itself", 4, {"max_wait_ms": LONG_WAIT_MS})
 LENGTHS = (5, 90, 17, 150, 33, 8)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def jobs() -> list[Job]:
     """Requests that arrive over time, one of them up to the model length."""
     return [*staggered(LENGTHS, every=3, params=greedy(40)), Job(prompt(240, 9), greedy(None))]
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module")
+def expected(models: TinyModels, jobs: list[Job]) -> list[list[Answer]]:
+    """What plain vLLM answers."""
+    with engine(models.target) as plain:
+        return plain.run(jobs)
+
+
+@pytest.fixture(scope="module", autouse=True)
 def _alone(stop_pair: Callable[[], None]) -> None:
     # The engines of the other files keep this process, and so its children, to one core.
     stop_pair()
@@ -77,11 +84,10 @@ def check(speculating: Engine, jobs: Sequence[Job], expected: Sequence[list[Answ
 def test_the_plain_spelling(
     models: TinyModels,
     jobs: list[Job],
+    expected: list[list[Answer]],
     monkeypatch: pytest.MonkeyPatch,
     worker_processes: str,
 ) -> None:
-    with engine(models.target) as plain:
-        expected = plain.run(jobs)
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", worker_processes)
     with engine(models.target, **plain_spelling(models)) as speculating:
         check(speculating, jobs, expected)
