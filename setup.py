@@ -27,7 +27,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["vllm_ssd", "vllm_ssd.*"]),
-    package_data={"vllm_ssd": ["py.typed"]},
+    package_data={"vllm_ssd": ["py.typed", "cli/smollm2_draft/*"]},
     python_requires=">=3.10",
     install_requires=[
         "msgspec>=0.18",

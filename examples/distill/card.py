@@ -17,7 +17,6 @@ def write_card(
     work: Path,
     options: dict[str, Any],
     recipe: Recipe,
-    num_texts: int,
     model: Any,
     found: dict[str, Acceptance],
     num_speculative_tokens: int,
@@ -27,9 +26,8 @@ def write_card(
     Args:
         folder: the draft's.
         work: where the curve is.
-        options: what the command was told.
+        options: what the command was told, and the number of texts.
         recipe: of the training.
-        num_texts: trained on.
         model: the draft.
         found: acceptance of each test set.
         num_speculative_tokens: K of the acceptance lengths.
@@ -48,12 +46,12 @@ def write_card(
         "",
         f"- **Shape** `{options['shape']}`, {num_trained(model) / 1e6:.1f}M parameters of its own,",
         f"  head trained for the {options['head']} most frequent tokens (`draft_vocab.txt`).",
-        f"- **Texts** {num_texts} prompts with greedy answers of the target, at most",
+        f"- **Texts** {options['num_texts']} prompts with greedy answers of the target, at most",
         f"  {options['max_tokens']} tokens long: {', '.join(sources)}. Held out by topic:",
         f"  {', '.join(options['topics'])}.",
         f"- **Training** {last['step']} steps, {last['tokens']} answer tokens,",
         f"  {last['cpu_seconds'] / 60:.0f} CPU minutes: " + _sentence(recipe) + ".",
-        f"- **Licence** that of {target}, whose derivative it is.",
+        f"- **Licence** {options['licence']}; derived from {target}.",
         "",
         "## Acceptance on held-out prompts",
         "",

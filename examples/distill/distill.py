@@ -63,6 +63,7 @@ def distill(
         float, typer.Option(min=0.0, max=1.0, help="Share of the target's distribution in the loss")
     ] = 0.5,
     num_speculative_tokens: Annotated[int, typer.Option(min=1, help="K of the evaluation.")] = 6,
+    licence: Annotated[str, typer.Option(help="What the card says.")] = "the target's",
     dtype: Annotated[str, typer.Option(help="Of the target when it generates.")] = "float32",
     seed: int = 0,
 ) -> None:
@@ -84,7 +85,8 @@ def distill(
     )
     kept, by_topic = _split(target, texts, held_out_topic)
     train_texts = [texts[index] for index in kept]
-    test_sets = by_topic | test_sets
+    every_topic = [text for texts in by_topic.values() for text in texts]
+    test_sets = by_topic | {"all held-out topics": every_topic} | test_sets
     say(f"{len(kept)} texts to train on; " + _sizes(test_sets))
 
     labels = None
@@ -97,15 +99,17 @@ def distill(
     frequent = by_frequency(train_texts)[:head]
     head_ids = torch.tensor(frequent)
     say(f"{shape}: {num_trained(model) / 1e6:.1f}M parameters to train, head of {len(frequent)}")
-    curve_texts = [text for texts in by_topic.values() for text in texts][:CURVE_TEXTS]
-    train(model, head_ids, train_texts, labels, curve_texts, recipe, work)
+    train(model, head_ids, train_texts, labels, every_topic[:CURVE_TEXTS], recipe, work)
 
     found: dict[str, Acceptance] = {}
     for name, some in test_sets.items():
+        if not some:
+            continue
         found[name] = acceptance(model, head_ids, some, num_speculative_tokens)
         say(f"{name}: acceptance {found[name].mean:.3f}, length {found[name].length:.2f}")
     save_draft(model, frequent, target, out)
-    write_card(out, work, told, recipe, len(train_texts), model, found, num_speculative_tokens)
+    told |= {"licence": licence, "num_texts": len(train_texts)}
+    write_card(out, work, told, recipe, model, found, num_speculative_tokens)
     say(f"the draft is in {out}")
 
 

