@@ -118,7 +118,7 @@ def measure(requests: int, context: int) -> tuple[list[float], DraftEngine, floa
     client.poll(1.0)
     names = [f"request-{i}" for i in range(requests)]
     parameters = SimpleNamespace(
-        max_tokens=4096, stop_token_ids=[], eos_token_id=None, ignore_eos=True
+        max_tokens=4096, min_tokens=0, stop_token_ids=[], eos_token_id=None, ignore_eos=True
     )
     proposer.bind(SimpleNamespace(input_batch=SimpleNamespace(req_ids=names), requests={}), client)
     announced = [

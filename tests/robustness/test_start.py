@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,14 @@ from tests.robustness import harness
 from tests.robustness.conftest import MAX_TOKENS, TEXTS
 from tests.robustness.harness import Decoding, ssd_options
 from tests.tiny_models import TinyModels
+
+
+@pytest.fixture(autouse=True)
+def _cores_come_back() -> Iterator[None]:
+    before = os.sched_getaffinity(0)
+    yield
+    gc.collect()  # an engine that failed is not shut down
+    assert os.sched_getaffinity(0) == before
 
 
 def test_draft_that_does_not_load_fails_the_start_with_its_reason(

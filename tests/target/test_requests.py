@@ -9,7 +9,7 @@ import pytest
 from vllm import SamplingParams
 
 from tests.tiny_models import EOS
-from vllm_ssd.target.requests import RequestTable, can_draft, end_tokens
+from vllm_ssd.target.requests import RequestTable, can_draft, end_tokens, most_drafts
 from vllm_ssd.wire.messages import unpack
 
 MAX_LENGTH = 100
@@ -86,6 +86,22 @@ def test_the_end_token_and_the_stop_tokens_end_a_request() -> None:
 def test_an_ignored_end_token_does_not() -> None:
     assert end_tokens(parameters(ignore_eos=True)) == []
     assert end_tokens(parameters(ignore_eos=True, stop_token_ids=[9])) == [9]
+
+
+@pytest.mark.parametrize(
+    ("length", "most"),
+    # The bonus token after so many drafts is still one that vLLM's mask is right for.
+    [(5, 4), (6, 3), (7, 2), (8, 1), (9, 0), (10, 4), (17, 2), (19, 0)],
+)
+def test_no_verification_crosses_the_length_from_which_a_request_may_end(
+    length: int, most: int
+) -> None:
+    table = RequestTable(MAX_LENGTH)
+    # Neither length counts a prompt of four tokens: the text may end from 10 on, and does at 20.
+    table.announce("a", PROMPT, 4, parameters(max_tokens=16, min_tokens=6))
+    tracked = table.get("a")
+    assert tracked is not None
+    assert most_drafts(tracked, length, depth=4) == most
 
 
 def request(**changes: Any) -> Any:

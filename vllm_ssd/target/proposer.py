@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from vllm_ssd.config import ADDITIONAL_CONFIG_KEY, SSDConfig
 from vllm_ssd.core.stats import Stats
 from vllm_ssd.core.tree import Walk, Where
-from vllm_ssd.target.requests import RequestTable, Tracked, can_draft
+from vllm_ssd.target.requests import RequestTable, Tracked, can_draft, most_drafts
 from vllm_ssd.wire.messages import Finished, Outcomes, ToDraft, Trimmed, pack
 
 if TYPE_CHECKING:
@@ -234,7 +234,7 @@ class SSDProposer:
                 self.stats.tokens_drafted += request.verifying
                 self.stats.tokens_accepted += min(len(tokens) - 1, request.verifying)
             confirmed = texts[index, request.length : length].tolist()
-            wanted = min(self.depth, request.limit - length)
+            wanted = most_drafts(request, length, self.depth)
             look_ups.append(LookUp(index, request, confirmed, length, wanted))
         return look_ups, messages
 

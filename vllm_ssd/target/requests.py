@@ -18,6 +18,8 @@ class Tracked:
     """Length of its confirmed text, as told to the draft."""
     limit: int
     """No token is drafted at this position or later."""
+    min_length: int = 0
+    """From this length on the request may end (``min_tokens``)."""
     proposed: list[int] = field(default_factory=list)
     """The last proposal."""
     verifying: int = 0
@@ -25,6 +27,18 @@ class Tracked:
     look_ups: int = 0
     resynced: bool = False
     """Announced in the middle of its life; no look-up since."""
+
+
+def most_drafts(request: Tracked, length: int, depth: int) -> int:
+    """How many tokens may be proposed after a text of ``length`` tokens; negative at its end.
+
+    vLLM keeps end tokens from a whole verification that begins before ``min_tokens``, its bonus
+    token included, even if that one lies beyond: none of ours does.
+    """
+    most = min(depth, request.limit - length)
+    if length < request.min_length:
+        most = min(most, request.min_length - length - 1)
+    return most
 
 
 class RequestTable:
@@ -62,14 +76,16 @@ class RequestTable:
             req_id: vLLM's id.
             tokens: its whole confirmed text (list or int32 array).
             prompt_length: how many of them are the prompt.
-            sampling_params: vLLM's, for ``max_tokens`` and the end tokens.
+            sampling_params: vLLM's, for ``max_tokens``, ``min_tokens`` and the end tokens.
         """
         # The last token comes from the target itself, so the one before it is the last drafted.
         longest = prompt_length + (sampling_params.max_tokens or self._max_length)
         limit = min(longest, self._max_length) - 1
         handle = self._next_handle
         self._next_handle += 1
-        known = Tracked(handle, len(tokens), limit, resynced=len(tokens) > prompt_length)
+        min_length = prompt_length + sampling_params.min_tokens
+        known = Tracked(handle, len(tokens), limit, min_length)
+        known.resynced = len(tokens) > prompt_length
         self._tracked[req_id] = known
         return Start(handle, pack(tokens), limit, end_tokens(sampling_params))
 

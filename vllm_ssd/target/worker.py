@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Any
 
 from vllm.platforms import current_platform
@@ -35,7 +36,7 @@ class SSDWorker(PlatformWorker):
         super().__init__(vllm_config, *args, **kwargs)
         self._client: DraftClient | None = None
         self._plan: DraftPlan | None = None
-        self._bound = False
+        self._unbind: weakref.finalize[..., SSDWorker] | None = None
 
     def init_device(self) -> None:
         """Bring up the device, and the draft process beside it."""
@@ -43,8 +44,9 @@ class SSDWorker(PlatformWorker):
         if current_platform.is_cpu():
             in_process = self.parallel_config.distributed_executor_backend == "uni"
             split = split_cores(self._config.draft_cpu_cores, in_process)
-            if split.target is not None:
-                self._bound = bind_target(split.target)
+            if split.target is not None and bind_target(split.target):
+                # Also when the engine does not come up, and nobody shuts it down.
+                self._unbind = weakref.finalize(self, affinity.unbind)
             cores = split.draft
         super().init_device()
         if current_platform.is_cpu():
@@ -118,7 +120,6 @@ class SSDWorker(PlatformWorker):
         """End the draft process, then the worker; an in-process caller gets its cores back."""
         if self._client is not None:
             self._client.close()
-        if self._bound:
-            self._bound = False
-            affinity.unbind()
+        if self._unbind is not None:
+            self._unbind()
         super().shutdown()
