@@ -123,8 +123,8 @@ def unfixed_sampler() -> Iterator[None]:
 @pytest.mark.usefixtures("unfixed_sampler")
 @pytest.mark.parametrize("engine", ["itself"], indirect=True)
 def test_the_comparison_finds_vllms_own_faults(engine: Engine, tiny_pair: TinyModels) -> None:
-    # Without our fix (target/rejection.py) the temperature is uninitialised memory. It counts for
-    # tokens that have a draft only: a random draft has too few for the fault to show every time.
+    # Without our fix (target/rejection.py) the temperature is uninitialised memory. With a random
+    # draft this comparison was seen not to find it, so the target drafts for itself here.
     texts = sample(engine, PROMPT, temperature=0.7)
     marginals = ExactSampler(tiny_pair.target, PROMPT, temperature=0.7).marginals(3)
     worst = max(

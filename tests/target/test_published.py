@@ -136,6 +136,11 @@ def _with_fork() -> PublishedTrees:
     return published
 
 
+def test_steps_of_wrong_lengths_do_not_make_up_for_one_another() -> None:
+    with pytest.raises(ValueError, match="does not fit its rows"):
+        _with_fork().steps([stepped([0, 2], [5]), stepped([0, 2], [6, 7, 8])])
+
+
 def test_a_row_cannot_grow_beyond_its_width(published: PublishedTrees) -> None:
     for _ in range(WIDTH - 2):
         published.steps([stepped([0], [1])])
