@@ -47,6 +47,21 @@ def test_preemption(start_pair: Callable[[Spec], Pair]) -> None:
     assert stats["tokens_accepted"] > 0
 
 
+def test_padded_misses(start_pair: Callable[[Spec], Pair]) -> None:
+    options = {"fan_out": 1, "max_wait_ms": LONG_WAIT_MS, "pad_misses": True}
+    pair = start_pair(Spec("near", 4, options))
+    stats = pair.check_identical(staggered(LENGTHS, every=2, params=greedy(40)))
+    verified = pair.ssd.metric("spec_decode_num_draft_tokens")
+    # Only what was drafted counts in our own figures.
+    assert 0 < stats["tokens_drafted"] < verified
+    assert verified == pair.spec.depth * pair.ssd.metric("spec_decode_num_drafts")
+    # Padding must not cross min_tokens either, where vLLM would let an end token through.
+    ends = {"ignore_eos": False, "stop_token_ids": list(range(100, 300))}
+    pair.check_identical(
+        [Job(prompt(8 + n, n), greedy(40, min_tokens=5 + n, **ends)) for n in range(8)]
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("depth", "fan_out"),

@@ -98,6 +98,21 @@ def test_killed_engine_core_leaves_nothing_below_it(
         wait_for(lambda: not harness.is_alive(worker), 5 * GONE_SECONDS, "the worker is gone")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("whole_group", [False, True], ids=["process", "terminal"])
+def test_interrupted_engine_with_processes_leaves_nothing(
+    tiny_pair: TinyModels, expected: list[list[int]], tmp_path: Path, whole_group: bool
+) -> None:
+    with running_script(
+        tiny_pair, tiny_pair.itself, TEXTS, MAX_TOKENS, tmp_path / "t", multiprocessing=True
+    ) as script:
+        assert script.next_answers() == expected
+        # A terminal interrupts the engine's and the draft's processes too.
+        (os.killpg if whole_group else os.kill)(script.pid, signal.SIGINT)
+        script.wait(START_SECONDS)
+        script.assert_nothing_left()
+
+
 def _named(script: Script, title: str) -> int:
     """The script's process with this title."""
     (found,) = [pid for pid in script.processes() if harness.command(pid).startswith(title)]

@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from vllm_ssd.config import ADDITIONAL_CONFIG_KEY, SSDConfig
 from vllm_ssd.core.stats import Stats
 from vllm_ssd.core.tree import Walk, Where
-from vllm_ssd.target.requests import RequestTable, Tracked, can_draft, most_drafts
+from vllm_ssd.target.requests import (
+    RequestTable,
+    Tracked,
+    before_min_length,
+    can_draft,
+    most_drafts,
+)
 from vllm_ssd.wire.messages import Finished, Outcomes, ToDraft, Trimmed, pack
 
 if TYPE_CHECKING:
@@ -164,11 +170,11 @@ class SSDProposer:
             return proposals
         try:
             self._propose(proposals, sampled_token_ids, num_tokens_no_spec, token_ids_cpu, began)
+            if self.config.pad_misses:
+                self._pad(proposals, sampled_token_ids, num_tokens_no_spec)
         except Exception as error:  # as above: decoding goes on plainly
             proposals = [[] for _ in sampled_token_ids]
             self._degrade(error)
-        if self.config.pad_misses:
-            _pad(proposals, sampled_token_ids, self.depth)
         self._proposed_at = time.perf_counter()
         self.stats.proposals += 1
         self.stats.propose_seconds += self._proposed_at - began
@@ -354,6 +360,24 @@ class SSDProposer:
             pack(handles), pack(lengths), pack(confirmed), pack(proposed), pack(tokens), verify_us
         )
 
+    def _pad(
+        self, proposals: list[list[int]], sampled: list[list[int]], lengths: np.ndarray[Any, Any]
+    ) -> None:
+        """Fill proposals up to the full depth, also those of requests the draft does not know."""
+        req_ids = self._runner.input_batch.req_ids
+        for row, tokens in enumerate(sampled):
+            if not tokens:
+                continue
+            state = self._runner.requests[req_ids[row]]
+            least = state.sampling_params.min_tokens if state.sampling_params else 0
+            min_length = state.num_prompt_tokens + least
+            depth = before_min_length(self.depth, int(lengths[row]), min_length)
+            # Any token is exact; one that repeats needs no other row of the embedding.
+            found = proposals[row]
+            padding = (found or tokens)[-1:] * (depth - len(found))
+            # Not in place: the list is also the request's record of what was drafted.
+            proposals[row] = found + padding
+
     def _degrade(self, error: Exception) -> None:
         """Go on without drafts after an error of ours; one log line, not one a step."""
         if self.config.strict:
@@ -364,11 +388,3 @@ class SSDProposer:
             logger.exception("ssd: error in the plugin; decoding goes on plainly")
         if self.client is not None and self.client.up:
             self.client.resync("an error in the plugin")
-
-
-def _pad(proposals: list[list[int]], sampled: list[list[int]], depth: int) -> None:
-    """Fill proposals up to ``depth`` tokens; any token is exact, its own last one costs nothing."""
-    for proposal, tokens in zip(proposals, sampled, strict=True):
-        if tokens:
-            last = (proposal or tokens)[-1]
-            proposal += [last] * (depth - len(proposal))

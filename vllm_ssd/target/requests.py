@@ -30,15 +30,17 @@ class Tracked:
 
 
 def most_drafts(request: Tracked, length: int, depth: int) -> int:
-    """How many tokens may be proposed after a text of ``length`` tokens; negative at its end.
+    """How many tokens may be proposed after a text of ``length`` tokens; negative at its end."""
+    return before_min_length(min(depth, request.limit - length), length, request.min_length)
+
+
+def before_min_length(most: int, length: int, min_length: int) -> int:
+    """``most``, or fewer if the verification would begin before ``min_length`` and end beyond.
 
     vLLM keeps end tokens from a whole verification that begins before ``min_tokens``, its bonus
     token included, even if that one lies beyond: none of ours does.
     """
-    most = min(depth, request.limit - length)
-    if length < request.min_length:
-        most = min(most, request.min_length - length - 1)
-    return most
+    return most if length >= min_length else min(most, min_length - length - 1)
 
 
 class RequestTable:
