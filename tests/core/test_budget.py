@@ -7,11 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_ssd.core.budget import StepTimeModel, affordable_guesses, expected_tokens
-from vllm_ssd.core.fanout import likeliest_guesses
+from vllm_ssd.core.outcomes import OutcomeModel
 
 DEPTH = 6
 ACCEPTANCE = 0.7
-GUESSES = likeliest_guesses(DEPTH, (3,) * (DEPTH + 1), ACCEPTANCE, 1.0)
+GUESSES = OutcomeModel(ACCEPTANCE, 1.0, 3).likeliest(DEPTH, (3,) * (DEPTH + 1))
 
 
 def clock(base: float, per_row: float) -> StepTimeModel:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vllm_ssd.core.fanout import Guess
+from vllm_ssd.core.outcomes import Guess
 
 
 class StepTimeModel:

@@ -42,8 +42,6 @@ COUNTERS = (
     "draft_narrowed",
     "draft_evictions",
 )
-_SMOOTHING = 0.2
-"""Weight of the newest verification time."""
 
 
 class OutOfStepError(Exception):
@@ -139,11 +137,7 @@ class DraftEngine:
         confirmed = unpack(message.confirmed_counts).tolist()
         proposed = unpack(message.proposed_counts).tolist()
         tokens = unpack(message.tokens).tolist()
-        self._rounds.batch = len(handles)
-        if message.verify_us:
-            seconds = message.verify_us * 1e-6
-            before = self._rounds.verify_seconds or seconds
-            self._rounds.verify_seconds = before + _SMOOTHING * (seconds - before)
+        self._rounds.next_frame(len(handles), message.verify_us * 1e-6)
         at = 0
         for handle, length, n_confirmed, n_proposed in zip(
             handles, lengths, confirmed, proposed, strict=True

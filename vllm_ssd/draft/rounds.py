@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from vllm_ssd.core.budget import StepTimeModel, affordable_guesses
-from vllm_ssd.core.fanout import likeliest_guesses
+from vllm_ssd.core.outcomes import OutcomeModel
 from vllm_ssd.core.tree import Where
 from vllm_ssd.draft.request import DORMANT, Request
 from vllm_ssd.draft.tenancy import Tenancy
@@ -27,7 +27,12 @@ class Policy(NamedTuple):
     max_branches: int
     """Branches per request, the trunk being one; 0: as many as the step time affords."""
     acceptance: float
+    """Until some verifications have been seen, as ``miss_exponent``."""
     miss_exponent: float
+
+
+_SMOOTHING = 0.2
+"""Weight of the newest verification time."""
 
 
 class Rounds:
@@ -40,14 +45,31 @@ class Rounds:
     """
 
     def __init__(self, tenancy: Tenancy, policy: Policy, clock: StepTimeModel) -> None:
-        self.batch = 1
-        """Requests that are drafted for at the moment."""
-        self.verify_seconds = 0.0
-        """How long a verification takes, smoothed."""
         self._tenancy = tenancy
         self._rows = tenancy.rows
         self._policy = policy
         self._clock = clock
+        self._batch = 1
+        """Requests that are drafted for at the moment."""
+        self._verify_seconds = 0.0
+        """How long a verification takes, smoothed."""
+        ranks = int(self._rows.candidates.shape[-1])
+        self._outcomes = OutcomeModel(policy.acceptance, policy.miss_exponent, ranks)
+        self._wanted: dict[int, list[int]] = {}
+        """Forks wanted after k accepted tokens, by the number verified; of this frame."""
+
+    def next_frame(self, batch: int, verify_seconds: float) -> None:
+        """The outcomes of a verification are about to be followed.
+
+        Args:
+            batch: how many there are.
+            verify_seconds: how long the verification took; 0.0 if that is not known.
+        """
+        self._batch = batch
+        self._wanted.clear()
+        if verify_seconds:
+            before = self._verify_seconds or verify_seconds
+            self._verify_seconds = before + _SMOOTHING * (verify_seconds - before)
 
     def begin(self, request: Request, proposed: list[int]) -> None:
         """Draft for a request that holds nothing yet: after its prompt, or when it comes back."""
@@ -71,6 +93,7 @@ class Rounds:
             request.append(confirmed)
             self.begin(request, proposed)
             return
+        self._learn(request, confirmed)
         walk = rows.cache.walk(request.handle, confirmed)
         old_length = request.length
         request.append(confirmed)
@@ -102,6 +125,36 @@ class Rounds:
         self._rows.pending[beyond] = False
         self._tenancy.publisher.fork(request, [], [], [])
 
+    def _learn(self, request: Request, confirmed: list[int]) -> None:
+        """Take in how a verification ended, where the trunk held what was verified."""
+        rows, trunk = self._rows, request.trunk
+        accepted = len(confirmed) - 1
+        drafted = rows.cache.row_tokens(trunk)
+        if accepted > request.verified or drafted[:accepted] != confirmed[:accepted]:
+            return
+        rank = None
+        if int(rows.computed[trunk]) - request.length >= accepted:
+            choices = self._choices(request, accepted, drafted, set(request.stop.tolist()))
+            if accepted == request.verified:
+                choices.insert(0, self._expected(request, accepted, drafted))
+            last = confirmed[-1]
+            rank = choices.index(last) if last in choices else len(choices)
+        self._outcomes.observe(request.verified, accepted, rank)
+
+    def _expected(self, request: Request, k: int, drafted: list[int]) -> int:
+        """The trunk's own token after ``k`` others."""
+        return drafted[k] if k < len(drafted) else int(self._rows.candidates[request.trunk, k, 0])
+
+    def _choices(self, request: Request, k: int, drafted: list[int], ends: set[int]) -> list[int]:
+        """Candidates for ``t*`` after ``k`` trunk tokens, best first, where forks may start.
+
+        The drafted token cannot follow its own rejection, after all n it is the trunk's. Nothing
+        follows an end token.
+        """
+        expected = self._expected(request, k, drafted)
+        candidates: list[int] = self._rows.candidates[request.trunk, k].tolist()
+        return [token for token in candidates if token != expected and token not in ends]
+
     def fork(self, request: Request) -> None:
         """Fork off the trunk after every k whose candidates are known by now."""
         rows, trunk = self._rows, request.trunk
@@ -118,11 +171,7 @@ class Rounds:
         for k in range(request.next_k, last + 1):
             if request.length + k + 1 >= request.limit:
                 break
-            candidates = rows.candidates[trunk, k].tolist()
-            # The drafted token cannot follow its own rejection; after all n it is the trunk's.
-            excluded = drafted[k] if k < len(drafted) else candidates[0]
-            choices = [t for t in candidates if t != excluded and t not in ends]
-            choices = choices[: request.forks_wanted[k]]
+            choices = self._choices(request, k, drafted, ends)[: request.forks_wanted[k]]
             k_list += [k] * len(choices)
             tokens += choices
         request.next_k = last + 1
@@ -160,21 +209,21 @@ class Rounds:
 
     def _forks_wanted(self, verified: int) -> list[int]:
         """How many forks to make after k accepted tokens, for k = 0..verified."""
-        policy = self._policy
-        guesses = likeliest_guesses(
-            verified, policy.fan_out, policy.acceptance, policy.miss_exponent
-        )
-        count = policy.max_branches or affordable_guesses(
-            guesses,
-            self._clock,
-            self.verify_seconds,
-            self.batch,
-            policy.num_speculative_tokens,
-            policy.acceptance,
-        )
-        wanted = [0] * (verified + 1)
-        for guess in guesses[:count]:
-            wanted[guess.accepted] += 1
-        # The trunk itself goes on with the first choice after all n.
-        wanted[-1] = max(0, wanted[-1] - 1)
-        return wanted
+        wanted = self._wanted.get(verified)
+        if wanted is None:
+            wanted = self._wanted[verified] = [0] * (verified + 1)
+            policy = self._policy
+            guesses = self._outcomes.likeliest(verified, policy.fan_out)
+            count = policy.max_branches or affordable_guesses(
+                guesses,
+                self._clock,
+                self._verify_seconds,
+                self._batch,
+                policy.num_speculative_tokens,
+                self._outcomes.acceptance,
+            )
+            for guess in guesses[:count]:
+                wanted[guess.accepted] += 1
+            # The trunk itself goes on with the first choice after all n.
+            wanted[-1] = max(0, wanted[-1] - 1)
+        return wanted.copy()
