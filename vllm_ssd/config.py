@@ -52,10 +52,11 @@ class SSDConfig(BaseModel):
     arXiv 2603.03251 from ``acceptance`` and ``miss_exponent`` (the sum stays the same)."""
 
     acceptance: float = Field(default=0.7, gt=0.0, lt=1.0)
-    """The chance that one drafted token is accepted: orders the outcomes by likelihood."""
+    """The chance that one drafted token is accepted, with which outcomes are ordered by likelihood
+    until verifications show what it is."""
 
     miss_exponent: float = Field(default=1.0, gt=0.0, le=10.0)
-    """r: after F guesses of ``t*`` all are wrong with probability ``(F + 1)^-r``."""
+    """r: after F guesses of ``t*`` all are wrong with probability ``(F + 1)^-r``; likewise."""
 
     branches: int | Literal["auto"] = "auto"
     """Branches per request and round. ``"auto"``: as many as the measured step time lets reach a
