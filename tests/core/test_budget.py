@@ -23,8 +23,10 @@ def clock(base: float, per_row: float) -> StepTimeModel:
     return model
 
 
-def affordable(model: StepTimeModel, seconds: float, requests: int = 1) -> int:
-    return affordable_guesses(GUESSES, model, seconds, requests, DEPTH, ACCEPTANCE)
+def affordable(
+    model: StepTimeModel, seconds: float, requests: int = 1, prepared: bool = True
+) -> int:
+    return affordable_guesses(GUESSES, model, seconds, requests, DEPTH, ACCEPTANCE, prepared)
 
 
 @given(st.floats(1e-4, 1e-1), st.floats(0.0, 3.0))
@@ -86,7 +88,12 @@ def test_a_slow_draft_gets_few_branches_rather_than_shallow_ones() -> None:
     count = affordable(slow, seconds=0.1)
     assert 1 <= count < len(GUESSES) / 2
     # All of them would have reached a fraction of the depth.
-    assert 0.1 / slow.predict(len(GUESSES)) < 1 < 0.1 / slow.predict(count)
+    assert 0.1 / slow.predict(len(GUESSES)) < 1 < 0.1 / slow.predict(count) - 1
+
+
+def test_without_candidates_there_is_time_for_fewer_branches() -> None:
+    model = clock(0.002, 0.002)
+    assert affordable(model, 0.05, prepared=False) < affordable(model, 0.05)
 
 
 def test_a_draft_too_slow_for_one_token_still_gets_a_branch() -> None:

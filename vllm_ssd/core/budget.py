@@ -54,20 +54,28 @@ def affordable_guesses(
     requests: int,
     depth: int,
     acceptance: float,
+    prepared: bool,
 ) -> int:
     """How many of ``guesses`` (likeliest first) to draft for each of ``requests`` requests.
 
     More branches catch more outcomes but make every step slower and so the branches shallower
     when the verification ends after ``seconds``. The number chosen maximises the expected tokens
     of the next round, ``p_hit E(depth reached) + (1 - p_hit)``; at least 1.
+
+    A verification begins and ends somewhere in a step of the draft: of x steps that would fit,
+    x - 1 are completed on average. Unless ``prepared``, the candidates for the guesses come out of
+    a step of their own, with the trunks alone.
     """
     if clock.predict(1) == 0.0 or seconds <= 0.0:
         return len(guesses)
-    best, best_value, hit = 1, -1.0, 0.0
+    if not prepared:
+        seconds -= clock.predict(requests)
+    best, best_value, hit = 1, 1.0, 0.0
     for count, guess in enumerate(guesses, start=1):
         hit += guess.probability
-        # Depth is kept fractional: a step half done is likely to be of use one round in two.
-        reached = min(float(depth), seconds / clock.predict(count * requests))
+        # Fractional: what is reached in some rounds and not in others.
+        steps = seconds / clock.predict(count * requests) - 1.0
+        reached = min(float(depth), max(0.0, steps))
         whole = int(reached)
         here = expected_tokens(whole, acceptance)
         deeper = expected_tokens(whole + 1, acceptance)

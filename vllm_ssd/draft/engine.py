@@ -36,6 +36,7 @@ COUNTERS = (
     "draft_python_seconds",
     "draft_rows",
     "draft_rounds",
+    "draft_rounds_cut",
     "draft_round_seconds",
     "draft_forks",
     "draft_prefill_tokens",
@@ -131,6 +132,9 @@ class DraftEngine:
             OutOfStepError: the text does not continue what is known of the request.
         """
         self._settle()
+        if self._round_began is not None:
+            self.counters["draft_rounds_cut"] += 1
+            self._end_round(time.perf_counter())
         self.tenancy.frame += 1
         handles = unpack(message.handles).tolist()
         lengths = unpack(message.lengths).tolist()
@@ -149,7 +153,7 @@ class DraftEngine:
                 raise OutOfStepError(f"request {handle} at length {length}")
             self._rounds.follow(request, tokens[at:middle], tokens[middle:end])
             at = end
-        if self._round_began is None and self.has_work:
+        if self.has_work:
             self._round_began = time.perf_counter()
 
     # ---- one step
@@ -208,7 +212,12 @@ class DraftEngine:
         counters["draft_python_seconds"] = (
             counters["draft_step_seconds"] - self._pipeline.model_seconds
         )
-        if self._round_began is not None and not self.has_work:
-            counters["draft_rounds"] += 1
-            counters["draft_round_seconds"] += now - self._round_began
+        if not self.has_work:
+            self._end_round(now)
+
+    def _end_round(self, now: float) -> None:
+        """A round ends with its last branch, or when the next outcomes cut it off."""
+        if self._round_began is not None:
+            self.counters["draft_rounds"] += 1
+            self.counters["draft_round_seconds"] += now - self._round_began
             self._round_began = None

@@ -221,6 +221,7 @@ class Rounds:
                 self._batch,
                 policy.num_speculative_tokens,
                 self._outcomes.acceptance,
+                prepared=verified > 0,
             )
             for guess in guesses[:count]:
                 wanted[guess.accepted] += 1
