@@ -5,7 +5,7 @@ they take turns. A step decodes rows that share a text, as forks do. The agreeme
 draft's first choice with held-out answers of the target, the text before each token being given:
 ``--answers`` takes a gzipped file of lines ``{"p": [prompt ids], "a": [answer ids]}``.
 
-    python benchmarks/draft_vocab.py [--draft FOLDER] [--answers FILE] [--vocab FILE]
+    python benchmarks/draft_vocab.py [--draft FOLDER] [--vocab FILE] [--answers FILE]
 """
 
 from __future__ import annotations
@@ -30,8 +30,7 @@ from vllm_ssd.cli.models import demo_models
 from vllm_ssd.config import SSDConfig
 from vllm_ssd.core.tree import Int32Array
 
-SIZES = (2_000, 4_000, 8_000, 16_000, 0)
-"""0 is the whole head."""
+SIZES = "2000,4000,8000,16000,0"
 ROWS = (1, 8, 24)
 CANDIDATES = 25
 BLOCK = 32
@@ -87,15 +86,24 @@ def serve(pipe: Connection, draft: str, ids: Int32Array | None, eager: bool, cor
         os._exit(0)
 
 
-def heads(draft: str) -> dict[int, Int32Array | None]:
-    """The tokens of each size of the head that the draft's own list allows; else the lowest ids."""
+def heads(draft: str, sizes: list[int], listed: Path | None) -> dict[int, Int32Array | None]:
+    """The tokens of each size of the head.
+
+    Args:
+        draft: the draft's folder.
+        sizes: how many tokens; 0 for all.
+        listed: file of token ids by frequency; default: the draft's own, else the lowest ids.
+    """
+    if listed is not None:
+        ids = np.loadtxt(listed, dtype=np.int32, comments="#")
+        return {size: ids[:size] if size else None for size in sizes}
     from vllm.config import ModelConfig
 
     from vllm_ssd.draft_vocab import select_draft_vocab
 
     model = ModelConfig(model=draft)
     found: dict[int, Int32Array | None] = {}
-    for size in SIZES:
+    for size in sizes:
         options = SSDConfig(model=draft, num_speculative_tokens=1, draft_vocab=size)
         try:
             found[size] = select_draft_vocab(options, model, model)
@@ -164,6 +172,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--draft", help="folder of the draft; default: the demonstration's")
     parser.add_argument("--answers", type=Path, help="held-out answers of the target")
+    parser.add_argument("--sizes", default=SIZES, help="tokens of the heads; 0 is the whole head")
+    parser.add_argument("--vocab", type=Path, help="token ids by frequency; default: the draft's")
     parser.add_argument("--texts", type=int, default=100, help="how many of them")
     parser.add_argument("--context", type=int, default=256, help="tokens before those decoded")
     parser.add_argument("--steps", type=int, default=30, help="steps in a turn")
@@ -173,7 +183,8 @@ def main() -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.update(OMP_NUM_THREADS="1", VLLM_USE_V2_MODEL_RUNNER="0")
     draft = options.draft or str(demo_models().draft)
-    found = heads(draft)
+    sizes = [int(size) for size in options.sizes.split(",")]
+    found = heads(draft, sizes, options.vocab)
     times = step_times(draft, found, options)
     shares = {}
     if options.answers:
