@@ -295,3 +295,46 @@ def test_an_unguessed_text_is_pending_only_while_the_draft_is_at_work() -> None:
     sim.deliver()
     other.text.append(sim.best(other.text)[-1])
     assert sim.walk(other).where is Where.PENDING
+
+
+# ---- what is learned and counted
+
+
+def test_outcomes_that_keep_coming_are_guessed() -> None:
+    sim = Simulation(Sizes(max_branches=3))
+
+    def surprises(rounds: int) -> list[bool]:
+        """Whether the draft guesses that its first token is rejected for its third choice."""
+        request = sim.start(PROMPT)
+        sim.settle()
+        hits = []
+        for _ in range(rounds):
+            third = sim.best(request.text)[2]
+            verifying = bool(request.proposed)
+            hit = bool(sim.verify(request, 0, third))
+            sim.settle()
+            if verifying:
+                hits.append(hit)
+        sim.finish([request])
+        sim.settle()
+        return hits
+
+    assert not any(surprises(4))
+    for _ in range(30):
+        surprises(8)
+    assert all(surprises(4))
+
+
+def test_a_round_is_counted_whether_it_is_finished_or_cut_off() -> None:
+    sim, request = verified_once()
+    counters = sim.engine.counters
+    assert (counters["draft_rounds"], counters["draft_rounds_cut"]) == (1, 0)
+    for _ in range(2):
+        sim.verify(request, 0, sim.best(request.text)[1])
+        sim.deliver()
+        sim.draft_steps(1)
+        sim.target_receives(9)
+    assert (counters["draft_rounds"], counters["draft_rounds_cut"]) == (2, 1)
+    sim.settle()
+    assert (counters["draft_rounds"], counters["draft_rounds_cut"]) == (3, 1)
+    assert counters["draft_round_seconds"] > 0.0
