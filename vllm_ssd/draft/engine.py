@@ -141,7 +141,7 @@ class DraftEngine:
         confirmed = unpack(message.confirmed_counts).tolist()
         proposed = unpack(message.proposed_counts).tolist()
         tokens = unpack(message.tokens).tolist()
-        self._rounds.next_frame(len(handles), message.verify_us * 1e-6)
+        self._rounds.next_frame(len(handles), any(proposed), message.verify_us * 1e-6)
         at = 0
         for handle, length, n_confirmed, n_proposed in zip(
             handles, lengths, confirmed, proposed, strict=True

@@ -51,25 +51,28 @@ class Rounds:
         self._clock = clock
         self._batch = 1
         """Requests that are drafted for at the moment."""
-        self._verify_seconds = 0.0
-        """How long a verification takes, smoothed."""
+        self._verifying = False
+        """Whether any drafted token is being verified, beside the one that is certain."""
+        self._verify_seconds = {False: 0.0, True: 0.0}
+        """How long that takes, smoothed: a step without drafts is a good deal shorter."""
         ranks = int(self._rows.candidates.shape[-1])
         self._outcomes = OutcomeModel(policy.acceptance, policy.miss_exponent, ranks)
         self._wanted: dict[int, list[int]] = {}
         """Forks wanted after k accepted tokens, by the number verified; of this frame."""
 
-    def next_frame(self, batch: int, verify_seconds: float) -> None:
+    def next_frame(self, batch: int, verifying: bool, verify_seconds: float) -> None:
         """The outcomes of a verification are about to be followed.
 
         Args:
             batch: how many there are.
+            verifying: whether drafted tokens are verified next.
             verify_seconds: how long the verification took; 0.0 if that is not known.
         """
-        self._batch = batch
         self._wanted.clear()
         if verify_seconds:
-            before = self._verify_seconds or verify_seconds
-            self._verify_seconds = before + _SMOOTHING * (verify_seconds - before)
+            before = self._verify_seconds[self._verifying] or verify_seconds
+            self._verify_seconds[self._verifying] = before + _SMOOTHING * (verify_seconds - before)
+        self._batch, self._verifying = batch, verifying
 
     def begin(self, request: Request, proposed: list[int]) -> None:
         """Draft for a request that holds nothing yet: after its prompt, or when it comes back."""
@@ -214,10 +217,12 @@ class Rounds:
             wanted = self._wanted[verified] = [0] * (verified + 1)
             policy = self._policy
             guesses = self._outcomes.likeliest(verified, policy.fan_out)
+            known = self._verify_seconds
+            seconds = known[self._verifying] or known[not self._verifying]
             count = policy.max_branches or affordable_guesses(
                 guesses,
                 self._clock,
-                self._verify_seconds,
+                seconds,
                 self._batch,
                 policy.num_speculative_tokens,
                 self._outcomes.acceptance,
