@@ -76,8 +76,12 @@ def sampled_ones(texts: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
 
 @pytest.mark.parametrize(
     "parameters",
-    [{"temperature": 1.0}, {"temperature": 0.7}, {"temperature": 1.0, "top_p": 0.8}],
-    ids=["t1", "t0.7", "top-p"],
+    [
+        pytest.param({"temperature": 1.0}, id="t1"),
+        pytest.param({"temperature": 0.7, "top_p": 0.8}, id="t0.7-top-p"),
+        pytest.param({"temperature": 0.7}, id="t0.7", marks=pytest.mark.slow),
+        pytest.param({"temperature": 1.0, "top_p": 0.8}, id="t1-top-p", marks=pytest.mark.slow),
+    ],
 )
 def test_samples_follow_the_targets_distribution(
     engine: Engine, tiny_pair: TinyModels, parameters: dict[str, Any]

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from tests.engine.harness import LONG_WAIT_MS, Job, Pair, Spec, greedy, prompt
 from tests.tiny_models import EOS, VOCABULARY
 
 
+@pytest.mark.slow  # the shipped draft's test goes the same way
 def test_only_listed_tokens_are_drafted_and_the_text_is_the_targets(
     start_pair: Callable[[Spec], Pair], tmp_path: Path
 ) -> None:

@@ -104,6 +104,7 @@ def test_pause_between_two_steps_does_not_cost_the_draft(
     assert draft_pid(engine) == pid
 
 
+@pytest.mark.slow
 def test_draft_that_keeps_dying_is_started_ever_more_rarely_until_one_stays(
     engine: LLM, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
