@@ -25,12 +25,15 @@ PLAIN, DRAFT_MODEL, SSD = "vLLM", "draft_model", "SSD"
 console = Console()
 
 
-def run(max_tokens: int, num_speculative_tokens: int, enforce_eager: bool = True) -> None:
+def run(
+    max_tokens: int, num_speculative_tokens: int, fan_out: int, enforce_eager: bool = True
+) -> None:
     """Run the demonstration and print its table.
 
     Args:
         max_tokens: tokens of an answer.
         num_speculative_tokens: K of both speculative methods.
+        fan_out: SSD's guesses after each number of accepted tokens.
         enforce_eager: do not compile the models: they start faster and run slower.
 
     Raises:
@@ -43,11 +46,12 @@ def run(max_tokens: int, num_speculative_tokens: int, enforce_eager: bool = True
     methods: dict[str, dict[str, Any] | None] = {
         PLAIN: None,
         DRAFT_MODEL: {"method": "draft_model", **speculation},
-        SSD: {"method": "ssd", **speculation},
+        SSD: {"method": "ssd", **speculation, "fan_out": fan_out},
     }
     console.print(
         f"target [bold]{models.target.name}[/], draft [bold]{models.draft.name}[/], "
-        f"K = {num_speculative_tokens}, greedy, one request at a time, {_cores()}"
+        f"K = {num_speculative_tokens}, fan-out {fan_out}, greedy, one request at a time, "
+        f"{_cores()}"
     )
     results = {
         name: _ask(

@@ -44,15 +44,19 @@ def demo(
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 128,
     num_speculative_tokens: Annotated[
         int, typer.Option("--num-speculative-tokens", "-k", min=1, help="Tokens drafted at once.")
-    ] = 5,  # the best measured, docs/performance.md
+    ] = 5,
+    fan_out: Annotated[int, typer.Option(min=1, help="SSD's guesses after each k.")] = 6,
 ) -> None:
-    """Answer a few chat prompts with plain vLLM, its draft_model method and SSD, side by side."""
+    """Answer a few chat prompts with plain vLLM, its draft_model method and SSD, side by side.
+
+    The default K and fan-out are the best measured (docs/performance.md).
+    """
     from vllm_ssd.cli.env import preload_openmp
 
     preload_openmp()
     with errors_in_one_line():
         import_module("vllm_ssd.cli.demo").run(
-            max_tokens=max_tokens, num_speculative_tokens=num_speculative_tokens
+            max_tokens=max_tokens, num_speculative_tokens=num_speculative_tokens, fan_out=fan_out
         )
 
 
