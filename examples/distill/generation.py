@@ -34,7 +34,9 @@ class Target:
             dtype=dtype,
             max_model_len=CONTEXT,
             max_num_seqs=sequences,
-            max_num_batched_tokens=1024,
+            max_num_batched_tokens=CONTEXT,
+            # A seeded request whose prompt is chunked stops vLLM's CPU engine.
+            enable_chunked_prefill=False,
             kv_cache_memory_bytes=2 << 30,
             enforce_eager=True,
             disable_log_stats=True,
