@@ -338,3 +338,14 @@ def test_a_round_is_counted_whether_it_is_finished_or_cut_off() -> None:
     sim.settle()
     assert (counters["draft_rounds"], counters["draft_rounds_cut"]) == (3, 1)
     assert counters["draft_round_seconds"] > 0.0
+
+
+def test_a_round_ends_with_the_last_request_it_was_for() -> None:
+    sim, request = verified_once()
+    sim.verify(request, 0, sim.best(request.text)[1])
+    sim.deliver()
+    assert sim.engine.has_work
+    sim.finish([request])
+    sim.deliver()
+    counters = sim.engine.counters
+    assert (counters["draft_rounds"], counters["draft_rounds_cut"]) == (2, 0)

@@ -90,6 +90,7 @@ class DraftEngine:
         self._unsent.clear()
         for request in list(self.tenancy.requests.values()):
             self.tenancy.remove(request)
+        self._round_began = None
 
     def start(self, message: Start) -> None:
         """A new request, or a known one whose text is announced again."""
@@ -115,6 +116,8 @@ class DraftEngine:
             request = self.tenancy.requests.get(handle)
             if request is not None:
                 self.tenancy.remove(request)
+        if not self.has_work:  # or the time until the next request would count as its round
+            self._end_round(time.perf_counter())
 
     def trimmed(self, message: Trimmed) -> None:
         """The scheduler lets fewer drafts be verified than were proposed."""
