@@ -1,72 +1,60 @@
-"""Workers and a proposer for ``step_time.py``: both kinds of engine, timed at the same place."""
+"""A worker and a proposer for ``step_time.py``: one engine, drafting or not, timed at one place."""
 
 from __future__ import annotations
 
-import json
-import os
+import dataclasses
 import time
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from vllm.platforms import current_platform
-
+from vllm_ssd.target.proposer import SSDProposer
 from vllm_ssd.target.worker import SSDWorker
 
-if TYPE_CHECKING or not current_platform.is_cpu():
-    from vllm.v1.worker.gpu_worker import Worker as PlatformWorker
-else:
-    from vllm.v1.worker.cpu_worker import CPUWorker as PlatformWorker
 
-RECORDED = "VLLM_SSD_BENCHMARK_TEXTS"
-"""Environment variable: a JSON file with the texts the target is known to write."""
+class SwitchedProposer(SSDProposer):
+    """SSD's; or, while there is a record of the text, that record: the draft hears of nothing."""
 
+    record: list[list[int]] | None = None
 
-class Timed:
-    """Notes how long each forward takes, and over how many query tokens."""
-
-    _times: list[tuple[int, float]]
-
-    def execute_model(self, scheduler_output: Any) -> Any:
-        """Time vLLM's own."""
-        began = time.perf_counter()
-        result = super().execute_model(scheduler_output)  # type: ignore[misc]
-        tokens = scheduler_output.total_num_scheduled_tokens
-        if not hasattr(self, "_times"):
-            self._times = []
-        self._times.append((tokens, time.perf_counter() - began))
-        return result
-
-    def step_times(self) -> list[tuple[int, float]]:
-        """Query tokens and seconds of every forward so far."""
-        return self._times
-
-
-class TimedSSDWorker(Timed, SSDWorker):
-    """SSD, timed. Its notices to the draft are part of the time."""
-
-
-class TimedWorker(Timed, PlatformWorker):
-    """Plain vLLM, timed."""
-
-
-class RecordedProposer:
-    """Drafts what the target is known to write: hits without a draft process."""
-
-    def __init__(self, vllm_config: Any) -> None:
-        self._depth = vllm_config.speculative_config.num_speculative_tokens
-        self._texts: list[list[int]] = json.loads(Path(os.environ[RECORDED]).read_text())
-
-    def load_model(self, target_model: Any) -> None:
-        """Nothing to load."""
+    def before_forward(self, scheduler_output: Any) -> None:
+        """SSD's own, of requests that SSD is used for."""
+        if self.record is not None:
+            scheduler_output = dataclasses.replace(scheduler_output, scheduled_new_reqs=[])
+        super().before_forward(scheduler_output)
 
     def propose(
         self, sampled: list[list[int]], lengths: Any, texts: Any, slot_mappings: Any = None
     ) -> list[list[int]]:
-        """The recorded continuation of each row."""
+        """SSD's own, or the recorded continuation of each row."""
+        if self.record is None:
+            return super().propose(sampled, lengths, texts, slot_mappings)
         proposals = []
         for row in range(len(sampled)):
             length = int(lengths[row])
             prefix = texts[row, :length].tolist()
-            match = next((t for t in self._texts if t[:length] == prefix), [])
-            proposals.append(match[length : length + self._depth])
+            match = next((text for text in self.record if text[:length] == prefix), [])
+            proposals.append(match[length : length + self.depth])
         return proposals
+
+
+class TimedWorker(SSDWorker):
+    """Notes how long each forward takes, notices to the draft included, and its query tokens."""
+
+    _times: list[tuple[int, float]]
+
+    def execute_model(self, scheduler_output: Any) -> Any:
+        """Time SSD's own."""
+        began = time.perf_counter()
+        result = super().execute_model(scheduler_output)
+        self._times.append(
+            (scheduler_output.total_num_scheduled_tokens, time.perf_counter() - began)
+        )
+        return result
+
+    def start_timing(self, record: list[list[int]] | None) -> None:
+        """Forget the times, and draft from now on with SSD (None) or from a record of texts."""
+        self._times = []
+        self._proposer.record = record  # type: ignore[attr-defined]
+
+    def step_times(self) -> list[tuple[int, float]]:
+        """Query tokens and seconds of every forward since."""
+        return self._times

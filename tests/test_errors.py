@@ -14,6 +14,7 @@ from tests.tiny_models import TinyModels
 from vllm_ssd import compat
 from vllm_ssd.plugin import PROPOSER, WORKER
 from vllm_ssd.preflight import check_engine
+from vllm_ssd.target.draft_setup import plan_draft
 
 DELETED = object()
 
@@ -64,6 +65,7 @@ def refusal(models: TinyModels, engine: dict[str, Any] | None = None, **options:
         ({"draft_cpu_cores": [999]}, ["'draft_cpu_cores' = [999]", "core 999", "use some of"]),
         ({"draft_cpu_cores": []}, ["'draft_cpu_cores' = []", "list of core numbers"]),
         ({"draft_max_model_len": 4096}, ["'draft_max_model_len' = 4096", "at most 1024", "lower"]),
+        ({"draft_startup_timeout_s": 1e9}, ["'draft_startup_timeout_s'", "86400"]),
         ({"draft_vocab": -1}, ["'draft_vocab' = -1", "0 for all"]),
         ({"draft_vocab": 513}, ["'draft_vocab' = 513", "has only 512 tokens", "lower it"]),
         ({"draft_vocab": "/no/list"}, ["'draft_vocab' = '/no/list'", "no such file", "a number"]),
@@ -76,6 +78,26 @@ def test_wrong_option_is_named_with_its_value_and_the_mend(
     sentence = refusal(tiny_pair, **options)
     for words in said:
         assert words in sentence
+
+
+def test_a_draft_kv_cache_that_holds_no_whole_text_is_refused(tiny_pair: TinyModels) -> None:
+    sentence = refusal(
+        tiny_pair,
+        {"max_model_len": 1000},
+        model=str(tiny_pair.target),
+        draft_kv_cache_memory_bytes=1 << 20,
+    )
+    assert "'draft_kv_cache_memory_bytes' = 1048576 holds 512 tokens" in sentence
+    assert "fewer than a text of 1000; raise it to 2097152, or lower draft_max_model" in sentence
+
+
+def test_a_draft_in_the_home_folder_is_found_by_the_draft_process(
+    tiny_pair: TinyModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tiny_pair.draft.parent))
+    config = configure(tiny_pair, model="~/draft")
+    plan = plan_draft(check_engine(config), config)
+    assert plan.setup.engine_args["model"] == str(tiny_pair.draft)
 
 
 @pytest.mark.parametrize(

@@ -94,8 +94,8 @@ class SSDConfig(BaseModel):
     draft_enforce_eager: bool | None = None
     """Do not compile the draft model. Default: as the target."""
 
-    draft_startup_timeout_s: float = Field(default=600.0, gt=0.0)
-    """How long the engine waits at start for the draft to come up."""
+    draft_startup_timeout_s: float = Field(default=600.0, gt=0.0, le=86_400.0)
+    """How long the draft may take to come up: at start once the target is, and at each restart."""
 
     pad_misses: bool = False
     """Fill short proposals up to K tokens, so that CUDA graphs of uniform length serve."""

@@ -40,11 +40,14 @@ def register() -> None:
 
 def _rewrite(engine_args: Any, options: dict[str, Any], target: Any, parallel: Any) -> None:
     """Check the options and put vLLM's official spelling in their place."""
+    from vllm_ssd.affinity import available_cores
     from vllm_ssd.config import ADDITIONAL_CONFIG_KEY, SSDConfig
-    from vllm_ssd.preflight import check
+    from vllm_ssd.preflight import check, check_cores
 
     own = {name: value for name, value in options.items() if name != "method"}
     config = SSDConfig.parse(own)
+    # Here, not in the workers: vLLM binds those to their own cores.
+    check_cores(config.draft_cpu_cores, available_cores())
     check(config, target, parallel, engine_args.async_scheduling)
     engine_args.additional_config = {
         **(engine_args.additional_config or {}),

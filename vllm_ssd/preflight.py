@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from vllm_ssd import compat
-from vllm_ssd.affinity import available_cores
 from vllm_ssd.config import ADDITIONAL_CONFIG_KEY, SSDConfig
 from vllm_ssd.draft_vocab import select_draft_vocab
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig, VllmConfig
+
+_BLOCK_TOKENS = 32
+"""Of a KV block, at most: a size is rounded up to whole ones."""
 
 
 def check_engine(vllm_config: VllmConfig) -> SSDConfig:
@@ -58,10 +60,13 @@ def check(
     compat.check_hooks()
     _check_parallelism(parallel)
     _check_runner(async_scheduling)
-    if resolve_draft_device(config, parallel) == "cpu":
-        check_cores(config.draft_cpu_cores)
+    resolve_draft_device(config, parallel)
     draft = draft_model_config(config, target)
     check_attention(draft)
+    if config.draft_kv_cache_memory_bytes is not None:
+        check_kv_cache(
+            config.draft_kv_cache_memory_bytes, kv_bytes_per_token(draft), draft.max_model_len
+        )
     check_vocabulary(target, draft)
     select_draft_vocab(config, target, draft)
 
@@ -131,13 +136,12 @@ def resolve_draft_device(config: SSDConfig, parallel: ParallelConfig) -> str:
     return f"cuda:{index}"
 
 
-def check_cores(wanted: list[int] | None, allowed: list[int] | None = None) -> None:
+def check_cores(wanted: list[int] | None, allowed: list[int]) -> None:
     """Refuse cores that cannot be had.
 
     Raises:
         ValueError: names the core and those that can.
     """
-    allowed = available_cores() if allowed is None else allowed
     missing = [core for core in wanted or () if core not in allowed]
     if missing:
         raise ValueError(
@@ -188,6 +192,35 @@ def draft_model_config(config: SSDConfig, target: ModelConfig) -> ModelConfig:
         )
     draft.max_model_len = min(wanted, longest)
     return draft
+
+
+def kv_bytes_per_token(model_config: Any) -> int:
+    """KV cache bytes of one token in all layers, unsharded."""
+    text = model_config.hf_text_config
+    heads = model_config.get_total_num_kv_heads()
+    size: int = model_config.dtype.itemsize
+    layers: int = text.num_hidden_layers
+    return 2 * layers * heads * model_config.get_head_size() * size
+
+
+def check_kv_cache(size: int, bytes_per_token: int, length: int) -> None:
+    """Refuse a KV cache of the draft that does not hold one text of full length; vLLM would.
+
+    Args:
+        size: its bytes.
+        bytes_per_token: of the draft.
+        length: the longest text the draft follows.
+
+    Raises:
+        ValueError: names the size that is needed.
+    """
+    needed = -(-length // _BLOCK_TOKENS) * _BLOCK_TOKENS * bytes_per_token
+    if size < needed:
+        raise ValueError(
+            f"ssd: option 'draft_kv_cache_memory_bytes' = {size} holds {size // bytes_per_token} "
+            f"tokens, fewer than a text of {length}; raise it to {needed}, or lower "
+            "draft_max_model_len"
+        )
 
 
 def check_attention(draft: ModelConfig) -> None:

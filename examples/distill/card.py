@@ -38,6 +38,7 @@ def write_card(
     sources = [Path(path).name for path in options["texts"]]
     if options["self_written"]:
         sources.append(f"answers to {options['self_written']} prompts of the target's own")
+        sources += [f"begun with {words!r}" for words in options["openings"] if words]
     lines = [
         f"# A draft for {target}",
         "",

@@ -45,6 +45,10 @@ def distill(
     self_written: Annotated[
         int, typer.Option(min=0, help="How many prompts the target writes itself.")
     ] = 4000,
+    opening: Annotated[
+        list[str],
+        typer.Option(help="How these prompts begin, in turn; '' leaves that to the target."),
+    ] = [""],  # noqa: B006
     held_out: Annotated[
         list[Path], typer.Option(exists=True, help="Prompts to evaluate with only.")
     ] = [],  # noqa: B006
@@ -77,11 +81,12 @@ def distill(
     recipe = Recipe(passes, batch_tokens, learning_rate, distillation, seed)
     told = {"target": str(target), "shape": shape, "head": head, "seed": seed}
     told |= {"topics": held_out_topic, "self_written": self_written, "max_tokens": max_tokens}
+    told |= {"openings": opening}
     told |= {"texts": [str(path) for path in (*answers, *prompts)]}
     _same_as_before(work / "options.json", told)
 
     texts, test_sets = _generate(
-        target, work, answers, prompts, self_written, held_out, max_tokens, dtype, seed
+        target, work, answers, prompts, self_written, opening, held_out, max_tokens, dtype, seed
     )
     kept, by_topic = _split(target, texts, held_out_topic)
     train_texts = [texts[index] for index in kept]
@@ -131,6 +136,7 @@ def _generate(
     answers: list[Path],
     prompts: list[Path],
     self_written: int,
+    openings: list[str],
     held_out: list[Path],
     max_tokens: int,
     dtype: str,
@@ -141,7 +147,7 @@ def _generate(
     texts = [text for path in answers for text in read_texts(path)]
     if self_written:
         path = work / "self-written.jsonl"
-        write_texts(self_written, seed, path, engine, max_tokens)
+        write_texts(self_written, seed, openings, path, engine, max_tokens)
         texts += read_texts(path)
     of_files: dict[Path, list[Text]] = {}
     for source in (*prompts, *held_out):

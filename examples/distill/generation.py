@@ -54,12 +54,13 @@ class Target:
         )
         return self._tokenizer.encode(text, add_special_tokens=False)
 
-    def write_prompts(self, numbers: range, seed: int) -> list[str]:
+    def write_prompts(self, numbers: range, seed: int, openings: list[str]) -> list[str]:
         """Messages the target writes when its chat template is opened at the user's turn.
 
         Args:
             numbers: one prompt is sampled for each, with ``seed + number``.
             seed: of the whole run.
+            openings: how the messages begin, in turn; an empty one leaves that to the target.
         """
         from vllm import SamplingParams
 
@@ -67,16 +68,24 @@ class Target:
         text = self._tokenizer.apply_chat_template(
             [{"role": "user", "content": mark}], add_generation_prompt=False, tokenize=False
         )
-        opened = self._tokenizer.encode(text.split(mark)[0], add_special_tokens=False)
+        turn = text.split(mark)[0]
+        begun = [openings[number % len(openings)] for number in numbers]
+        prompts = [
+            {"prompt_token_ids": self._tokenizer.encode(turn + words, add_special_tokens=False)}
+            for words in begun
+        ]
         parameters = [
             SamplingParams(temperature=1.0, seed=seed + number, max_tokens=PROMPT_TOKENS)
             for number in numbers
         ]
-        prompts = [{"prompt_token_ids": opened}] * len(parameters)
         outputs = self._llm.generate(prompts, parameters, use_tqdm=False)
-        # One that was cut off is no message.
         ended = [output.outputs[0] for output in outputs]
-        return [said.text.strip() for said in ended if said.finish_reason == "stop" and said.text]
+        # One that was cut off is no message.
+        return [
+            (words + said.text).strip()
+            for words, said in zip(begun, ended, strict=True)
+            if said.finish_reason == "stop" and said.text
+        ]
 
     def answer(self, prompts: list[list[int]], max_tokens: int) -> list[Text]:
         """Greedy answers."""
@@ -106,13 +115,18 @@ def answer_prompts(
 
 
 def write_texts(
-    count: int, seed: int, path: Path, target: Callable[[], Target], max_tokens: int
+    count: int,
+    seed: int,
+    openings: list[str],
+    path: Path,
+    target: Callable[[], Target],
+    max_tokens: int,
 ) -> None:
     """Append answers to ``count`` prompts of the target's own, going on likewise."""
 
     def some(numbers: range) -> list[Text]:
         model = target()
-        prompts = dict.fromkeys(model.write_prompts(numbers, seed))
+        prompts = dict.fromkeys(model.write_prompts(numbers, seed, openings))
         return model.answer([model.chat(prompt) for prompt in prompts], max_tokens)
 
     _in_chunks(count, path, some, "writing prompts and answers")

@@ -103,11 +103,17 @@ def test_a_request_without_a_tree_is_unknown(cache: SpeculationCache) -> None:
 
 
 def test_planting_anew_replaces_the_tree_and_its_forks(cache: SpeculationCache) -> None:
-    cache.plant(HANDLE, BASE + 2, FORK, ints(6), ended=True)
+    cache.plant(HANDLE, BASE + 2, FORK, ints(6), ended=False)
     tree = cache.trees[HANDLE]
     assert (tree.base, tree.trunk, tree.complete, tree.forks) == (BASE + 2, FORK, False, [])
     assert draft_after(cache) == [6]
     assert where(cache, 5) is Where.PENDING
+
+
+@pytest.mark.parametrize("drafted", [[], [6], [6, 7]])
+def test_an_end_token_is_left_to_the_target(cache: SpeculationCache, drafted: list[int]) -> None:
+    cache.plant(HANDLE, BASE, TRUNK, ints(*drafted), ended=True)
+    assert draft_after(cache) == drafted[:-1]
 
 
 def test_a_row_that_is_forked_again_forgets_its_former_life(cache: SpeculationCache) -> None:
@@ -161,6 +167,7 @@ def test_a_walk_finds_exactly_the_texts_that_are_paths_of_the_tree(
     walk = cache.walk(HANDLE, text)
     if matching:
         assert walk.where is Where.FOUND
-        assert cache.below(walk, 99) in [path[len(text) :] for path in matching]
+        # The last token of each is an end token: that one is left to the target.
+        assert cache.below(walk, 99) in [path[len(text) :][:-1] for path in matching]
     else:
         assert walk.where is Where.OFF

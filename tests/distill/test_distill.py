@@ -18,6 +18,8 @@ from tests.engine.harness import LONG_WAIT_MS, Engine, Job, greedy
 TOOL = Path(__file__).resolve().parents[2] / "examples" / "distill" / "distill.py"
 HEAD = 300
 PASSES = 6
+OPENINGS = ["", "a word of letters " * 6]
+"""The second, forty times at once, is more than vLLM computes in a step."""
 
 
 class Distillation:
@@ -45,7 +47,8 @@ class Distillation:
             "prompts": self._prompts,
             "held_out": self._test_prompts,
             "held_out_topic": TOPIC,
-            "self_written": 40,
+            "self_written": 80,
+            "opening": OPENINGS,
             "max_tokens": 40,
             "shape": "narrow:64x1",
             "head": HEAD,
@@ -55,7 +58,8 @@ class Distillation:
         }
         command = [sys.executable, str(TOOL)]
         for name, value in (chosen | options).items():
-            command += [f"--{name.replace('_', '-')}", str(value)]
+            for one in value if isinstance(value, list) else [value]:
+                command += [f"--{name.replace('_', '-')}", str(one)]
         return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
     def curve(self) -> list[dict[str, float]]:
@@ -91,6 +95,15 @@ def test_card_tells_the_acceptance_on_texts_held_out_by_topic_and_by_file(
         assert length > 2.0
     assert "prompts.txt" in card
     assert TOPIC in card
+
+
+def test_the_targets_own_prompts_begin_as_told(distillation: Distillation, said: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(distillation.target)
+    lines = (distillation.out / "work" / "self-written.jsonl").read_text().splitlines()
+    prompts = [tokenizer.decode(json.loads(line)["p"]) for line in lines]
+    begun = [f"user: {OPENINGS[1]}" in prompt for prompt in prompts]
+    assert any(begun)
+    assert not all(begun)
 
 
 def test_what_was_done_is_not_done_again(distillation: Distillation, said: str) -> None:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.draft.invariants import check_always, check_at_rest, check_blocks, guard_writes, paths
 from tests.draft.simulation import Simulation, Sizes, TargetRequest
+from vllm_ssd.draft.pipeline import chunk_sizes
 from vllm_ssd.draft.request import DORMANT
 
 PROMPT = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
@@ -161,6 +166,46 @@ def test_all_branches_of_all_requests_are_one_batch() -> None:
     assert max(sim.model.sequences) == 3 * sum(sim.sizes.fan_out)
 
 
+@given(
+    st.lists(st.integers(1, 50), max_size=6),
+    st.integers(1, 60),
+)
+def test_a_steps_budget_is_used_up_and_nobody_starves(missing: list[int], budget: int) -> None:
+    counts = chunk_sizes(missing, budget)
+    assert sum(counts) == min(budget, sum(missing))
+    assert all(0 <= count <= wanted for count, wanted in zip(counts, missing, strict=True))
+    if missing:
+        assert counts[0] >= min(missing[0], (budget + 1) // 2)
+    for i, j in itertools.permutations(range(1, len(missing)), 2):
+        if missing[i] < missing[j] and counts[j]:
+            assert counts[i] == missing[i]
+
+
+def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:
+    sim = simulation(prefill_chunk=8, prefill_chunk_idle=8, max_length=256)
+    sim.start(list(range(11)) * 16)
+    sim.deliver()
+    short = sim.start(PROMPT[:5])
+    sim.deliver()
+    sim.draft_steps(3)
+    sim.target_receives(9)
+    assert sim.published.cache.below(sim.walk(short), 1) == sim.greedy(short, 1)
+    assert sim.engine.tenancy.catching_up
+    settle(sim)
+
+
+def test_prompts_that_start_together_compute_their_common_beginning_once() -> None:
+    sim = simulation()
+    prompt = list(range(11)) * 3
+    requests = [sim.start([*prompt, last]) for last in range(4)]
+    settle(sim)
+    assert prefilled(sim) == len(prompt) // 4 * 4 + 4 * (len(prompt) % 4 + 1)
+    blocks = [trunk_blocks(sim, request)[: len(prompt) // 4] for request in requests]
+    assert all(shared == blocks[0] for shared in blocks)
+    for request in requests:
+        assert hit(sim, request) == sim.greedy(request, 3)
+
+
 # ---- idle and preempted requests
 
 
@@ -190,8 +235,21 @@ def test_short_of_rows_a_request_gets_fewer_branches() -> None:
     settle(sim)
     cache = sim.published.cache
     assert len(paths(cache, cache.trees[request.handle])) == 4
-    assert sim.engine.counters["draft_narrowed"] > 0
     assert hit(sim, request) == sim.greedy(request, 3)
+
+
+def test_short_of_rows_all_requests_get_equally_many_branches() -> None:
+    sim = simulation(max_rows=9)
+    requests = [sim.start(PROMPT[shift:]) for shift in range(3)]
+    settle(sim)
+    for _ in range(2):
+        for request in requests:
+            token = sim.greedy(request, request.verifying + 1)[-1]
+            sim.confirm(request, request.verifying, token)
+        sim.propose(requests)
+        settle(sim)
+    cache = sim.published.cache
+    assert [len(paths(cache, cache.trees[r.handle])) for r in requests] == [3, 3, 3]
 
 
 def test_short_of_blocks_a_request_gets_fewer_branches() -> None:
@@ -291,6 +349,38 @@ def test_a_text_longer_than_the_draft_can_follow_is_left_alone() -> None:
     assert sim.verify(request, 0, 0) == []
     settle(sim)
     assert sim.model.forwards == 0
+
+
+def test_a_text_that_cannot_fit_takes_nothing_from_the_others() -> None:
+    sim = simulation(num_blocks=60, max_length=300)
+    requests = [sim.start(PROMPT), sim.start(PROMPT[::-1])]
+    settle(sim)
+    too_long = sim.start(PROMPT * 25)
+    settle(sim)
+    cache = sim.published.cache
+    for _ in range(3):
+        everyone = [*requests, too_long]
+        for request in everyone:
+            token = sim.greedy(request, request.verifying + 1)[-1]
+            sim.confirm(request, request.verifying, token)
+        sim.propose(everyone)
+        settle(sim)
+        assert holds_nothing(sim, too_long)
+        assert all(len(paths(cache, cache.trees[r.handle])) > 1 for r in requests)
+
+
+def test_requests_of_a_frame_do_not_evict_each_other_in_whatever_order_they_come() -> None:
+    sim = simulation(max_rows=2)
+    first, second, third = (sim.start(PROMPT[shift:]) for shift in range(3))
+    settle(sim)
+    for order in ([first, second, third], [third, first, second], [second, third, first]):
+        for request in order:
+            token = sim.greedy(request, request.verifying + 1)[-1]
+            sim.confirm(request, request.verifying, token)
+        sim.propose(order)
+        settle(sim)
+        assert holds_nothing(sim, third)
+        assert sim.engine.counters["draft_evictions"] == 0
 
 
 # ---- the end

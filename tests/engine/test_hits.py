@@ -21,3 +21,17 @@ def test_the_target_as_its_own_draft_hits_and_is_accepted(
     # A verification yields all K tokens and one more, but for the end of each request.
     depth = pair.spec.depth
     assert stats["tokens_drafted"] / stats["verifications"] > 0.9 * depth
+
+
+def test_the_end_of_a_text_is_no_miss_and_no_draft(
+    start_pair: Callable[[Spec], Pair],
+) -> None:
+    pair = start_pair(SPECS["itself"])
+    # As many end tokens as the draft knows of: most answers meet one, in the middle of a draft.
+    params = greedy(100, stop_token_ids=list(range(5, 69, 8)))
+    jobs = [Job(prompt(10 + 7 * i, i), params, arrives=3 * i) for i in range(12)]
+    answers = pair.expected(jobs)
+    assert sum(answer.finish_reason == "stop" for (answer,) in answers) >= 4
+    stats = pair.check_identical(jobs)
+    missed = stats["rounds"] - stats["hits"]
+    assert missed == stats["first_rounds"] - stats["first_hits"]

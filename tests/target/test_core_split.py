@@ -55,6 +55,18 @@ def test_with_automatic_binding_the_openmp_runtime_tells(
     assert split_cores(None, in_process=False) == Cores(None, ALL[1:])
 
 
+@needs_two_cores
+@pytest.mark.parametrize(("num_workers", "left"), [(1, ALL[1:]), (2, [])])
+def test_with_automatic_binding_the_other_workers_have_the_other_nodes(
+    bound: pytest.MonkeyPatch, num_workers: int, left: list[int]
+) -> None:
+    bind_by_vllm(bound, "auto")
+    bound.setenv("GOMP_CPU_AFFINITY", str(FIRST))
+    bound.setattr(cores, "_node", lambda core: f"node{core}")
+    split = split_cores(None, in_process=False, num_workers=num_workers)
+    assert split.draft == (left or [LAST])
+
+
 def test_a_target_that_is_not_bound_takes_no_core(bound: pytest.MonkeyPatch) -> None:
     bind_by_vllm(bound, "nobind")
     assert split_cores(None, in_process=False) == Cores(None, ALL)

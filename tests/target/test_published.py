@@ -48,7 +48,7 @@ def stepped(rows: list[int], tokens: list[int], ended: Sequence[int] = ()) -> St
 
 def test_what_is_published_is_found(published: PublishedTrees) -> None:
     published.fork(forked(HANDLE, [1], [7], [4], complete=1))
-    published.steps([stepped([0, 4], [3, 8], ended=[4])])
+    published.steps([stepped([0, 4], [3, 8]), stepped([4], [9], ended=[4])])
     cache = published.cache
     assert cache.below(cache.walk(HANDLE, [1]), 9) == [2, 3]
     assert cache.below(cache.walk(HANDLE, [1, 7]), 9) == [8]

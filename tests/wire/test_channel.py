@@ -147,6 +147,28 @@ def test_looking_for_frames_hands_over_what_waits_to_be_sent(pair: Pair) -> None
     assert got == [frame(0, size=MEGABYTE)]
 
 
+def test_one_thread_may_send_while_another_receives(pair: Pair) -> None:
+    sent = 300
+    got: list[DraftBound | None] = []
+
+    def read() -> None:
+        while len(got) < sent:
+            got.extend(pair.draft.receive(timeout=5.0))
+
+    def receive_answers() -> None:
+        while len(got) < sent:
+            pair.target.receive()  # hands over what waits, too
+
+    threads = [threading.Thread(target=read), threading.Thread(target=receive_answers)]
+    for thread in threads:
+        thread.start()
+    for number in range(sent):
+        pair.target.send(frame(number, size=MEGABYTE // 4))
+    for thread in threads:
+        thread.join(20.0)
+    assert [a_frame and a_frame.number for a_frame in got] == list(range(sent))
+
+
 def test_garbage_stands_as_none_and_the_next_frame_is_read(pair: Pair) -> None:
     garbage = b"\xc1 is no msgpack"
     wrong_type = encoded(DraftBound(0, 0, []))

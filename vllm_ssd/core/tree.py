@@ -173,8 +173,14 @@ class SpeculationCache:
         return tokens
 
     def below(self, walk: Walk, limit: int) -> list[int]:
-        """The draft after a ``FOUND`` walk: at most ``limit`` tokens."""
-        end = min(int(self.length[walk.row]), walk.offset + limit)
+        """The draft after a ``FOUND`` walk: at most ``limit`` tokens, and no end token.
+
+        An end token that is verified as a draft gains nothing: without it the same verification
+        yields it as its own last token. And it would have been computed, where vLLM goes on from
+        what a request has computed when more input is streamed to it.
+        """
+        length = int(self.length[walk.row]) - int(self.ended[walk.row])
+        end = max(walk.offset, min(length, walk.offset + limit))
         tokens: list[int] = self.tokens[walk.row, walk.offset : end].tolist()
         return tokens
 

@@ -19,6 +19,8 @@ from vllm.v1.core.kv_cache_utils import (
     init_none_hash,
 )
 
+from vllm_ssd.core.tree import Int32Array
+
 _KV_GROUP = 0
 """The draft's only KV cache group (full attention)."""
 
@@ -59,15 +61,23 @@ class KVBlocks:
         """Let go of blocks; the tail of a text is reused before its beginning."""
         self._pool.free_blocks(reversed(blocks))
 
-    def cached_prefix(self, tokens: list[int], prefix: VerifiedPrefix) -> list[KVCacheBlock]:
+    def cached_prefix(
+        self, tokens: Int32Array, prefix: VerifiedPrefix, first_block: int = 0
+    ) -> list[KVCacheBlock]:
         """Take the cached blocks that hold the beginning of ``tokens``; fills ``prefix``.
 
         At least one token is left over, because somebody must compute the next logits.
+
+        Args:
+            tokens: a text.
+            prefix: its hashes, as far as they are known.
+            first_block: where to begin; the blocks before it are the caller's already.
         """
         if not self.caching:
             return []
         found: list[KVCacheBlock] = []
-        for block_hash in self._hashes(tokens, prefix, (len(tokens) - 1) // self.block_size):
+        hashes = self._hashes(tokens, prefix, (len(tokens) - 1) // self.block_size)
+        for block_hash in hashes[first_block:]:
             cached = self._pool.get_cached_block(block_hash, [_KV_GROUP])
             if cached is None:
                 break
@@ -77,7 +87,7 @@ class KVBlocks:
 
     def share(
         self,
-        tokens: list[int],
+        tokens: Int32Array,
         first_block: int,
         prefix: VerifiedPrefix,
         blocks: list[KVCacheBlock],
@@ -101,12 +111,12 @@ class KVBlocks:
         return self._pool.is_block_writable(block)
 
     def _hashes(
-        self, tokens: list[int], prefix: VerifiedPrefix, count: int, first_block: int = 0
+        self, tokens: Int32Array, prefix: VerifiedPrefix, count: int, first_block: int = 0
     ) -> list[BlockHash]:
         """The first ``count`` hashes of the chain, computing those that are missing."""
         chain = prefix.block_hashes
         while len(chain) < count:
             at = (len(chain) - first_block) * self.block_size
-            block = tokens[at : at + self.block_size]
+            block = tokens[at : at + self.block_size].tolist()
             chain.append(hash_block_tokens(self._hash, chain[-1] if chain else None, block))
         return chain[:count]

@@ -116,8 +116,7 @@ class DraftEngine:
             request = self.tenancy.requests.get(handle)
             if request is not None:
                 self.tenancy.remove(request)
-        if not self.has_work:  # or the time until the next request would count as its round
-            self._end_round(time.perf_counter())
+        self._end_idle_round()
 
     def trimmed(self, message: Trimmed) -> None:
         """The scheduler lets fewer drafts be verified than were proposed."""
@@ -127,6 +126,7 @@ class DraftEngine:
             request = self.tenancy.requests.get(handle)
             if request is not None:
                 self._rounds.trim(request, verified)
+        self._end_idle_round()
 
     def outcomes(self, message: Outcomes) -> None:
         """Follow what was confirmed and guess what comes next.
@@ -145,6 +145,10 @@ class DraftEngine:
         proposed = unpack(message.proposed_counts).tolist()
         tokens = unpack(message.tokens).tolist()
         self._rounds.next_frame(len(handles), any(proposed), message.verify_us * 1e-6)
+        for handle in handles:
+            # All before the first is followed: none gives way to another of the same frame.
+            if handle in self.tenancy.requests:
+                self.tenancy.requests[handle].last_used = self.tenancy.frame
         at = 0
         for handle, length, n_confirmed, n_proposed in zip(
             handles, lengths, confirmed, proposed, strict=True
@@ -217,6 +221,11 @@ class DraftEngine:
         )
         if not self.has_work:
             self._end_round(now)
+
+    def _end_idle_round(self) -> None:
+        """End a round that has lost its last branch, or the time until the next would count."""
+        if not self.has_work:
+            self._end_round(time.perf_counter())
 
     def _end_round(self, now: float) -> None:
         """A round ends with its last branch, or when the next outcomes cut it off."""

@@ -78,6 +78,7 @@ class VllmDraftModel:
         self._worker.init_device()
         self._worker.load_model()
         self._runner: Any = self._worker.worker.model_runner
+        self._last_token = self.config.model_config.get_vocab_size() - 1
         self._num_logits = vocab_size
         self._token_ids: torch.Tensor | None = None
         if draft_vocab is not None:
@@ -140,7 +141,8 @@ class VllmDraftModel:
         )
         padded = descriptor.num_tokens if mode != CUDAGraphMode.NONE else total
         # A full graph was captured with as many sequences as tokens; the extra ones are empty.
-        rows = padded if mode == CUDAGraphMode.FULL else count
+        full = mode == CUDAGraphMode.FULL
+        rows, actual = (padded, padded) if full else (count, total)
 
         starts = np.zeros(rows + 1, np.int32)
         np.cumsum(sequences.query_lens, out=starts[1 : count + 1])
@@ -150,7 +152,9 @@ class VllmDraftModel:
         starts_cpu, lens_cpu = torch.from_numpy(starts), torch.from_numpy(lens)
         used = sequences.block_tables.shape[1]
 
-        ids = _fill(runner.input_ids.gpu, sequences.tokens, padded)
+        # A padded vocabulary of the target may have ids that this embedding has not.
+        tokens = np.minimum(sequences.tokens, self._last_token)
+        ids = _fill(runner.input_ids.gpu, tokens, padded)
         if rows_on_device is not None and total == count:
             fed = ids[:count]
             fed.copy_(torch.where(fed == FROM_LAST_STEP, self._next_token[rows_on_device], fed))
@@ -168,13 +172,13 @@ class VllmDraftModel:
             seq_lens=seq_lens,
             seq_lens_cpu_upper_bound=lens_cpu,
             num_reqs=rows,
-            num_actual_tokens=total,
+            num_actual_tokens=actual,
             max_query_len=max_query,
             max_seq_len=int(lens.max()),
             block_table_tensor=tables,
             slot_mapping=slots,
             causal=True,
-            positions=positions[:total],
+            positions=positions[:actual],
         )
         per_layer: dict[str, Any] = {}
         slot_mapping: dict[str, torch.Tensor] = {}

@@ -47,6 +47,27 @@ class _Step(NamedTuple):
     ticket: Ticket
 
 
+def chunk_sizes(missing: list[int], budget: int) -> list[int]:
+    """How many tokens each prompt gets of a step's budget.
+
+    Half goes to the one that has waited longest, so that it comes to an end; the rest to the
+    shortest first, so that those who lack little do not wait for it.
+
+    Args:
+        missing: tokens each prompt lacks, at least 1; those that wait longest come first.
+        budget: tokens, at least 1.
+    """
+    counts = [0] * len(missing)
+    if missing:
+        counts[0] = min(missing[0], (budget + 1) // 2)
+    left = budget - sum(counts)
+    for i in sorted(range(len(missing)), key=missing.__getitem__):
+        more = min(missing[i] - counts[i], left)
+        counts[i] += more
+        left -= more
+    return counts
+
+
 class Pipeline:
     """Launches steps and takes their results into the rows.
 
@@ -126,15 +147,13 @@ class Pipeline:
 
     def _next_chunks(self, decoding: int) -> list[tuple[Request, int]]:
         """Which requests catch up with their text in this step, and by how many tokens."""
+        waiting = list(self._tenancy.catching_up.values())
+        for request in waiting:
+            self._tenancy.leap(request)
+        missing = [request.length - int(self._rows.computed[request.trunk]) for request in waiting]
         budget = self._prefill_chunk if decoding else self._prefill_chunk_idle
-        chunks: list[tuple[Request, int]] = []
-        for request in self._tenancy.catching_up.values():
-            missing = request.length - int(self._rows.computed[request.trunk])
-            count = min(missing, budget)
-            chunks.append((request, count))
-            budget -= count
-            if budget == 0:
-                break
+        counts = chunk_sizes(missing, budget)
+        chunks = [pair for pair in zip(waiting, counts, strict=True) if pair[1]]
         # A chunk of one token is a decode to the model, and decodes come first.
         chunks.sort(key=lambda chunk: chunk[1] > 1)
         return chunks

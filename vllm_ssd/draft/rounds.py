@@ -91,7 +91,6 @@ class Rounds:
             proposed: the drafted tokens that are verified next.
         """
         tenancy, rows = self._tenancy, self._rows
-        request.last_used = tenancy.frame
         if request.trunk == DORMANT:
             request.append(confirmed)
             self.begin(request, proposed)
@@ -228,6 +227,8 @@ class Rounds:
                 self._outcomes.acceptance,
                 prepared=verified > 0,
             )
+            # Rows for all: those who come first in the batch would take them from the others.
+            count = min(count, max(1, len(self._rows.pending) // self._batch))
             for guess in guesses[:count]:
                 wanted[guess.accepted] += 1
             # The trunk itself goes on with the first choice after all n.

@@ -48,8 +48,7 @@ class Tenancy:
             if not self._make_room(request):
                 return False
         trunk = request.trunk = self.rows.take(1)[0]
-        request.prefix.block_hashes.clear()
-        text = request.text[: request.length].tolist()
+        text = request.text[: request.length]
         request.blocks = self.blocks.cached_prefix(text, request.prefix)
         request.shared_blocks = len(request.blocks)
         ids = [block.block_id for block in request.blocks]
@@ -93,6 +92,8 @@ class Tenancy:
         missing = -(-length // self.blocks.block_size) - len(request.blocks)
         if missing <= 0:
             return True
+        if missing > self._within_reach(request):
+            return False  # nobody is to give way in vain
         while self.blocks.free_count < missing:
             if not self._make_room(request):
                 return False
@@ -102,12 +103,26 @@ class Tenancy:
         request.blocks += new
         return True
 
+    def leap(self, request: Request) -> None:
+        """Skip what others have computed since: prompts that begin alike may arrive together."""
+        text = request.text[: request.length]
+        first = request.shared_blocks
+        found = self.blocks.cached_prefix(text, request.prefix, first)
+        if not found:
+            return
+        end = first + len(found)
+        self.blocks.give_back(request.blocks[first:end])
+        request.blocks[first:end] = found
+        request.shared_blocks = end
+        self.rows.block_table[request.trunk, first:end] = [block.block_id for block in found]
+        self.rows.computed[request.trunk] = end * self.blocks.block_size
+
     def share_verified(self, request: Request) -> None:
         """Enter the full blocks of verified, computed tokens into the prefix cache."""
         size = self.blocks.block_size
         full = min(request.length, int(self.rows.computed[request.trunk])) // size
         if full > request.shared_blocks:
-            tokens = request.text[request.shared_blocks * size : full * size].tolist()
+            tokens = request.text[request.shared_blocks * size : full * size]
             self.blocks.share(tokens, request.shared_blocks, request.prefix, request.blocks)
             request.shared_blocks = full
 
@@ -200,15 +215,27 @@ class Tenancy:
                 self.publisher.plant(request)
                 self.publisher.fork(request, [], [], [])
                 return True
-        idle = [
+        idle = self._idle(wanting)
+        if not idle:
+            return False
+        self._counters["draft_evictions"] += 1
+        self.release(min(idle, key=lambda request: request.last_used))
+        return True
+
+    def _idle(self, wanting: Request) -> list[Request]:
+        """Requests that may lose their KV to ``wanting``."""
+        return [
             request
             for request in self.requests.values()
             if request is not wanting
             and request.trunk != DORMANT
             and request.last_used < self.frame
         ]
-        if not idle:
-            return False
-        self._counters["draft_evictions"] += 1
-        self.release(min(idle, key=lambda request: request.last_used))
-        return True
+
+    def _within_reach(self, wanting: Request) -> int:
+        """The blocks that can be had if everybody else gives way, or a few less."""
+        forks = sum(
+            len(own) for request in self.requests.values() for own in request.forks.values()
+        )
+        trunks = sum(len(request.blocks) for request in self._idle(wanting))
+        return self.blocks.free_count + forks + trunks

@@ -43,7 +43,7 @@ CLOSE_SECONDS = 10.0
 """How long closing waits for the draft to be gone; a killed process is gone in much less."""
 EXIT_CODE_SECONDS = 1.0
 STABLE_SECONDS = 60.0
-"""After this long without loss the next restart is immediate again."""
+"""A draft that was up for so long before it was lost is restarted at once again."""
 
 
 class DraftClient:
@@ -69,6 +69,8 @@ class DraftClient:
         """Whether the draft can be talked to."""
         self.published = PublishedTrees(setup.num_speculative_tokens, setup.vocab_size)
         self.draft_counters: dict[str, float] = {}
+        """Of this draft process and those before it."""
+        self._counters_before: dict[str, float] = {}
         self.process: DraftProcess | None = None
         self._setup = setup
         self._allocate = Allocate(0)
@@ -76,11 +78,13 @@ class DraftClient:
         self._startup_timeout_s = startup_timeout_s
         self._stats = stats
         self._forget_requests = forget_requests
-        self._epoch = self._number = self._expected = 0
+        self.epoch = 0
+        """Changes when the draft has forgotten all requests."""
+        self._number = self._expected = 0
         self._steps: list[Stepped] = []
         """Received and not applied yet."""
         self._failures = 0
-        self._started_at = 0.0
+        self._started_at = self._up_since = 0.0
         self._start_after = 0.0
         self._unanswered_since: float | None = None
         self._failure = ""
@@ -94,7 +98,7 @@ class DraftClient:
         self._started_at = time.monotonic()
         self._failure = ""
         # A process of its own has a channel of its own: nothing old can arrive there.
-        self._epoch = 0
+        self.epoch = 0
         self._begin_epoch()
         try:
             self.process = DraftProcess(self._cores)
@@ -105,6 +109,8 @@ class DraftClient:
 
     def allocate(self, kv_cache_memory_bytes: int) -> None:
         """Let the process load the model and allocate a KV cache of this size."""
+        # Until now it has waited for the target, which may take its time.
+        self._started_at = time.monotonic()
         self._allocate = Allocate(kv_cache_memory_bytes)
         self._put([self._allocate])
 
@@ -168,10 +174,12 @@ class DraftClient:
                 reason = f"{reason} (exit code {code})"
         self._failure = self._failure or reason
         now = time.monotonic()
-        stable = was_up and now - self._started_at > STABLE_SECONDS
+        stable = was_up and now - self._up_since > STABLE_SECONDS
         self._failures = 1 if stable else self._failures + 1
-        backoff = min(FIRST_BACKOFF_SECONDS * 2 ** (self._failures - 1), LONGEST_BACKOFF_SECONDS)
+        doubled = 2 ** min(self._failures - 1, 10)
+        backoff = min(FIRST_BACKOFF_SECONDS * doubled, LONGEST_BACKOFF_SECONDS)
         self._start_after = now + backoff
+        self._counters_before = self.draft_counters
         self._begin_epoch()
         if self._was_up:
             logger.warning(
@@ -221,7 +229,7 @@ class DraftClient:
         self._begin_epoch()
 
     def _begin_epoch(self) -> None:
-        self._epoch += 1
+        self.epoch += 1
         self._number = self._expected = 0
         self._steps.clear()
         self._unanswered_since = None
@@ -232,7 +240,7 @@ class DraftClient:
         if self.process is None:
             return
         try:
-            self.process.channel.send(DraftBound(self._epoch, self._number, messages))
+            self.process.channel.send(DraftBound(self.epoch, self._number, messages))
         except ChannelFullError as error:
             # Nothing sent in this epoch: there is nothing to be out of step with.
             if self._number:
@@ -252,10 +260,10 @@ class DraftClient:
         if frame is None:
             self.resync("a frame that cannot be decoded")
             return
-        ahead = frame.epoch - self._epoch
+        ahead = frame.epoch - self.epoch
         if 0 < ahead <= MAX_EPOCH_JUMP:
             # Garbage; but if the draft believes in that epoch, only a later one reaches it.
-            self._epoch = frame.epoch
+            self.epoch = frame.epoch
         if ahead > 0:
             self.resync(f"a frame of epoch {frame.epoch}")
             return
@@ -266,7 +274,7 @@ class DraftClient:
             return
         self._expected += 1
         for message in frame.messages:
-            if frame.epoch != self._epoch:
+            if frame.epoch != self.epoch:
                 return
             if isinstance(message, Stepped):
                 self._steps.append(message)
@@ -287,12 +295,16 @@ class DraftClient:
             case Forked():
                 self.published.fork(message)
             case Report():
-                self.draft_counters = message.counters
+                before = self._counters_before
+                self.draft_counters = {
+                    name: count + before.get(name, 0.0) for name, count in message.counters.items()
+                }
             case Lost():
                 self.resync("the draft missed a frame")
             case Ready():
                 self.published.start(message)
                 self.up = self._was_up = True
+                self._up_since = time.monotonic()
                 logger.info(
                     "ssd: draft process %s is up: %d rows, %d KV blocks of %d tokens",
                     self.process and self.process.pid,

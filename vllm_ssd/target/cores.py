@@ -24,12 +24,13 @@ class Cores(NamedTuple):
     draft: list[int]
 
 
-def split_cores(wanted: list[int] | None, in_process: bool) -> Cores:
+def split_cores(wanted: list[int] | None, in_process: bool, num_workers: int = 1) -> Cores:
     """Decide where both run.
 
     Args:
         wanted: the cores the user gave the draft (``draft_cpu_cores``).
         in_process: the target runs in the caller's process, unbound.
+        num_workers: of the target.
 
     Raises:
         ValueError: a core that this process may not use.
@@ -45,8 +46,13 @@ def split_cores(wanted: list[int] | None, in_process: bool) -> Cores:
         if set(target) & set(draft):
             _warn_shared(draft)
         return Cores(target, draft)
-    taken = _bound_by_vllm() | _siblings(_bound_by_vllm())
+    bound = _bound_by_vllm()
+    taken = bound | _siblings(bound)
     free = [core for core in allowed if core not in taken]
+    if num_workers > 1:
+        # Each worker is told its own cores only; by itself vLLM gives each a NUMA node.
+        nodes = {_node(core) for core in bound}
+        free = [core for core in free if _node(core) in nodes]
     draft = wanted or free or allowed[-1:]
     if set(draft) & taken:
         _warn_shared(draft)
@@ -116,6 +122,15 @@ def _siblings(cores: set[int]) -> set[int]:
             first, _, last = part.partition("-")
             found.update(range(int(first), int(last or first) + 1))
     return found
+
+
+def _node(core: int) -> str:
+    """The NUMA node of a core; nothing where the system does not tell."""
+    try:
+        names = os.listdir(f"/sys/devices/system/cpu/cpu{core}")
+    except OSError:
+        return ""
+    return next((name for name in names if name.startswith("node")), "")
 
 
 def _warn_shared(draft: list[int]) -> None:

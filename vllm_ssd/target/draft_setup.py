@@ -7,7 +7,12 @@ from typing import Any
 
 from vllm_ssd.config import SSDConfig
 from vllm_ssd.draft_vocab import select_draft_vocab
-from vllm_ssd.preflight import draft_model_config, resolve_draft_device
+from vllm_ssd.preflight import (
+    check_kv_cache,
+    draft_model_config,
+    kv_bytes_per_token,
+    resolve_draft_device,
+)
 from vllm_ssd.wire.messages import Setup, pack
 
 MAX_ROWS = 1024
@@ -29,6 +34,8 @@ class DraftPlan:
     max_model_len: int
     """Longest text it follows."""
     shares_device: bool
+    target_size_is_given: bool
+    """Whether the user has said how large the target's KV cache is."""
     kv_bytes_per_token: int
     weight_bytes: int
     rows: int
@@ -39,14 +46,15 @@ class DraftPlan:
     """Bytes the target leaves to it."""
     target_kv_bytes_per_token: int = 0
 
-    def may_start_early(self, cache_config: Any) -> bool:
+    @property
+    def may_start_early(self) -> bool:
         """Whether the draft may load its libraries while the target still comes up.
 
         Not where vLLM measures a shared device's free memory: the draft's would be missing there.
         """
-        return not self.shares_device or cache_config.kv_cache_memory_bytes is not None
+        return not self.shares_device or self.target_size_is_given
 
-    def share_memory(self, available: int, cache_config: Any) -> None:
+    def share_memory(self, available: int) -> None:
         """Give the draft its part of ``available`` bytes, unless it has a device of its own.
 
         By default both hold the same number of tokens. An explicit size of the target's KV cache is
@@ -57,7 +65,7 @@ class DraftPlan:
         """
         if not self.shares_device:
             return
-        explicit = cache_config.kv_cache_memory_bytes is not None
+        explicit = self.target_size_is_given
         if self.kv_cache_memory_bytes == 0:
             overhead = 0 if explicit else self.weight_bytes + RUNTIME_BYTES
             tokens = max(0, available - overhead) // (
@@ -68,6 +76,7 @@ class DraftPlan:
             self.kv_cache_memory_bytes = self.kv_bytes_per_token * (
                 min(tokens, useful) + own_blocks
             )
+        check_kv_cache(self.kv_cache_memory_bytes, self.kv_bytes_per_token, self.max_model_len)
         if explicit:
             return
         self.taken_from_target = self.kv_cache_memory_bytes + self.weight_bytes + RUNTIME_BYTES
@@ -92,7 +101,7 @@ def plan_draft(config: SSDConfig, vllm_config: Any) -> DraftPlan:
     rows = max(rows, min(requests, MAX_ROWS))
     prefill = PREFILL_TOKENS if on_cpu else PREFILL_TOKENS_CUDA
     arguments: dict[str, str | int | float | bool | None] = {
-        "model": config.model,
+        "model": draft.model,
         "dtype": str(draft.dtype).removeprefix("torch."),
         "quantization": config.draft_quantization,
         "trust_remote_code": target.trust_remote_code,
@@ -105,11 +114,15 @@ def plan_draft(config: SSDConfig, vllm_config: Any) -> DraftPlan:
         # A size of its own also keeps vLLM from measuring memory that the target has taken.
         "kv_cache_memory_bytes": config.draft_kv_cache_memory_bytes or 1 << 30,
     }
+    shares = on_cpu or device in _target_devices(vllm_config.parallel_config)
     if on_cpu:
         arguments["block_size"] = CPU_BLOCK_SIZE
     else:
         arguments["max_cudagraph_capture_size"] = rows
-    shares = on_cpu or device in _target_devices(vllm_config.parallel_config)
+        if shares:
+            # vLLM refuses to start where less than this part of the device is free, whatever
+            # the size of the KV cache.
+            arguments["gpu_memory_utilization"] = 0.01
     setup = Setup(
         engine_args=arguments,
         num_speculative_tokens=config.num_speculative_tokens,
@@ -126,6 +139,7 @@ def plan_draft(config: SSDConfig, vllm_config: Any) -> DraftPlan:
         setup=setup,
         max_model_len=min(draft.max_model_len, target.max_model_len),
         shares_device=shares,
+        target_size_is_given=vllm_config.cache_config.kv_cache_memory_bytes is not None,
         kv_bytes_per_token=kv_bytes_per_token(draft),
         weight_bytes=_weight_bytes(draft, None if draft_vocab is None else len(draft_vocab)),
         rows=rows,
@@ -133,15 +147,6 @@ def plan_draft(config: SSDConfig, vllm_config: Any) -> DraftPlan:
         kv_cache_memory_bytes=config.draft_kv_cache_memory_bytes or 0,
         target_kv_bytes_per_token=kv_bytes_per_token(target),
     )
-
-
-def kv_bytes_per_token(model_config: Any) -> int:
-    """KV cache bytes of one token in all layers, unsharded."""
-    text = model_config.hf_text_config
-    heads = model_config.get_total_num_kv_heads()
-    size: int = model_config.dtype.itemsize
-    layers: int = text.num_hidden_layers
-    return 2 * layers * heads * model_config.get_head_size() * size
 
 
 def _weight_bytes(model_config: Any, head_rows: int | None) -> int:

@@ -14,6 +14,8 @@ from vllm_ssd.target.requests import (
     Tracked,
     before_min_length,
     can_draft,
+    drafting_limit,
+    end_tokens,
     most_drafts,
 )
 from vllm_ssd.wire.messages import Finished, Outcomes, ToDraft, Trimmed, pack
@@ -135,8 +137,10 @@ class SSDProposer:
             request = self.requests.get(req_id)
             if request is None or not request.proposed:
                 continue
-            # Padding is verified too, but nothing was drafted for it.
-            verified = min(len(scheduled.get(req_id, ())), len(request.proposed))
+            drafts = scheduled.get(req_id, ())
+            # vLLM's place holders are no drafts; padding is verified, but nobody drafted it.
+            real = len(drafts) if not drafts or drafts[-1] >= 0 else sum(d >= 0 for d in drafts)
+            verified = min(real, len(request.proposed))
             if verified != request.verifying:
                 request.verifying = verified
                 handles.append(request.handle)
@@ -200,7 +204,13 @@ class SSDProposer:
         verify_us = self._measure_verification(look_ups, now)
         walks = [self._walk(look_up, texts) for look_up in look_ups]
         if self.config.max_wait_ms > 0.0:
+            epoch = client.epoch
             self._wait(look_ups, walks, texts, now + self.config.max_wait_ms * 1e-3)
+            if client.epoch != epoch:
+                # The draft knows nobody any more; the next step announces all requests.
+                stats.rounds += len(look_ups)
+                stats.misses_resync += len(look_ups)
+                return
         for look_up, walk in zip(look_ups, walks, strict=True):
             proposals[look_up.row] = self._answer(look_up, walk)
         if look_ups and client.up:
@@ -239,6 +249,10 @@ class SSDProposer:
                 self.stats.verifications += 1
                 self.stats.tokens_drafted += request.verifying
                 self.stats.tokens_accepted += min(len(tokens) - 1, request.verifying)
+            if not request.ends.isdisjoint(tokens):
+                # It is over, as the scheduler is about to find out.
+                request.proposed, request.verifying = [], 0
+                continue
             confirmed = texts[index, request.length : length].tolist()
             wanted = most_drafts(request, length, self.depth)
             look_ups.append(LookUp(index, request, confirmed, length, wanted))
@@ -291,7 +305,8 @@ class SSDProposer:
         if not waiting:
             return
         self.stats.waits += 1
-        while waiting and client.up:
+        epoch = client.epoch
+        while waiting and client.epoch == epoch:
             remaining = deadline - time.perf_counter()
             if remaining <= 0.0:
                 break
@@ -328,16 +343,16 @@ class SSDProposer:
         request.proposed, request.verifying = found, len(found)
         if look_up.wanted <= 0:
             return found
-        first = request.look_ups == 1
+        first = request.look_ups == 1 and not request.resynced
         stats.rounds += 1
         stats.first_rounds += first
-        if found:
+        if found or (walk.where is Where.FOUND and client.published.cache.ended[walk.row]):
             stats.hits += 1
             stats.first_hits += first
             stats.depth_at_hit += len(found)
         elif walk.where is Where.OFF:
             stats.misses_no_branch += 1
-        elif first and request.resynced:
+        elif request.look_ups == 1 and request.resynced:
             stats.misses_resync += 1
         else:
             stats.misses_not_ready += 1
@@ -368,10 +383,13 @@ class SSDProposer:
         for row, tokens in enumerate(sampled):
             if not tokens:
                 continue
-            state = self._runner.requests[req_ids[row]]
-            least = state.sampling_params.min_tokens if state.sampling_params else 0
-            min_length = state.num_prompt_tokens + least
-            depth = before_min_length(self.depth, int(lengths[row]), min_length)
+            state, length = self._runner.requests[req_ids[row]], int(lengths[row])
+            parameters, prompt = state.sampling_params, state.num_prompt_tokens
+            if not set(end_tokens(parameters)).isdisjoint(tokens):
+                continue
+            limit = drafting_limit(prompt, parameters, self._runner.max_model_len)
+            depth = min(self.depth, limit - length)
+            depth = before_min_length(depth, length, prompt + parameters.min_tokens)
             # Any token is exact; one that repeats needs no other row of the embedding.
             found = proposals[row]
             padding = (found or tokens)[-1:] * (depth - len(found))

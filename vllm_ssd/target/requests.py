@@ -20,13 +20,15 @@ class Tracked:
     """No token is drafted at this position or later."""
     min_length: int = 0
     """From this length on the request may end (``min_tokens``)."""
+    ends: frozenset[int] = frozenset()
+    """Tokens that end it."""
     proposed: list[int] = field(default_factory=list)
     """The last proposal."""
     verifying: int = 0
     """How many of the proposed tokens the scheduler lets be verified."""
     look_ups: int = 0
     resynced: bool = False
-    """Announced in the middle of its life; no look-up since."""
+    """Announced in the middle of its life."""
 
 
 def most_drafts(request: Tracked, length: int, depth: int) -> int:
@@ -80,16 +82,23 @@ class RequestTable:
             prompt_length: how many of them are the prompt.
             sampling_params: vLLM's, for ``max_tokens``, ``min_tokens`` and the end tokens.
         """
-        # The last token comes from the target itself, so the one before it is the last drafted.
-        longest = prompt_length + (sampling_params.max_tokens or self._max_length)
-        limit = min(longest, self._max_length) - 1
+        limit = drafting_limit(prompt_length, sampling_params, self._max_length)
         handle = self._next_handle
         self._next_handle += 1
+        ends = end_tokens(sampling_params)
         min_length = prompt_length + sampling_params.min_tokens
-        known = Tracked(handle, len(tokens), limit, min_length)
+        known = Tracked(handle, len(tokens), limit, min_length, frozenset(ends))
         known.resynced = len(tokens) > prompt_length
         self._tracked[req_id] = known
-        return Start(handle, pack(tokens), limit, end_tokens(sampling_params))
+        return Start(handle, pack(tokens), limit, ends)
+
+
+def drafting_limit(prompt_length: int, sampling_params: Any, max_length: int) -> int:
+    """The first position that nothing is drafted for, by ``max_tokens`` and the longest text.
+
+    The last token comes from the target itself, so the one before it is the last drafted.
+    """
+    return min(prompt_length + (sampling_params.max_tokens or max_length), max_length) - 1
 
 
 def end_tokens(sampling_params: Any) -> list[int]:

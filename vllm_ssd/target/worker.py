@@ -43,7 +43,9 @@ class SSDWorker(PlatformWorker):
         cores: list[int] = []
         if current_platform.is_cpu():
             in_process = self.parallel_config.distributed_executor_backend == "uni"
-            split = split_cores(self._config.draft_cpu_cores, in_process)
+            split = split_cores(
+                self._config.draft_cpu_cores, in_process, self.parallel_config.world_size
+            )
             if split.target is not None and bind_target(split.target):
                 # Also when the engine does not come up, and nobody shuts it down.
                 self._unbind = weakref.finalize(self, affinity.unbind)
@@ -64,7 +66,7 @@ class SSDWorker(PlatformWorker):
                 proposer.stats,
                 proposer.requests.forget_all,
             )
-            if self._plan.may_start_early(self.cache_config):
+            if self._plan.may_start_early:
                 self._client.launch()
         proposer.bind(self.model_runner, self._client)
 
@@ -90,7 +92,7 @@ class SSDWorker(PlatformWorker):
             return available
         if self._client.process is None:
             self._client.launch()
-        self._plan.share_memory(available, self.cache_config)
+        self._plan.share_memory(available)
         return available - self._plan.taken_from_target
 
     def compile_or_warm_up_model(self) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import select
 import socket
 import struct
+import threading
 from typing import Generic, TypeVar
 
 import msgspec
@@ -46,6 +47,7 @@ class Channel(Generic[Frame]):
         self._inbox = bytearray()
         self._arrived = memoryview(bytearray(_READ_BYTES))
         self._outbox = bytearray()
+        self._sending = threading.Lock()
 
     def fileno(self) -> int:
         """The socket's file descriptor, for ``select``."""
@@ -58,17 +60,18 @@ class Channel(Generic[Frame]):
     def send(self, frame: msgspec.Struct) -> None:
         """Send without blocking; what the socket does not take now goes with a later call.
 
+        Another thread may receive meanwhile.
+
         Raises:
             ChannelFullError: too much waits already; nothing of this frame was sent.
             ChannelClosedError: the other process is gone.
         """
-        if len(self._outbox) > MAX_PENDING_BYTES:
-            self.flush()
-            if len(self._outbox) > MAX_PENDING_BYTES:
-                raise ChannelFullError(f"{len(self._outbox)} bytes wait for the reader")
+        if len(self._outbox) > MAX_PENDING_BYTES and not self.flush():
+            raise ChannelFullError(f"{len(self._outbox)} bytes wait for the reader")
         payload = self._encoder.encode(frame)
-        self._outbox += _LENGTH.pack(len(payload))
-        self._outbox += payload
+        with self._sending:
+            self._outbox += _LENGTH.pack(len(payload))
+            self._outbox += payload
         self.flush()
 
     def flush(self) -> bool:
@@ -77,15 +80,16 @@ class Channel(Generic[Frame]):
         Raises:
             ChannelClosedError: the other process is gone.
         """
-        while self._outbox:
-            try:
-                sent = self._socket.send(self._outbox)
-            except BlockingIOError:
-                return False
-            except OSError as error:
-                raise ChannelClosedError(f"send: {error}") from error
-            del self._outbox[:sent]
-        return True
+        with self._sending:
+            while self._outbox:
+                try:
+                    sent = self._socket.send(self._outbox)
+                except BlockingIOError:
+                    return False
+                except OSError as error:
+                    raise ChannelClosedError(f"send: {error}") from error
+                del self._outbox[:sent]
+            return True
 
     def receive(self, timeout: float | None = 0.0) -> list[Frame | None]:
         """The frames that have arrived, in order; ``None`` in place of one that cannot be decoded.

@@ -1,0 +1,145 @@
+"""The line to the draft process: how long a start may take, how soon the next one follows."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from vllm_ssd.core.stats import Stats
+from vllm_ssd.target import client as client_module
+from vllm_ssd.target.client import DraftClient
+from vllm_ssd.wire.channel import Channel
+from vllm_ssd.wire.messages import DraftBound, Ready, Report, Setup, TargetBound, ToTarget
+
+TIMEOUT = 100.0
+
+
+class Draft:
+    """Stands for a draft process: what it sends is sent over a real socket pair.
+
+    Args:
+        cores: as a draft process has them.
+    """
+
+    started: list[Draft]
+
+    def __init__(self, cores: list[int]) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.pid = 0
+        self.exit_code: int | None = None
+        self.channel: Channel[TargetBound] = Channel(ours, TargetBound)
+        self._own: Channel[DraftBound] = Channel(theirs, DraftBound)
+        self._number = 0
+        self.started.append(self)
+
+    def says(self, message: ToTarget) -> None:
+        self._own.send(TargetBound(1, self._number, [message]))
+        self._number += 1
+
+    def dies(self) -> None:
+        self._own.close()
+
+    def wait(self, timeout: float) -> None:
+        """It is dead."""
+
+    def end(self) -> None:
+        self.channel.close()
+
+
+class Clock:
+    """The time, as the test has it."""
+
+    now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
+    """A clock that stands still, and no real processes."""
+    clock = Clock()
+    Draft.started = []
+    monkeypatch.setattr(client_module, "time", clock)
+    monkeypatch.setattr(client_module, "DraftProcess", Draft)
+    yield clock
+    for draft in Draft.started:
+        draft.dies()
+
+
+@pytest.fixture
+def client(clock: Clock) -> DraftClient:
+    setup = Setup({}, 3, [1, 1, 1, 1], 0, 0.7, 1.0, True, 512, 0, b"")
+    return DraftClient(setup, [], TIMEOUT, Stats(), lambda: None)
+
+
+def bring_up(client: DraftClient, clock: Clock, seconds: float = 1.0) -> Draft:
+    """The newest draft comes up after some time."""
+    draft = Draft.started[-1]
+    clock.now += seconds
+    draft.says(Ready(8, 8, 32))
+    client.poll()
+    assert client.up
+    return draft
+
+
+def lose(client: DraftClient, clock: Clock) -> float:
+    """The draft dies; seconds until the next one is started."""
+    started, died = len(Draft.started), clock.now
+    Draft.started[-1].dies()
+    client.poll()
+    while len(Draft.started) == started:
+        clock.now += 0.25
+        client.maintain()
+    return clock.now - died
+
+
+def test_the_time_a_target_takes_to_load_is_not_the_drafts(
+    client: DraftClient, clock: Clock
+) -> None:
+    client.launch()
+    clock.now += 10 * TIMEOUT
+    client.allocate(1 << 20)
+    Draft.started[-1].says(Ready(8, 8, 32))
+    client.wait_until_up()
+    assert client.up
+
+
+def test_restarts_come_ever_later_while_the_draft_is_lost_soon(
+    client: DraftClient, clock: Clock
+) -> None:
+    client.launch()
+    client.allocate(1 << 20)
+    waited = []
+    for _ in range(9):
+        # However long it takes to come up: it is lost right after.
+        bring_up(client, clock, seconds=client_module.STABLE_SECONDS + 5.0)
+        waited.append(lose(client, clock))
+    assert waited == [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0]
+    bring_up(client, clock)
+    clock.now += client_module.STABLE_SECONDS + 1.0
+    assert lose(client, clock) == 0.5
+
+
+def test_a_draft_that_never_comes_up_again_is_tried_for_ever(
+    client: DraftClient, clock: Clock
+) -> None:
+    client.launch()
+    client.allocate(1 << 20)
+    bring_up(client, clock)
+    for _ in range(1100):
+        waited = lose(client, clock)
+    assert waited == client_module.LONGEST_BACKOFF_SECONDS
+
+
+def test_the_drafts_counters_go_on_after_a_restart(client: DraftClient, clock: Clock) -> None:
+    client.launch()
+    client.allocate(1 << 20)
+    for total in (5.0, 10.0, 15.0):
+        draft = bring_up(client, clock)
+        draft.says(Report({"draft_steps": 5.0}))
+        client.poll()
+        assert client.draft_counters == {"draft_steps": total}
+        lose(client, clock)
