@@ -3,7 +3,7 @@
 One process for each size of the head, each with one thread on one core, as a draft process has;
 they take turns. A step decodes rows that share a text, as forks do. The agreement is that of the
 draft's first choice with held-out answers of the target, the text before each token being given:
-``--answers`` takes a gzipped file of lines ``{"p": [prompt ids], "a": [answer ids]}``.
+``--answers`` takes a file, gzipped or not, of lines ``{"p": [prompt ids], "a": [answer ids]}``.
 
     python benchmarks/draft_vocab.py [--draft FOLDER] [--vocab FILE] [--answers FILE]
 """
@@ -150,7 +150,8 @@ def agreements(
 
     model = AutoModelForCausalLM.from_pretrained(draft, dtype=torch.float32).eval()
     right, total = dict.fromkeys(found, 0), 0
-    with gzip.open(answers, "rt") as lines, torch.inference_mode():
+    opened: Any = gzip.open if answers.suffix == ".gz" else open
+    with opened(answers, "rt") as lines, torch.inference_mode():
         for _, line in zip(range(texts), lines, strict=False):
             text = json.loads(line)
             tokens = torch.tensor(text["p"] + text["a"])[:MAX_ANSWER_TEXT]

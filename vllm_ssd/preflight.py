@@ -159,7 +159,7 @@ def draft_model_config(config: SSDConfig, target: ModelConfig) -> ModelConfig:
     from vllm.config import ModelConfig
 
     name = config.model
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     if looks_local and not Path(name).expanduser().is_dir():
         raise ValueError(
             f"ssd: option 'model' = {name!r}: there is no such folder; give the draft model's "

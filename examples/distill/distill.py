@@ -58,7 +58,7 @@ def distill(
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 192,
     shape: Annotated[
         str, typer.Option(help="layers:<kept>,<kept>... or narrow:<hidden size>x<layers>")
-    ] = "layers:0,1,2,29",
+    ] = "layers:0,1,2,-1",
     head: Annotated[int, typer.Option(min=1, help="Most frequent tokens the head learns.")] = 8192,
     passes: Annotated[float, typer.Option(min=0.01, help="Over the training texts.")] = 4.0,
     batch_tokens: Annotated[int, typer.Option(min=1)] = 2048,

@@ -1,7 +1,7 @@
 """The draft's shape, written in one word, and its first weights, taken from the target.
 
-``layers:0,1,2,29`` keeps these layers of the target and its embedding, which stays frozen: the
-draft starts near the target's representation, and only its layers are its own.
+``layers:0,1,2,-1`` keeps these layers of the target (-1 is the last) and its embedding, which stays
+frozen: the draft starts near the target's representation, and only its layers are its own.
 
 ``narrow:256x4`` is a Llama of hidden size 256 and 4 layers. Its embedding is the target's,
 projected on its 256 principal components (PCA), and is trained.
@@ -33,12 +33,13 @@ def parse_shape(word: str, target_layers: int) -> Shape:
     Raises:
         ValueError: it cannot be read or does not fit a target of so many layers.
     """
-    if found := re.fullmatch(r"layers:(\d+(?:,\d+)*)", word):
+    if found := re.fullmatch(r"layers:(-?\d+(?:,-?\d+)*)", word):
         kept = tuple(int(number) for number in found[1].split(","))
-        if max(kept) >= target_layers:
-            raise ValueError(
-                f"--shape {word}: the target has layers 0 to {target_layers - 1}, not {max(kept)}"
-            )
+        for number in kept:
+            if not -target_layers <= number < target_layers:
+                raise ValueError(
+                    f"--shape {word}: the target has layers 0 to {target_layers - 1}, not {number}"
+                )
         return Shape(kept, 0, len(kept))
     if found := re.fullmatch(r"narrow:(\d+)x(\d+)", word):
         hidden, layers = int(found[1]), int(found[2])

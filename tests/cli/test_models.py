@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
+import resource
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from vllm_ssd.cli import CommandError, models
@@ -204,3 +205,17 @@ def copy_as_model(gguf: Path, folder: Path) -> None:
 
 def make_and_report(_: int) -> str:
     return str(models.smollm2_folder())
+
+
+def test_a_disk_that_is_full_is_explained_whoever_writes(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, before[1]))
+    try:
+        with (
+            pytest.raises(CommandError, match="make room there") as caught,
+            models._writable(tmp_path),
+        ):
+            save_file({"weight": torch.zeros(1 << 16)}, tmp_path / "model.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "os error" in str(caught.value)

@@ -146,6 +146,14 @@ def test_impossible_shape_is_explained(
     assert str(caught.value).startswith(f"--shape {shape}: ")
 
 
+def test_layers_may_be_counted_from_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(TOOL.parent))
+    parse_shape = importlib.import_module("shapes").parse_shape
+    assert parse_shape("layers:0,-1", target_layers=2).kept == (0, -1)
+    with pytest.raises(ValueError, match="not -3"):
+        parse_shape("layers:0,-3", target_layers=2)
+
+
 def test_impossible_shape_is_refused_in_one_sentence(
     distillation: Distillation, tmp_path: Path
 ) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 from tests.engine.harness import LONG_WAIT_MS, Job, Pair, Spec, greedy, prompt, staggered
+from tests.tiny_models import VOCABULARY, TinyModels
 
 LENGTHS = (70, 9, 200, 33, 65, 130, 18, 97, 5, 48, 160, 21, 80, 11, 38, 64)
 
@@ -60,6 +64,26 @@ def test_padded_misses(start_pair: Callable[[Spec], Pair]) -> None:
     pair.check_identical(
         [Job(prompt(8 + n, n), greedy(40, min_tokens=5 + n, **ends)) for n in range(8)]
     )
+
+
+def test_tokens_that_the_draft_does_not_have(
+    models: TinyModels, start_pair: Callable[[Spec], Pair], tmp_path: Path
+) -> None:
+    # A padded vocabulary of the target, and a client that uses what is beyond the draft's.
+    shutil.copytree(models.near, tmp_path / "draft")
+    draft = AutoModelForCausalLM.from_pretrained(models.near)
+    draft.resize_token_embeddings(VOCABULARY - 32)
+    draft.save_pretrained(tmp_path / "draft")
+    options = {"model": str(tmp_path / "draft"), "max_wait_ms": LONG_WAIT_MS}
+    pair = start_pair(Spec("near", 3, options))
+    stats = pair.check_identical(
+        [
+            Job([*prompt(20 + n, n), *range(VOCABULARY - 3 * n, VOCABULARY)], greedy(40), arrives=n)
+            for n in range(6)
+        ]
+    )
+    assert stats["tokens_accepted"] > 0
+    assert stats["restarts"] == 0
 
 
 @pytest.mark.slow

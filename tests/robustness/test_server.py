@@ -48,7 +48,7 @@ class Server(Script):
         command = ["-m", "vllm.entrypoints.openai.api_server", "--enforce-eager"]
         for name, value in arguments.items():
             command += [f"--{name}", str(value)]
-        super().__init__(command, folder, {})
+        super().__init__(command, folder, {"VLLM_SERVER_DEV_MODE": "1"})
         self.url = f"http://127.0.0.1:{port}"
         self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
 
@@ -114,6 +114,18 @@ def test_metrics_count_drafts(server: Server, expected: list[list[int]]) -> None
     assert server.metric("vllm:spec_decode_num_drafts_total") > 0
     accepted = server.metric("vllm:spec_decode_num_accepted_tokens_total")
     assert 0 < accepted <= server.metric("vllm:spec_decode_num_draft_tokens_total")
+
+
+def test_counters_are_read_over_http(server: Server) -> None:
+    request = urllib.request.Request(
+        f"{server.url}/collective_rpc",
+        json.dumps({"method": "ssd_stats"}).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        said = json.loads(answer.read())
+    (stats,) = said["results"]
+    assert stats["hits"] > 0
 
 
 def test_client_that_goes_away_disturbs_nobody(server: Server, expected: list[list[int]]) -> None:

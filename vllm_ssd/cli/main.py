@@ -43,9 +43,12 @@ def models() -> None:
 def demo(
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 128,
     num_speculative_tokens: Annotated[
-        int, typer.Option("--num-speculative-tokens", "-k", min=1, help="Tokens drafted at once.")
+        int,
+        typer.Option(
+            "--num-speculative-tokens", "-k", min=1, max=32, help="Tokens drafted at once."
+        ),
     ] = 5,
-    fan_out: Annotated[int, typer.Option(min=1, help="SSD's guesses after each k.")] = 6,
+    fan_out: Annotated[int, typer.Option(min=1, max=64, help="SSD's guesses after each k.")] = 6,
 ) -> None:
     """Answer a few chat prompts with plain vLLM, its draft_model method and SSD, side by side.
 

@@ -157,9 +157,13 @@ def _writable(folder: Path) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         yield
-    except OSError as error:
+    except Exception as error:
+        # What safetensors and tokenizers raise when they cannot write is no OSError.
+        if not isinstance(error, OSError) and "os error" not in str(error):
+            raise
+        reason = getattr(error, "strerror", None) or error
         raise CommandError(
-            f"could not write to {folder} ({error.strerror}): "
+            f"could not write to {folder} ({reason}): "
             "make room there or name another folder in VLLM_SSD_CACHE"
         ) from error
 

@@ -14,8 +14,6 @@ from vllm_ssd.target.requests import (
     Tracked,
     before_min_length,
     can_draft,
-    drafting_limit,
-    end_tokens,
     most_drafts,
 )
 from vllm_ssd.wire.messages import Finished, Outcomes, ToDraft, Trimmed, pack
@@ -383,13 +381,10 @@ class SSDProposer:
         for row, tokens in enumerate(sampled):
             if not tokens:
                 continue
-            state, length = self._runner.requests[req_ids[row]], int(lengths[row])
-            parameters, prompt = state.sampling_params, state.num_prompt_tokens
-            if not set(end_tokens(parameters)).isdisjoint(tokens):
-                continue
-            limit = drafting_limit(prompt, parameters, self._runner.max_model_len)
-            depth = min(self.depth, limit - length)
-            depth = before_min_length(depth, length, prompt + parameters.min_tokens)
+            state = self._runner.requests[req_ids[row]]
+            min_length = state.num_prompt_tokens + state.sampling_params.min_tokens
+            # Past max_tokens as well, as vLLM's own proposers do: a batch stays uniform.
+            depth = before_min_length(self.depth, int(lengths[row]), min_length)
             # Any token is exact; one that repeats needs no other row of the embedding.
             found = proposals[row]
             padding = (found or tokens)[-1:] * (depth - len(found))

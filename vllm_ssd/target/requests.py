@@ -82,7 +82,9 @@ class RequestTable:
             prompt_length: how many of them are the prompt.
             sampling_params: vLLM's, for ``max_tokens``, ``min_tokens`` and the end tokens.
         """
-        limit = drafting_limit(prompt_length, sampling_params, self._max_length)
+        # The last token comes from the target itself, so the one before it is the last drafted.
+        longest = prompt_length + (sampling_params.max_tokens or self._max_length)
+        limit = min(longest, self._max_length) - 1
         handle = self._next_handle
         self._next_handle += 1
         ends = end_tokens(sampling_params)
@@ -91,14 +93,6 @@ class RequestTable:
         known.resynced = len(tokens) > prompt_length
         self._tracked[req_id] = known
         return Start(handle, pack(tokens), limit, ends)
-
-
-def drafting_limit(prompt_length: int, sampling_params: Any, max_length: int) -> int:
-    """The first position that nothing is drafted for, by ``max_tokens`` and the longest text.
-
-    The last token comes from the target itself, so the one before it is the last drafted.
-    """
-    return min(prompt_length + (sampling_params.max_tokens or max_length), max_length) - 1
 
 
 def end_tokens(sampling_params: Any) -> list[int]:
