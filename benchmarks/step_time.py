@@ -9,10 +9,14 @@ for all three. All verify the same drafts, K tokens a step:
   draft's core: what a second busy core costs the first, by memory and clock.
 - ``ssd``: from the draft process, waited for, so that nearly all look-ups hit.
 
+The number of branches is to be such that the draft is at work during the whole verification but is
+not waited for: a target that has waited comes back to a colder core, which is not its draft's doing
+and does not happen with the default ``max_wait_ms`` of 0. How long it waited is printed.
+
 The forward is timed in the worker, notices to the draft included. The ratios are of the medians of
 one answer; their median and quartiles are printed.
 
-    python benchmarks/step_time.py [--multiprocessing] [--depth 6] [--rounds 5] [--draft FOLDER]
+    python benchmarks/step_time.py [--multiprocessing] [--depth 6] [--branches 8] [--rounds 5]
 """
 
 from __future__ import annotations
@@ -29,6 +33,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+import vllm_ssd
 from vllm_ssd.cli.demo import QUESTIONS
 from vllm_ssd.cli.demo_engine import best_dtype
 from vllm_ssd.cli.models import demo_models
@@ -76,6 +81,10 @@ class Engine:
                 }
             },
         )
+
+    def stats(self) -> dict[str, float]:
+        """SSD's counters."""
+        return vllm_ssd.get_stats(self._llm)
 
     def answer(self, question: str, record: list[list[int]] | None) -> tuple[list[int], float]:
         """Token ids of prompt and answer, and the median seconds of a forward of K + 1 tokens."""
@@ -163,7 +172,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--multiprocessing", action="store_true", help="vLLM's worker processes")
     parser.add_argument("--depth", type=int, default=6)
-    parser.add_argument("--branches", type=int, default=24, help="rows of the draft")
+    parser.add_argument("--branches", type=int, default=8, help="rows of the draft")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--draft", default=None, help="default: the demonstration's")
     options = parser.parse_args()
@@ -176,7 +185,8 @@ def main() -> None:
     draft = options.draft or str(demo_models().draft)
     load = Load(draft, options.branches, max(os.sched_getaffinity(0)))
     try:
-        medians = measure(Engine(draft, options.depth, options.branches), load, options.rounds)
+        engine = Engine(draft, options.depth, options.branches)
+        medians = measure(engine, load, options.rounds)
     finally:
         load.close()
     table = Table(title=f"one forward of {options.depth + 1} query tokens, {len(medians)} answers")
@@ -190,7 +200,11 @@ def main() -> None:
             cells.append(f"{middle:.3f} ({low:.3f} to {high:.3f})")
         median = statistics.median(of_question[kind] for of_question in medians)
         table.add_row(kind, f"{1e3 * median:.1f} ms", *cells)
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    stats = engine.stats()
+    waited = 1e3 * stats["wait_seconds"] / stats["rounds"]
+    console.print(f"hit rate {stats['hit_rate']:.0%}, {waited:.1f} ms waited a look-up")
 
 
 if __name__ == "__main__":
