@@ -66,8 +66,10 @@ class Channel(Generic[Frame]):
             ChannelFullError: too much waits already; nothing of this frame was sent.
             ChannelClosedError: the other process is gone.
         """
-        if len(self._outbox) > MAX_PENDING_BYTES and not self.flush():
-            raise ChannelFullError(f"{len(self._outbox)} bytes wait for the reader")
+        if len(self._outbox) > MAX_PENDING_BYTES:
+            self.flush()
+            if len(self._outbox) > MAX_PENDING_BYTES:
+                raise ChannelFullError(f"{len(self._outbox)} bytes wait for the reader")
         payload = self._encoder.encode(frame)
         with self._sending:
             self._outbox += _LENGTH.pack(len(payload))
