@@ -10,7 +10,8 @@ for all three. All verify the same drafts, K tokens a step:
 - ``ssd``: from the draft process, waited for, so that nearly all look-ups hit.
 
 The number of branches is to be such that the draft is at work during the whole verification but is
-not waited for: a target that has waited comes back to a colder core, which does not happen with the default ``max_wait_ms`` of 0. How long it waited is printed.
+not waited for: a target that has waited comes back to a colder core, which does not happen with the
+default ``max_wait_ms`` of 0. How long it waited is printed.
 
 The forward is timed in the worker, notices to the draft included. The ratios are of the medians of
 one answer; their median and quartiles are printed.
