@@ -7,7 +7,7 @@ for all three. All verify the same drafts, K tokens a step:
 - ``alone``: from a record of the text; the draft process has nothing to do.
 - ``loaded``: likewise, beside a process that only multiplies matrices of the draft's size on the
   draft's core: what a second busy core costs the first, by memory and clock.
-- ``ssd``: from the draft process, waited for, so that nearly all look-ups hit.
+- ``ssd``: from the draft process, waited for; its steps that verify all K tokens count.
 
 The number of branches is to be such that the draft is at work during the whole verification but is
 not waited for: a target that has waited comes back to a colder core, which does not happen with the

@@ -92,7 +92,8 @@ class Tenancy:
         missing = -(-length // self.blocks.block_size) - len(request.blocks)
         if missing <= 0:
             return True
-        if missing > self._within_reach(request):
+        short = self.blocks.free_count < missing
+        if short and missing > self._within_reach(request):
             return False  # nobody is to give way in vain
         while self.blocks.free_count < missing:
             if not self._make_room(request):
