@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 from hypothesis import given
@@ -44,6 +45,13 @@ def hit(sim: Simulation, request: TargetRequest) -> list[int]:
     """The target accepts all and goes on as the draft would."""
     token = sim.greedy(request, request.verifying + 1)[-1]
     return sim.verify(request, request.verifying, token)
+
+
+def hit_together(sim: Simulation, requests: Sequence[TargetRequest]) -> None:
+    """The same for several in one frame."""
+    for request in requests:
+        sim.confirm(request, request.verifying, sim.greedy(request, request.verifying + 1)[-1])
+    sim.propose(requests)
 
 
 # ---- shared prefixes
@@ -243,10 +251,7 @@ def test_short_of_rows_all_requests_get_equally_many_branches() -> None:
     requests = [sim.start(PROMPT[shift:]) for shift in range(3)]
     settle(sim)
     for _ in range(2):
-        for request in requests:
-            token = sim.greedy(request, request.verifying + 1)[-1]
-            sim.confirm(request, request.verifying, token)
-        sim.propose(requests)
+        hit_together(sim, requests)
         settle(sim)
     cache = sim.published.cache
     assert [len(paths(cache, cache.trees[r.handle])) for r in requests] == [3, 3, 3]
@@ -300,9 +305,7 @@ def test_requests_wanted_in_the_same_frame_do_not_evict_each_other() -> None:
     first, second = sim.start(PROMPT), sim.start(PROMPT[::-1])
     settle(sim)
     for _ in range(3):
-        for request in (first, second):
-            sim.confirm(request, request.verifying, sim.greedy(request, request.verifying + 1)[-1])
-        sim.propose([first, second])
+        hit_together(sim, [first, second])
         settle(sim)
         assert sim.engine.counters["draft_evictions"] == 0
         assert holds_nothing(sim, second)
@@ -360,10 +363,7 @@ def test_a_text_that_cannot_fit_takes_nothing_from_the_others() -> None:
     cache = sim.published.cache
     for _ in range(3):
         everyone = [*requests, too_long]
-        for request in everyone:
-            token = sim.greedy(request, request.verifying + 1)[-1]
-            sim.confirm(request, request.verifying, token)
-        sim.propose(everyone)
+        hit_together(sim, everyone)
         settle(sim)
         assert holds_nothing(sim, too_long)
         assert all(len(paths(cache, cache.trees[r.handle])) > 1 for r in requests)
@@ -374,10 +374,7 @@ def test_requests_of_a_frame_do_not_evict_each_other_in_whatever_order_they_come
     first, second, third = (sim.start(PROMPT[shift:]) for shift in range(3))
     settle(sim)
     for order in ([first, second, third], [third, first, second], [second, third, first]):
-        for request in order:
-            token = sim.greedy(request, request.verifying + 1)[-1]
-            sim.confirm(request, request.verifying, token)
-        sim.propose(order)
+        hit_together(sim, order)
         settle(sim)
         assert holds_nothing(sim, third)
         assert sim.engine.counters["draft_evictions"] == 0

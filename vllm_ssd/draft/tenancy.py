@@ -234,7 +234,7 @@ class Tenancy:
         ]
 
     def _within_reach(self, wanting: Request) -> int:
-        """The blocks that can be had if everybody else gives way, or a few less."""
+        """The most blocks that can be had, everybody else giving way; shared ones count twice."""
         forks = sum(
             len(own) for request in self.requests.values() for own in request.forks.values()
         )
