@@ -14,7 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_ssd.wire import channel as channel_module
-from vllm_ssd.wire.channel import Channel, ChannelClosedError, ChannelFullError
+from vllm_ssd.wire.channel import (
+    MAX_PENDING_BYTES,
+    Channel,
+    ChannelClosedError,
+    ChannelFullError,
+)
 from vllm_ssd.wire.messages import DraftBound, Finished, Start, TargetBound, ToDraft
 
 MEGABYTE = 1 << 20
@@ -148,7 +153,9 @@ def test_looking_for_frames_hands_over_what_waits_to_be_sent(pair: Pair) -> None
 
 
 def test_one_thread_may_send_while_another_receives(pair: Pair) -> None:
-    sent = 300
+    sent = 150
+    size = MEGABYTE // 4
+    assert sent * size < MAX_PENDING_BYTES  # it fits even if the reader has not begun
     got: list[DraftBound | None] = []
 
     def read() -> None:
@@ -163,7 +170,7 @@ def test_one_thread_may_send_while_another_receives(pair: Pair) -> None:
     for thread in threads:
         thread.start()
     for number in range(sent):
-        pair.target.send(frame(number, size=MEGABYTE // 4))
+        pair.target.send(frame(number, size=size))
     for thread in threads:
         thread.join(20.0)
     assert [a_frame and a_frame.number for a_frame in got] == list(range(sent))
