@@ -39,6 +39,7 @@ def write_card(
     if options["self_written"]:
         sources.append(f"answers to {options['self_written']} prompts of the target's own")
         sources += [f"begun with {words!r}" for words in options["openings"] if words]
+    begun = f", from the draft `{Path(start).name}` on" if (start := options["start_from"]) else ""
     lines = [
         f"# A draft for {target}",
         "",
@@ -51,7 +52,7 @@ def write_card(
         f"  {options['max_tokens']} tokens long: {', '.join(sources)}. Held out by topic:",
         f"  {', '.join(options['topics'])}.",
         f"- **Training** {last['step']} steps, {last['tokens']} answer tokens,",
-        f"  {last['cpu_seconds'] / 60:.0f} CPU minutes: " + _sentence(recipe) + ".",
+        f"  {last['cpu_seconds'] / 60:.0f} CPU minutes{begun}: " + _sentence(recipe) + ".",
         f"- **Licence** {options['licence']}; derived from {target}.",
         "",
         "## Acceptance on held-out prompts",

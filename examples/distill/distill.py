@@ -17,10 +17,10 @@ import typer
 from card import write_card
 from evaluation import Acceptance, acceptance
 from export import save_draft
-from generation import Target, answer_prompts, write_texts
-from labels import label
+from generation import Target, answer_prompts, read_made, write_texts
+from labels import Labels, label
 from progress import say
-from shapes import build_draft, num_trained, parse_shape
+from shapes import build_draft, check_same_shape, copy_trained, num_trained, parse_shape
 from texts import Text, by_frequency, kind_of, mentions, read_prompts, read_texts
 from training import Recipe, train
 from transformers import AutoConfig, AutoTokenizer
@@ -59,6 +59,9 @@ def distill(
     shape: Annotated[
         str, typer.Option(help="layers:<kept>,<kept>... or narrow:<hidden size>x<layers>")
     ] = "layers:0,1,2,-1",
+    start_from: Annotated[
+        Path | None, typer.Option(help="A draft of this shape to train further.", exists=True)
+    ] = None,
     head: Annotated[int, typer.Option(min=1, help="Most frequent tokens the head learns.")] = 8192,
     passes: Annotated[float, typer.Option(min=0.01, help="Over the training texts.")] = 4.0,
     batch_tokens: Annotated[int, typer.Option(min=1)] = 2048,
@@ -76,35 +79,48 @@ def distill(
         wanted = parse_shape(shape, AutoConfig.from_pretrained(target).num_hidden_layers)
     except ValueError as error:
         raise SystemExit(f"distill: {error}") from None
+    if start_from:
+        try:
+            check_same_shape(start_from, wanted, target)
+        except ValueError as error:
+            raise SystemExit(f"distill: --start-from {start_from}: {error}") from None
     work = out / "work"
     work.mkdir(parents=True, exist_ok=True)
     recipe = Recipe(passes, batch_tokens, learning_rate, distillation, seed)
     told = {"target": str(target), "shape": shape, "head": head, "seed": seed}
+    told |= {"start_from": start_from and str(start_from)}
     told |= {"topics": held_out_topic, "self_written": self_written, "max_tokens": max_tokens}
     told |= {"openings": opening}
     told |= {"texts": [str(path) for path in (*answers, *prompts)]}
     _same_as_before(work / "options.json", told)
 
-    texts, test_sets = _generate(
-        target, work, answers, prompts, self_written, opening, held_out, max_tokens, dtype, seed
+    given = [text for path in answers for text in read_texts(path)]
+    made, made_labels, test_sets = _generate(
+        target, work, prompts, self_written, opening, held_out, max_tokens, dtype, seed
     )
+    texts = given + made
     kept, by_topic = _split(target, texts, held_out_topic)
     train_texts = [texts[index] for index in kept]
     every_topic = [text for texts in by_topic.values() for text in texts]
     test_sets = by_topic | {"all held-out topics": every_topic} | test_sets
     say(f"{len(kept)} texts to train on; " + _sizes(test_sets))
+    if not any(test_sets.values()):
+        raise SystemExit("distill: no text to evaluate with: give --held-out or --held-out-topic")
+    shown = next(some for some in (every_topic, *test_sets.values()) if some)[:CURVE_TEXTS]
 
     labels = None
     if distillation:
-        # All of them, so that other topics can be held out without labelling anew.
-        every = label(target, texts, work / "labels")
-        labels = [every[index] for index in kept]
+        unlabelled = [given[index] for index in kept if index < len(given)]
+        labels = label(target, unlabelled, work / "labels")
+        labels += [made_labels[index - len(given)] for index in kept[len(unlabelled) :]]
     torch.manual_seed(seed)
     model: Any = build_draft(wanted, target)
+    if start_from:
+        copy_trained(start_from, model)
     frequent = by_frequency(train_texts)[:head]
     head_ids = torch.tensor(frequent)
     say(f"{shape}: {num_trained(model) / 1e6:.1f}M parameters to train, head of {len(frequent)}")
-    train(model, head_ids, train_texts, labels, every_topic[:CURVE_TEXTS], recipe, work)
+    train(model, head_ids, train_texts, labels, shown, recipe, work)
 
     found: dict[str, Acceptance] = {}
     for name, some in test_sets.items():
@@ -133,7 +149,6 @@ def _same_as_before(path: Path, told: dict[str, Any]) -> None:
 def _generate(
     target: Path,
     work: Path,
-    answers: list[Path],
     prompts: list[Path],
     self_written: int,
     openings: list[str],
@@ -141,23 +156,27 @@ def _generate(
     max_tokens: int,
     dtype: str,
     seed: int,
-) -> tuple[list[Text], dict[str, list[Text]]]:
-    """The texts to learn from, and those of the held-out files by the file's name."""
+) -> tuple[list[Text], list[Labels], dict[str, list[Text]]]:
+    """The texts to learn from, their labels, and the texts of the held-out files by file."""
     engine = functools.cache(lambda: Target(target, dtype))
-    texts = [text for path in answers for text in read_texts(path)]
+    own = work / "self-written.jsonl"
     if self_written:
-        path = work / "self-written.jsonl"
-        write_texts(self_written, seed, openings, path, engine, max_tokens)
-        texts += read_texts(path)
-    of_files: dict[Path, list[Text]] = {}
-    for source in (*prompts, *held_out):
-        path = work / f"answers-{source.name.split('.')[0]}.jsonl"
+        write_texts(self_written, seed, openings, own, engine, max_tokens)
+    answered = {
+        source: work / f"answers-{source.name.split('.')[0]}.jsonl"
+        for source in (*prompts, *held_out)
+    }
+    for source, path in answered.items():
         answer_prompts(read_prompts(source), path, engine, max_tokens)
-        of_files[source] = read_texts(path)
     if engine.cache_info().currsize:  # it was needed
         engine().close()
-    texts += [text for source in prompts for text in of_files[source]]
-    return texts, {source.name.split(".")[0]: of_files[source] for source in held_out}
+    texts: list[Text] = []
+    labels: list[Labels] = []
+    for path in [own] * bool(self_written) + [answered[source] for source in prompts]:
+        some, their_labels = read_made(path)
+        texts, labels = texts + some, labels + their_labels
+    test_sets = {source.name.split(".")[0]: read_texts(answered[source]) for source in held_out}
+    return texts, labels, test_sets
 
 
 def _split(

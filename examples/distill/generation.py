@@ -1,4 +1,7 @@
-"""Texts the target writes itself: prompts in the user's place, and greedy answers to prompts."""
+"""Texts the target writes itself: prompts in the user's place, and greedy answers to prompts.
+
+Each file of texts has a folder of labels beside it, of the same name.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
+from labels import BEST, Labels, read_labels, save_labels
 from progress import track
-from texts import Text
+from texts import Text, read_texts
 
-CHUNK = 128
+CHUNK = 256
 """Prompts between two writes: what is lost at most when generating is cut off."""
 PROMPT_TOKENS = 200
 CONTEXT = 2048
@@ -26,7 +31,7 @@ class Target:
         sequences: how many are generated at once.
     """
 
-    def __init__(self, folder: Path, dtype: str, sequences: int = 64) -> None:
+    def __init__(self, folder: Path, dtype: str, sequences: int = 128) -> None:
         from vllm import LLM
 
         self._llm = LLM(
@@ -39,6 +44,7 @@ class Target:
             enable_chunked_prefill=False,
             kv_cache_memory_bytes=2 << 30,
             enforce_eager=True,
+            max_logprobs=BEST,
             disable_log_stats=True,
         )
         self._tokenizer: Any = self._llm.get_tokenizer()
@@ -87,19 +93,40 @@ class Target:
             if said.finish_reason == "stop" and said.text
         ]
 
-    def answer(self, prompts: list[list[int]], max_tokens: int) -> list[Text]:
-        """Greedy answers."""
+    def answer(self, prompts: list[list[int]], max_tokens: int) -> list[tuple[Text, Labels]]:
+        """Greedy answers with the target's distribution at each of their tokens."""
         from vllm import SamplingParams
 
-        parameters = SamplingParams(temperature=0.0, max_tokens=max_tokens)
+        parameters = SamplingParams(
+            temperature=0.0,
+            max_tokens=max_tokens,
+            logprobs=BEST,
+            flat_logprobs=True,
+            detokenize=False,
+        )
         fitting = [prompt for prompt in prompts if len(prompt) + max_tokens <= CONTEXT]
         outputs = self._llm.generate(
             [{"prompt_token_ids": prompt} for prompt in fitting], parameters, use_tqdm=False
         )
+        ended = [output.outputs[0] for output in outputs]
         return [
-            Text(prompt, list(output.outputs[0].token_ids))
-            for prompt, output in zip(fitting, outputs, strict=True)
+            (Text(prompt, list(said.token_ids)), _labels(said.logprobs))
+            for prompt, said in zip(fitting, ended, strict=True)
         ]
+
+
+def _labels(flat: Any) -> Labels:
+    """vLLM's flat log probabilities: at each token the chosen one, then the likeliest."""
+    shape = (-1, 1 + BEST)
+    return Labels(
+        np.array(flat.token_ids, np.int32).reshape(shape)[:, 1:],
+        np.array(flat.logprobs, np.float16).reshape(shape)[:, 1:],
+    )
+
+
+def read_made(path: Path) -> tuple[list[Text], list[Labels]]:
+    """The texts of a file that was written here, and their labels."""
+    return read_texts(path), read_labels(path.with_suffix(""))
 
 
 def answer_prompts(
@@ -107,7 +134,7 @@ def answer_prompts(
 ) -> None:
     """Append answers to prompts to a file, going on where an earlier run stopped."""
 
-    def some(numbers: range) -> list[Text]:
+    def some(numbers: range) -> list[tuple[Text, Labels]]:
         model = target()
         return model.answer([model.chat(prompts[number]) for number in numbers], max_tokens)
 
@@ -124,7 +151,7 @@ def write_texts(
 ) -> None:
     """Append answers to ``count`` prompts of the target's own, going on likewise."""
 
-    def some(numbers: range) -> list[Text]:
+    def some(numbers: range) -> list[tuple[Text, Labels]]:
         model = target()
         prompts = dict.fromkeys(model.write_prompts(numbers, seed, openings))
         return model.answer([model.chat(prompt) for prompt in prompts], max_tokens)
@@ -132,15 +159,18 @@ def write_texts(
     _in_chunks(count, path, some, "writing prompts and answers")
 
 
-def _in_chunks(count: int, path: Path, some: Callable[[range], list[Text]], what: str) -> None:
+def _in_chunks(
+    count: int, path: Path, some: Callable[[range], list[tuple[Text, Labels]]], what: str
+) -> None:
     state = path.with_suffix(".state")
     done, size = json.loads(state.read_text()) if state.exists() else (0, 0)
     for start in track(range(done, count, CHUNK), what):
-        texts = some(range(start, min(start + CHUNK, count)))
+        made = some(range(start, min(start + CHUNK, count)))
+        save_labels(path.with_suffix(""), start, [labels for _, labels in made])
         with path.open("ab") as file:
             # What follows was written by a run that was cut off before it noted so.
             file.truncate(size)
-            file.write(b"".join(msgspec.json.encode(text) + b"\n" for text in texts))
+            file.write(b"".join(msgspec.json.encode(text) + b"\n" for text, _ in made))
             size = file.tell()
         scratch = state.with_suffix(".partial")
         scratch.write_text(json.dumps([min(start + CHUNK, count), size]))

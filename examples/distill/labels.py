@@ -1,4 +1,8 @@
-"""The target's distribution at each token of its answers: what the draft learns to imitate."""
+"""The target's distribution at each token of its answers: what the draft learns to imitate.
+
+vLLM hands it over with the answers it generates (``generation.py``); ``label`` computes it for
+answers that were made elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -40,6 +44,17 @@ def label(target: Path, texts: list[Text], folder: Path) -> list[Labels]:
     return [labels for start in starts for labels in _read(_shard(folder, start))]
 
 
+def save_labels(folder: Path, start: int, labels: list[Labels]) -> None:
+    """Write the labels of some texts; ``start`` puts them in order among those of ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(_shard(folder, start), labels)
+
+
+def read_labels(folder: Path) -> list[Labels]:
+    """All labels of a folder, in order."""
+    return [labels for path in sorted(folder.glob("labels-*.npz")) for labels in _read(path)]
+
+
 def _shard(folder: Path, start: int) -> Path:
     return folder / f"labels-{start:07d}.npz"
 
@@ -63,7 +78,10 @@ def _label_shard(model: torch.nn.Module, texts: list[Text], path: Path) -> None:
             found[int(index)] = Labels(
                 best.indices.to(torch.int32).numpy(), best.values.to(torch.float16).numpy()
             )
-    ordered = [found[index] for index in range(len(texts))]
+    _write(path, [found[index] for index in range(len(texts))])
+
+
+def _write(path: Path, ordered: list[Labels]) -> None:
     scratch = path.with_suffix(".partial")
     with scratch.open("wb") as file:
         np.savez(

@@ -9,12 +9,19 @@ projected on its 256 principal components (PCA), and is trained.
 
 from __future__ import annotations
 
+import copy
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PretrainedConfig,
+)
 
 HEAD_SIZE = 64
 
@@ -53,53 +60,85 @@ def parse_shape(word: str, target_layers: int) -> Shape:
     )
 
 
+def draft_config(shape: Shape, target: PretrainedConfig) -> PretrainedConfig:
+    """The configuration of a draft of this shape."""
+    if shape.kept:
+        config = copy.deepcopy(target)
+        config.num_hidden_layers = len(shape.kept)
+        # Written by some versions of transformers, one entry a layer.
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[: len(shape.kept)]
+        return config
+    heads = shape.hidden // HEAD_SIZE
+    return LlamaConfig(
+        vocab_size=target.vocab_size,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.hidden * 8 // 3 // 32 * 32,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        head_dim=HEAD_SIZE,
+        max_position_embeddings=target.max_position_embeddings,
+        rope_theta=getattr(target, "rope_theta", None) or target.rope_parameters["rope_theta"],
+        rms_norm_eps=target.rms_norm_eps,
+        bos_token_id=target.bos_token_id,
+        eos_token_id=target.eos_token_id,
+        pad_token_id=target.pad_token_id,
+        tie_word_embeddings=True,
+    )
+
+
 def build_draft(shape: Shape, target: Path) -> torch.nn.Module:
     """A draft in float32 whose output is tied to its embedding."""
     model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
-    if shape.kept:
-        return _keep_layers(model, shape.kept)
-    return _narrow(model, shape.hidden, shape.layers)
+    config = draft_config(shape, model.config)
+    return _keep_layers(model, shape.kept, config) if shape.kept else _narrow(model, config)
 
 
-def _keep_layers(model: Any, kept: tuple[int, ...]) -> torch.nn.Module:
+def _keep_layers(model: Any, kept: tuple[int, ...], config: PretrainedConfig) -> torch.nn.Module:
+    model.config = model.model.config = config
     model.model.layers = torch.nn.ModuleList(model.model.layers[number] for number in kept)
     for index, layer in enumerate(model.model.layers):
         layer.self_attn.layer_idx = index
-    model.config.num_hidden_layers = len(kept)
-    # Written by some versions of transformers, one entry a layer.
-    if getattr(model.config, "layer_types", None):
-        model.config.layer_types = model.config.layer_types[: len(kept)]
     model.model.embed_tokens.weight.requires_grad_(False)
     return model
 
 
-def _narrow(model: Any, hidden: int, layers: int) -> torch.nn.Module:
-    heads = hidden // HEAD_SIZE
-    wanted = LlamaConfig(
-        vocab_size=model.config.vocab_size,
-        hidden_size=hidden,
-        intermediate_size=hidden * 8 // 3 // 32 * 32,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        head_dim=HEAD_SIZE,
-        max_position_embeddings=model.config.max_position_embeddings,
-        rope_theta=getattr(model.config, "rope_theta", None)
-        or model.config.rope_parameters["rope_theta"],
-        rms_norm_eps=model.config.rms_norm_eps,
-        bos_token_id=model.config.bos_token_id,
-        eos_token_id=model.config.eos_token_id,
-        pad_token_id=model.config.pad_token_id,
-        tie_word_embeddings=True,
-    )
-    draft = LlamaForCausalLM(wanted)
+def _narrow(model: Any, config: PretrainedConfig) -> torch.nn.Module:
+    draft = LlamaForCausalLM(config)
     embedding = model.model.embed_tokens.weight.detach()
-    _, _, components = torch.pca_lowrank(embedding, q=hidden, center=False)
+    _, _, components = torch.pca_lowrank(embedding, q=config.hidden_size, center=False)
     projected = embedding @ components
     # As small as a fresh embedding, or the tied head's first logits would be huge.
     projected *= 0.02 / projected.std()
     draft.model.embed_tokens.weight.data.copy_(projected)
     return draft
+
+
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+SIZES += ("num_attention_heads", "num_key_value_heads")
+
+
+def check_same_shape(folder: Path, shape: Shape, target: Path) -> None:
+    """Look at an earlier draft's configuration.
+
+    Raises:
+        ValueError: it has another shape.
+    """
+    earlier = AutoConfig.from_pretrained(folder)
+    wanted = draft_config(shape, AutoConfig.from_pretrained(target))
+    for name in SIZES:
+        theirs, ours = getattr(earlier, name), getattr(wanted, name)
+        if theirs != ours:
+            raise ValueError(f"its {name} is {theirs}, of --shape it is {ours}")
+
+
+def copy_trained(folder: Path, model: torch.nn.Module) -> None:
+    """Give a draft the trained weights of an earlier one of its shape."""
+    earlier = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+    for name, weight in model.named_parameters():
+        if weight.requires_grad:
+            weight.data.copy_(earlier[name])
 
 
 def num_trained(model: torch.nn.Module) -> int:

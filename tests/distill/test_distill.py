@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
@@ -121,6 +122,37 @@ def test_more_passes_go_on_from_the_last_step(distillation: Distillation, said: 
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"resumed at step {steps:.0f} of" in done.stderr
     assert distillation.curve()[-1]["step"] > steps
+
+
+def test_a_draft_is_trained_further(distillation: Distillation, said: str, tmp_path: Path) -> None:
+    texts = distillation.out / "work" / "answers-prompts.jsonl"
+    further: dict[str, object] = {"answers": texts, "self_written": 0, "prompts": []}
+    further |= {"held_out": [], "out": tmp_path, "start_from": distillation.out}
+    done = distillation.run(**further, learning_rate=0.0, passes=0.1)
+    assert done.returncode == 0, done.stderr[-3000:]
+    learned = json.loads((tmp_path / "work" / "curve.jsonl").read_text().splitlines()[-1])
+    assert learned["acceptance"] > 0.6, "the earlier weights are not those it started from"
+    assert f"from the draft `{distillation.out.name}` on" in (tmp_path / "README.md").read_text()
+    unseen = distillation.run(**further | {"out": tmp_path / "unseen"}, held_out_topic="nowhere")
+    assert unseen.returncode != 0
+    assert "no text to evaluate with" in unseen.stderr.strip().splitlines()[-1]
+    other = distillation.run(**further | {"out": tmp_path / "other"}, shape="layers:0")
+    assert other.returncode != 0
+    assert f"--start-from {distillation.out}: its intermediate_size is" in other.stderr
+
+
+def test_labels_of_vllm_are_those_of_a_forward_over_the_text(
+    distillation: Distillation, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(TOOL.parent))
+    written = distillation.out / "work" / "self-written.jsonl"
+    texts, handed = importlib.import_module("generation").read_made(written)
+    assert len(texts) == len(handed) > 0
+    computed = importlib.import_module("labels").label(distillation.target, texts, tmp_path)
+    for text, ours, theirs in zip(texts, computed, handed, strict=True):
+        assert theirs.tokens.shape == (len(text.a), 20)
+        assert list(theirs.tokens[:, 0]) == text.a
+        np.testing.assert_allclose(theirs.log_probs, ours.log_probs, atol=0.05)
 
 
 def test_another_shape_in_the_same_folder_is_refused(distillation: Distillation, said: str) -> None:
