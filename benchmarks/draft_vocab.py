@@ -156,6 +156,8 @@ def agreements(
             text = json.loads(line)
             tokens = torch.tensor(text["p"] + text["a"])[:MAX_ANSWER_TEXT]
             first = len(text["p"])
+            if first >= len(tokens):
+                continue
             logits = model(tokens[None]).logits[0, first - 1 : -1]
             total += len(tokens) - first
             for size, ids in found.items():

@@ -7,7 +7,7 @@ and training goes on from its last checkpoint when ``--passes`` is raised.
 
 from __future__ import annotations
 
-import functools
+import hashlib
 import json
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,13 +17,12 @@ import typer
 from card import write_card
 from evaluation import Acceptance, acceptance
 from export import save_draft
-from generation import Target, answer_prompts, read_made, write_texts
-from labels import Labels, label
-from progress import say
+from generation import MAX_ANSWER
+from progress import say, track
 from shapes import build_draft, check_same_shape, copy_trained, num_trained, parse_shape
-from texts import Text, by_frequency, kind_of, mentions, read_prompts, read_texts
+from sources import generate, hold_out, read_sources
+from texts import by_frequency
 from training import Recipe, train
-from transformers import AutoConfig, AutoTokenizer
 
 TOPICS = ["ocean", "sea", "music", "song", "robot", "garden", "football", "bread", "mountain"]
 TOPICS += ["history", "dog", "cat", "school", "weather", "city", "health", "forest", "water"]
@@ -53,9 +52,10 @@ def distill(
         list[Path], typer.Option(exists=True, help="Prompts to evaluate with only.")
     ] = [],  # noqa: B006
     held_out_topic: Annotated[
-        list[str], typer.Option(help="Texts whose prompt mentions it are for evaluation only.")
+        list[str],
+        typer.Option(help="Texts whose prompt mentions it are for evaluation only; '' for none."),
     ] = TOPICS,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 192,
+    max_tokens: Annotated[int, typer.Option(min=1, max=MAX_ANSWER, help="Of an answer.")] = 192,
     shape: Annotated[
         str, typer.Option(help="layers:<kept>,<kept>... or narrow:<hidden size>x<layers>")
     ] = "layers:0,1,2,-1",
@@ -75,135 +75,70 @@ def distill(
     seed: int = 0,
 ) -> None:
     """Distil a draft model for speculative decoding from a target."""
+    topics = [topic for topic in held_out_topic if topic]
+    work = out / "work"
+    recipe = Recipe(passes, batch_tokens, learning_rate, distillation, seed)
+    told = {"target": str(target), "shape": shape, "head": head, "seed": seed, "dtype": dtype}
+    told |= {"start_from": start_from and str(start_from), "topics": topics}
+    told |= {"self_written": self_written, "openings": opening, "max_tokens": max_tokens}
+    told |= {"texts": [str(path) for path in (*answers, *prompts)]}
+    told |= {"files": {str(path): _digest(path) for path in (*answers, *prompts, *held_out)}}
     try:
-        wanted = parse_shape(shape, AutoConfig.from_pretrained(target).num_hidden_layers)
+        wanted = parse_shape(shape, target)
+        if start_from:
+            check_same_shape(start_from, wanted, target)
+        sources = read_sources(answers, prompts, held_out, self_written, opening, max_tokens, seed)
+        _same_as_before(work / "options.json", told)
+        texts = hold_out(generate(sources, target, dtype, work), target, topics)
     except ValueError as error:
         raise SystemExit(f"distill: {error}") from None
-    if start_from:
-        try:
-            check_same_shape(start_from, wanted, target)
-        except ValueError as error:
-            raise SystemExit(f"distill: --start-from {start_from}: {error}") from None
-    work = out / "work"
-    work.mkdir(parents=True, exist_ok=True)
-    recipe = Recipe(passes, batch_tokens, learning_rate, distillation, seed)
-    told = {"target": str(target), "shape": shape, "head": head, "seed": seed}
-    told |= {"start_from": start_from and str(start_from)}
-    told |= {"topics": held_out_topic, "self_written": self_written, "max_tokens": max_tokens}
-    told |= {"openings": opening}
-    told |= {"texts": [str(path) for path in (*answers, *prompts)]}
-    _same_as_before(work / "options.json", told)
+    sizes = [f"{len(some)} held out as {name!r}" for name, some in texts.test_sets.items()]
+    say(f"{len(texts.train)} texts to train on; {', '.join(sizes)}")
 
-    given = [text for path in answers for text in read_texts(path)]
-    made, made_labels, test_sets = _generate(
-        target, work, prompts, self_written, opening, held_out, max_tokens, dtype, seed
-    )
-    texts = given + made
-    kept, by_topic = _split(target, texts, held_out_topic)
-    train_texts = [texts[index] for index in kept]
-    every_topic = [text for texts in by_topic.values() for text in texts]
-    test_sets = by_topic | {"all held-out topics": every_topic} | test_sets
-    say(f"{len(kept)} texts to train on; " + _sizes(test_sets))
-    if not any(test_sets.values()):
-        raise SystemExit("distill: no text to evaluate with: give --held-out or --held-out-topic")
-    shown = next(some for some in (every_topic, *test_sets.values()) if some)[:CURVE_TEXTS]
-
-    labels = None
-    if distillation:
-        unlabelled = [given[index] for index in kept if index < len(given)]
-        labels = label(target, unlabelled, work / "labels")
-        labels += [made_labels[index - len(given)] for index in kept[len(unlabelled) :]]
+    labels = texts.labels(target, work / "labels") if distillation else None
     torch.manual_seed(seed)
     model: Any = build_draft(wanted, target)
     if start_from:
         copy_trained(start_from, model)
-    frequent = by_frequency(train_texts)[:head]
+    frequent = by_frequency(texts.train)[:head]
     head_ids = torch.tensor(frequent)
     say(f"{shape}: {num_trained(model) / 1e6:.1f}M parameters to train, head of {len(frequent)}")
-    train(model, head_ids, train_texts, labels, shown, recipe, work)
+    try:
+        train(model, head_ids, texts.train, labels, texts.shown[:CURVE_TEXTS], recipe, work)
+    except ValueError as error:
+        raise SystemExit(f"distill: {error}") from None
 
     found: dict[str, Acceptance] = {}
-    for name, some in test_sets.items():
-        if not some:
-            continue
+    for name, some in track(list(texts.test_sets.items()), "evaluating"):
         found[name] = acceptance(model, head_ids, some, num_speculative_tokens)
         say(f"{name}: acceptance {found[name].mean:.3f}, length {found[name].length:.2f}")
     save_draft(model, frequent, target, out)
-    told |= {"licence": licence, "num_texts": len(train_texts)}
+    told |= {"licence": licence, "num_texts": len(texts.train)}
     write_card(out, work, told, recipe, model, found, num_speculative_tokens)
     say(f"the draft is in {out}")
 
 
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+
+
 def _same_as_before(path: Path, told: dict[str, Any]) -> None:
-    """Refuse to go on with the work of other options."""
+    """Refuse to go on with the work of other options.
+
+    Raises:
+        ValueError: they differ.
+    """
     if path.exists():
         for name, before in json.loads(path.read_text()).items():
             if told[name] != before:
-                raise SystemExit(
-                    f"distill: {path.parent} was made with {name} = {before!r}, now it is "
-                    f"{told[name]!r}: choose another --out, or remove it"
+                raise ValueError(
+                    f"{path.parent} was made with {name} = {before!r}, now it is {told[name]!r}: "
+                    "choose another --out, or remove it"
                 )
-    path.write_text(json.dumps(told, indent=1))
-
-
-def _generate(
-    target: Path,
-    work: Path,
-    prompts: list[Path],
-    self_written: int,
-    openings: list[str],
-    held_out: list[Path],
-    max_tokens: int,
-    dtype: str,
-    seed: int,
-) -> tuple[list[Text], list[Labels], dict[str, list[Text]]]:
-    """The texts to learn from, their labels, and the texts of the held-out files by file."""
-    engine = functools.cache(lambda: Target(target, dtype))
-    own = work / "self-written.jsonl"
-    if self_written:
-        write_texts(self_written, seed, openings, own, engine, max_tokens)
-    answered = {
-        source: work / f"answers-{source.name.split('.')[0]}.jsonl"
-        for source in (*prompts, *held_out)
-    }
-    for source, path in answered.items():
-        answer_prompts(read_prompts(source), path, engine, max_tokens)
-    if engine.cache_info().currsize:  # it was needed
-        engine().close()
-    texts: list[Text] = []
-    labels: list[Labels] = []
-    for path in [own] * bool(self_written) + [answered[source] for source in prompts]:
-        some, their_labels = read_made(path)
-        texts, labels = texts + some, labels + their_labels
-    test_sets = {source.name.split(".")[0]: read_texts(answered[source]) for source in held_out}
-    return texts, labels, test_sets
-
-
-def _split(
-    target: Path, texts: list[Text], topics: list[str]
-) -> tuple[list[int], dict[str, list[Text]]]:
-    """Indices of the texts to train on, and the texts of the held-out topics by kind."""
-    tokenizer = AutoTokenizer.from_pretrained(target)
-    mark = "\x00"
-    opened, closed = tokenizer.apply_chat_template(
-        [{"role": "user", "content": mark}], add_generation_prompt=True, tokenize=False
-    ).split(mark)
-    held_out = mentions(topics)
-    kept: list[int] = []
-    by_kind: dict[str, list[Text]] = {}
-    for index, text in enumerate(texts):
-        said = tokenizer.decode(text.p).removeprefix(opened).removesuffix(closed)
-        if topics and held_out.search(said):
-            by_kind.setdefault(kind_of(said), []).append(text)
-        else:
-            kept.append(index)
-    if not kept:
-        raise SystemExit("distill: no text to train on: give --answers, --prompts, --self-written")
-    return kept, dict(sorted(by_kind.items(), reverse=True))
-
-
-def _sizes(test_sets: dict[str, list[Text]]) -> str:
-    return ", ".join(f"{len(texts)} held out as {name!r}" for name, texts in test_sets.items())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(".partial")
+    scratch.write_text(json.dumps(told, indent=1))
+    scratch.rename(path)
 
 
 if __name__ == "__main__":

@@ -38,8 +38,6 @@ def acceptance(
         texts: prompts with the target's answers.
         num_speculative_tokens: K.
     """
-    from training import answer_states
-
     right: list[np.ndarray] = []
     lengths = np.array([len(text.p) + len(text.a) for text in texts])
     head = model.lm_head.weight[head_ids]
@@ -54,6 +52,19 @@ def acceptance(
     return Acceptance(
         mean=float(np.concatenate(right).mean()), length=tokens / drafts, tokens=tokens
     )
+
+
+def answer_states(model: Any, texts: list[Text]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Final hidden states before each answer's token, ``[T, H]``, and these tokens, ``[T]``."""
+    lengths = [len(text.p) + len(text.a) for text in texts]
+    tokens = torch.zeros(len(texts), max(lengths), dtype=torch.long)
+    before = torch.zeros_like(tokens, dtype=torch.bool)
+    for row, text in enumerate(texts):
+        tokens[row, : lengths[row]] = torch.tensor(text.p + text.a)
+        before[row, len(text.p) - 1 : lengths[row] - 1] = True
+    # Padded at the end: the causal mask keeps it from the tokens that count.
+    hidden = model.model(tokens, use_cache=False).last_hidden_state
+    return hidden[before], torch.tensor([token for text in texts for token in text.a])
 
 
 def _rounds(matches: np.ndarray, num_speculative_tokens: int) -> int:

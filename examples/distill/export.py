@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json")
-TOKENIZER += ("merges.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json")
-VOCABULARY = "draft_vocab.txt"
+from vllm_ssd.cli.shipped import copy_tokenizer
+from vllm_ssd.draft_vocab import FILE
 
 
 def save_draft(model: Any, frequent: list[int], target: Path, folder: Path) -> None:
@@ -23,8 +21,6 @@ def save_draft(model: Any, frequent: list[int], target: Path, folder: Path) -> N
         folder: where to write.
     """
     model.to(torch.bfloat16).save_pretrained(folder)
-    for name in TOKENIZER:
-        if (target / name).exists():
-            shutil.copyfile(target / name, folder / name)
+    copy_tokenizer(target, folder)
     lines = ["# Token ids the draft's head learned, most frequent first.", *map(str, frequent)]
-    (folder / VOCABULARY).write_text("\n".join(lines) + "\n")
+    (folder / FILE).write_text("\n".join(lines) + "\n")

@@ -13,13 +13,16 @@ from typing import Any
 import msgspec
 import numpy as np
 from labels import BEST, Labels, read_labels, save_labels
-from progress import track
+from progress import say, track
 from texts import Text, read_texts
+from transformers import AutoConfig
 
 CHUNK = 256
 """Prompts between two writes: what is lost at most when generating is cut off."""
 PROMPT_TOKENS = 200
 CONTEXT = 2048
+MAX_ANSWER = 1024
+"""Tokens: so that prompts fit beside it."""
 
 
 class Target:
@@ -34,10 +37,12 @@ class Target:
     def __init__(self, folder: Path, dtype: str, sequences: int = 128) -> None:
         from vllm import LLM
 
+        config = AutoConfig.from_pretrained(folder)
+        self._context = min(CONTEXT, config.max_position_embeddings)
         self._llm = LLM(
             model=str(folder),
             dtype=dtype,
-            max_model_len=CONTEXT,
+            max_model_len=self._context,
             max_num_seqs=sequences,
             max_num_batched_tokens=CONTEXT,
             # A seeded request whose prompt is chunked stops vLLM's CPU engine.
@@ -104,7 +109,11 @@ class Target:
             flat_logprobs=True,
             detokenize=False,
         )
-        fitting = [prompt for prompt in prompts if len(prompt) + max_tokens <= CONTEXT]
+        fitting = [prompt for prompt in prompts if len(prompt) + max_tokens <= self._context]
+        if left_out := len(prompts) - len(fitting):
+            say(f"{left_out} prompts do not fit into {self._context} tokens with their answers")
+        if not fitting:
+            return []
         outputs = self._llm.generate(
             [{"prompt_token_ids": prompt} for prompt in fitting], parameters, use_tqdm=False
         )
@@ -166,11 +175,13 @@ def _in_chunks(
     done, size = json.loads(state.read_text()) if state.exists() else (0, 0)
     for start in track(range(done, count, CHUNK), what):
         made = some(range(start, min(start + CHUNK, count)))
-        save_labels(path.with_suffix(""), start, [labels for _, labels in made])
+        if made:
+            save_labels(path.with_suffix(""), start, [labels for _, labels in made])
         with path.open("ab") as file:
             # What follows was written by a run that was cut off before it noted so.
             file.truncate(size)
             file.write(b"".join(msgspec.json.encode(text) + b"\n" for text, _ in made))
+            file.flush()  # or the position would be counted from the old end
             size = file.tell()
         scratch = state.with_suffix(".partial")
         scratch.write_text(json.dumps([min(start + CHUNK, count), size]))

@@ -34,12 +34,14 @@ class Shape(NamedTuple):
     layers: int
 
 
-def parse_shape(word: str, target_layers: int) -> Shape:
+def parse_shape(word: str, target: Path) -> Shape:
     """Read a shape.
 
     Raises:
-        ValueError: it cannot be read or does not fit a target of so many layers.
+        ValueError: it cannot be read or does not fit the target in this folder.
     """
+    config = AutoConfig.from_pretrained(target)
+    target_layers = config.num_hidden_layers
     if found := re.fullmatch(r"layers:(-?\d+(?:,-?\d+)*)", word):
         kept = tuple(int(number) for number in found[1].split(","))
         for number in kept:
@@ -50,9 +52,10 @@ def parse_shape(word: str, target_layers: int) -> Shape:
         return Shape(kept, 0, len(kept))
     if found := re.fullmatch(r"narrow:(\d+)x(\d+)", word):
         hidden, layers = int(found[1]), int(found[2])
-        if not hidden or hidden % HEAD_SIZE or not layers:
+        if not layers or hidden % HEAD_SIZE or not 0 < hidden <= config.hidden_size:
             raise ValueError(
-                f"--shape {word}: the hidden size needs to be a multiple of {HEAD_SIZE}"
+                f"--shape {word}: needs a layer, and a hidden size that is a multiple of "
+                f"{HEAD_SIZE} and at most the target's {config.hidden_size}"
             )
         return Shape((), hidden, layers)
     raise ValueError(
@@ -67,7 +70,7 @@ def draft_config(shape: Shape, target: PretrainedConfig) -> PretrainedConfig:
         config.num_hidden_layers = len(shape.kept)
         # Written by some versions of transformers, one entry a layer.
         if getattr(config, "layer_types", None):
-            config.layer_types = config.layer_types[: len(shape.kept)]
+            config.layer_types = [config.layer_types[number] for number in shape.kept]
         return config
     heads = shape.hidden // HEAD_SIZE
     return LlamaConfig(
@@ -89,7 +92,7 @@ def draft_config(shape: Shape, target: PretrainedConfig) -> PretrainedConfig:
 
 
 def build_draft(shape: Shape, target: Path) -> torch.nn.Module:
-    """A draft in float32 whose output is tied to its embedding."""
+    """A draft in float32; a narrow one's output is tied to its embedding."""
     model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
     config = draft_config(shape, model.config)
     return _keep_layers(model, shape.kept, config) if shape.kept else _narrow(model, config)
@@ -123,14 +126,16 @@ def check_same_shape(folder: Path, shape: Shape, target: Path) -> None:
     """Look at an earlier draft's configuration.
 
     Raises:
-        ValueError: it has another shape.
+        ValueError: it has another shape; names the folder and what differs.
     """
     earlier = AutoConfig.from_pretrained(folder)
     wanted = draft_config(shape, AutoConfig.from_pretrained(target))
     for name in SIZES:
         theirs, ours = getattr(earlier, name), getattr(wanted, name)
         if theirs != ours:
-            raise ValueError(f"its {name} is {theirs}, of --shape it is {ours}")
+            raise ValueError(
+                f"--start-from {folder}: its {name} is {theirs}, that of --shape is {ours}"
+            )
 
 
 def copy_trained(folder: Path, model: torch.nn.Module) -> None:

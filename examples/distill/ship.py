@@ -15,12 +15,18 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from vllm_ssd.cli.shipped import TOKENIZER, WEIGHTS
+from vllm_ssd.draft_vocab import FILE
 
-OWN_FILES = ("config.json", "draft_vocab.txt", "README.md")
+OWN_FILES = ("config.json", FILE, "README.md")
 
 
 def ship(draft: Path, target: Path, folder: Path) -> None:
     """Write the draft's own weights and files to ``folder``."""
+    for one in (draft, target):
+        if not (one / WEIGHTS).exists():
+            raise SystemExit(
+                f"ship: {one} has no {WEIGHTS}: weights in several files cannot be used"
+            )
     weights = load_file(draft / WEIGHTS)
     shared = []
     with safe_open(target / WEIGHTS, framework="pt") as file:
@@ -30,7 +36,10 @@ def ship(draft: Path, target: Path, folder: Path) -> None:
                 shared.append(name)
                 del weights[name]
     for name in TOKENIZER:
-        if (draft / name).read_bytes() != (target / name).read_bytes():
+        both = [
+            (one / name).read_bytes() if (one / name).exists() else b"" for one in (draft, target)
+        ]
+        if both[0] != both[1]:
             raise SystemExit(f"ship: {name} differs from the target's: it would have to be stored")
     folder.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt", "from_target": " ".join(shared)}

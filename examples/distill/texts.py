@@ -18,6 +18,11 @@ class Text(msgspec.Struct, frozen=True):
     a: list[int]
 
 
+class _Prompt(msgspec.Struct):
+    prompt: str = ""
+    turns: list[str] = []  # msgspec copies it
+
+
 def read_texts(path: Path) -> list[Text]:
     """Read a ``.jsonl`` or ``.jsonl.gz`` file.
 
@@ -39,17 +44,25 @@ def read_prompts(path: Path) -> list[str]:
     """Prompts of a file: a line each, or JSON lines with ``prompt`` or (the first of) ``turns``.
 
     Raises:
-        ValueError: a line of JSON without a prompt; names the file and the line.
+        ValueError: no prompt at all, or a line of JSON without one; names the file and the line.
     """
-    if ".jsonl" not in path.name:
-        return [line.decode().strip() for line in _lines(path) if line.strip()]
     prompts = []
     for number, line in enumerate(_lines(path), 1):
-        record = msgspec.json.decode(line)
-        prompt = record.get("prompt") or (record.get("turns") or [None])[0]
-        if not isinstance(prompt, str):
-            raise ValueError(f"{path}, line {number}: neither 'prompt' nor 'turns' in it")
+        if not line.strip():
+            continue
+        if ".jsonl" in path.name:
+            try:
+                record = msgspec.json.decode(line, type=_Prompt)
+            except msgspec.MsgspecError as error:
+                raise ValueError(f"{path}, line {number}: {error}") from None
+            prompt = record.prompt or next(iter(record.turns), "")
+            if not prompt:
+                raise ValueError(f"{path}, line {number}: neither 'prompt' nor 'turns' in it")
+        else:
+            prompt = line.decode().strip()
         prompts.append(prompt)
+    if not prompts:
+        raise ValueError(f"{path}: there is no prompt in it")
     return prompts
 
 
@@ -58,6 +71,7 @@ def _lines(path: Path) -> Iterator[bytes]:
         yield from file
 
 
+KINDS = ("stories", "others", "explanations")
 STORIES = re.compile(r"\b(story|stories|tale|narrative|fable)\b", re.IGNORECASE)
 EXPLANATIONS = re.compile(
     r"^(explain|what|how|why|describe|tell me (about|how|why)|can you explain|define)\b",

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from evaluation import acceptance
+from evaluation import acceptance, answer_states
 from labels import Labels
-from progress import say
+from progress import say, track
 from texts import Text, batches
 from torch.nn.functional import cross_entropy, linear
 
@@ -50,7 +50,7 @@ def train(
     folder: Path,
     checkpoint_steps: int = 100,
 ) -> None:
-    """Train in place; resumes from the checkpoint in ``folder`` and appends to its ``curve.jsonl``.
+    """Train in place; resumes from the checkpoint in ``folder``; writes ``curve.jsonl`` there.
 
     Args:
         model: a causal language model with a tied head.
@@ -61,6 +61,9 @@ def train(
         recipe: how.
         folder: of the checkpoint and the curve.
         checkpoint_steps: steps between checkpoints.
+
+    Raises:
+        ValueError: the checkpoint is of another recipe.
     """
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(
@@ -68,18 +71,23 @@ def train(
     )
     schedule = _schedule(texts, recipe)
     checkpoint, curve = folder / "checkpoint.pt", folder / "curve.jsonl"
-    step = tokens = 0
+    points: list[dict[str, float]] = []
+    first = tokens = 0
     seconds = 0.0
     if checkpoint.exists():
-        saved = torch.load(checkpoint, weights_only=False)
+        saved = torch.load(checkpoint)
+        _same_recipe(saved["recipe"], recipe, checkpoint)
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-        step, tokens, seconds = saved["step"], saved["tokens"], saved["seconds"]
-        say(f"training: resumed at step {step} of {len(schedule)}")
+        points = saved["curve"]
+        first, tokens = int(points[-1]["step"]), int(points[-1]["tokens"])
+        seconds = points[-1]["cpu_seconds"]
+        _write_curve(curve, points)
+        say(f"training: resumed at step {first} of {len(schedule)}")
     position = torch.full((model.config.vocab_size,), -1)
     position[head_ids] = torch.arange(len(head_ids))
     began, losses = time.process_time() - seconds, []
-    while step < len(schedule):
+    for step in track(range(first, len(schedule)), "training"):
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate * _rate(step, len(schedule))
         indices = schedule[step]
@@ -96,21 +104,22 @@ def train(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         losses.append(float(loss.detach()))
-        step, tokens = step + 1, tokens + count
-        if step % checkpoint_steps and step < len(schedule):
+        tokens += count
+        done = step + 1
+        if done % checkpoint_steps and done < len(schedule):
             continue
         point = {
-            "step": step,
+            "step": done,
             "tokens": tokens,
             "cpu_seconds": round(time.process_time() - began, 1),
             "loss": round(sum(losses) / len(losses), 4),
             "acceptance": round(acceptance(model, head_ids, held_out).mean, 4),
         }
         losses = []
-        with curve.open("a") as file:
-            file.write(json.dumps(point) + "\n")
+        points.append(point)
         say(f"training, {len(schedule)} steps: {point}")
-        _save(checkpoint, model, optimizer, point, recipe)
+        _save(checkpoint, model, optimizer, points, recipe)
+        _write_curve(curve, points)
 
 
 def _schedule(texts: list[Text], recipe: Recipe) -> list[np.ndarray]:
@@ -121,7 +130,7 @@ def _schedule(texts: list[Text], recipe: Recipe) -> list[np.ndarray]:
     for number in range(whole):
         one_pass = batches(lengths, recipe.batch_tokens, seed=recipe.seed + number)
         steps += one_pass
-    return steps[: round(len(steps) * recipe.passes / whole)]
+    return steps[: max(1, round(len(steps) * recipe.passes / whole))]
 
 
 def _rate(step: int, steps: int) -> float:
@@ -159,22 +168,23 @@ def _loss(
     return distillation * soft + (1 - distillation) * hard, len(wanted)
 
 
-def answer_states(model: Any, texts: list[Text]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Final hidden states before each answer's token, ``[T, H]``, and these tokens, ``[T]``."""
-    lengths = [len(text.p) + len(text.a) for text in texts]
-    tokens = torch.zeros(len(texts), max(lengths), dtype=torch.long)
-    before = torch.zeros_like(tokens, dtype=torch.bool)
-    for row, text in enumerate(texts):
-        tokens[row, : lengths[row]] = torch.tensor(text.p + text.a)
-        before[row, len(text.p) - 1 : lengths[row] - 1] = True
-    # Padded at the end: the causal mask keeps it from the tokens that count.
-    hidden = model.model(tokens, use_cache=False).last_hidden_state
-    return hidden[before], torch.tensor([token for text in texts for token in text.a])
+def _same_recipe(before: dict[str, Any], recipe: Recipe, checkpoint: Path) -> None:
+    for name, value in asdict(recipe).items():
+        if name != "passes" and before[name] != value:
+            raise ValueError(
+                f"{checkpoint} was trained with {name} = {before[name]}, now it is {value}: "
+                "choose another --out, or remove it to train anew"
+            )
 
 
-def _save(path: Path, model: Any, optimizer: Any, point: dict[str, float], recipe: Recipe) -> None:
+def _write_curve(path: Path, points: list[dict[str, float]]) -> None:
+    path.write_text("".join(json.dumps(point) + "\n" for point in points))
+
+
+def _save(
+    path: Path, model: Any, optimizer: Any, points: list[dict[str, float]], recipe: Recipe
+) -> None:
     scratch = path.with_suffix(".partial")
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    state |= {"step": point["step"], "tokens": point["tokens"], "seconds": point["cpu_seconds"]}
-    torch.save(state | {"recipe": asdict(recipe)}, scratch)
+    torch.save(state | {"curve": points, "recipe": asdict(recipe)}, scratch)
     scratch.rename(path)

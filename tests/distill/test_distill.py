@@ -112,7 +112,7 @@ def test_what_was_done_is_not_done_again(distillation: Distillation, said: str) 
     done = distillation.run()
     assert done.returncode == 0, done.stderr[-3000:]
     assert "answering" not in done.stderr
-    assert "labelling" not in done.stderr
+    assert "writing prompts" not in done.stderr
     assert distillation.curve() == before
 
 
@@ -128,11 +128,19 @@ def test_a_draft_is_trained_further(distillation: Distillation, said: str, tmp_p
     texts = distillation.out / "work" / "answers-prompts.jsonl"
     further: dict[str, object] = {"answers": texts, "self_written": 0, "prompts": []}
     further |= {"held_out": [], "out": tmp_path, "start_from": distillation.out}
-    done = distillation.run(**further, learning_rate=0.0, passes=0.1)
+    still: dict[str, object] = {"learning_rate": 0.0, "passes": 0.01}
+    done = distillation.run(**further, **still)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "labelling" in done.stderr
     learned = json.loads((tmp_path / "work" / "curve.jsonl").read_text().splitlines()[-1])
     assert learned["acceptance"] > 0.6, "the earlier weights are not those it started from"
     assert f"from the draft `{distillation.out.name}` on" in (tmp_path / "README.md").read_text()
+    again = distillation.run(**further, **still)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert "labelling" not in again.stderr
+    faster = distillation.run(**further, passes=1, learning_rate=1.0)
+    assert faster.returncode != 0
+    assert "with learning_rate = 0.0, now it is 1.0" in faster.stderr.strip().splitlines()[-1]
     unseen = distillation.run(**further | {"out": tmp_path / "unseen"}, held_out_topic="nowhere")
     assert unseen.returncode != 0
     assert "no text to evaluate with" in unseen.stderr.strip().splitlines()[-1]
@@ -159,31 +167,6 @@ def test_another_shape_in_the_same_folder_is_refused(distillation: Distillation,
     done = distillation.run(shape="layers:0")
     assert done.returncode != 0
     assert "was made with shape = 'narrow:64x1'" in done.stderr
-
-
-@pytest.mark.parametrize(
-    ("shape", "said"),
-    [
-        ("narrow:65x1", "a multiple of 64"),
-        ("layers:0,7", "has layers 0 to 1, not 7"),
-        ("wide", "needs layers:<number>,<number>... or narrow:<hidden size>x<layers>"),
-    ],
-)
-def test_impossible_shape_is_explained(
-    monkeypatch: pytest.MonkeyPatch, shape: str, said: str
-) -> None:
-    monkeypatch.syspath_prepend(str(TOOL.parent))
-    with pytest.raises(ValueError, match=re.escape(said)) as caught:
-        importlib.import_module("shapes").parse_shape(shape, target_layers=2)
-    assert str(caught.value).startswith(f"--shape {shape}: ")
-
-
-def test_layers_may_be_counted_from_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(TOOL.parent))
-    parse_shape = importlib.import_module("shapes").parse_shape
-    assert parse_shape("layers:0,-1", target_layers=2).kept == (0, -1)
-    with pytest.raises(ValueError, match="not -3"):
-        parse_shape("layers:0,-3", target_layers=2)
 
 
 def test_impossible_shape_is_refused_in_one_sentence(

@@ -61,7 +61,7 @@ def smollm2_folder() -> Path:
 
 def draft_folder(target: Path) -> Path:
     """The draft distilled from SmolLM2, made whole with the target's parts."""
-    folder = cache_folder() / "models" / f"SmolLM2-draft-{version(SHIPPED)}"
+    folder = cache_folder() / "models" / f"SmolLM2-draft-v{CONVERSION}-{version(SHIPPED)}"
     if not folder.is_dir():
         with _alone("models"):
             if not folder.is_dir():

@@ -13,17 +13,19 @@ from pathlib import Path
 SHIPPED = Path(__file__).parent / "smollm2_draft"
 WEIGHTS = "model.safetensors"
 TOKENIZER = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "generation_config.json",
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model"),
+    *("vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json"),
 )
-"""What the draft has in common with the target beside weights."""
+"""What a draft has in common with its target beside weights, those of them that exist."""
 
 
 def version(shipped: Path) -> str:
-    """A name for the shipped weights, by their content."""
-    return hashlib.sha256((shipped / WEIGHTS).read_bytes()).hexdigest()[:12]
+    """A name for the shipped files, by their content."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in shipped.iterdir() if path.is_file()):
+        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def join(shipped: Path, target: Path, folder: Path) -> None:
@@ -47,5 +49,11 @@ def join(shipped: Path, target: Path, folder: Path) -> None:
     for source in shipped.iterdir():
         if source.is_file() and source.name != WEIGHTS:
             shutil.copyfile(source, folder / source.name)
+    copy_tokenizer(target, folder)
+
+
+def copy_tokenizer(target: Path, folder: Path) -> None:
+    """Give a draft's folder the files it has in common with the target."""
     for name in TOKENIZER:
-        shutil.copyfile(target / name, folder / name)
+        if (target / name).exists():
+            shutil.copyfile(target / name, folder / name)

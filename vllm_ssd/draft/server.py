@@ -35,7 +35,7 @@ from vllm_ssd.wire.messages import (
     unpack,
 )
 
-logger = logging.getLogger("vllm_ssd.draft")
+logger = logging.getLogger("vllm.vllm_ssd.draft")
 
 ALIVE_SECONDS = 0.5
 """A step longer than this is accompanied by signs of life."""
@@ -78,7 +78,7 @@ class DraftServer:
             while not self._stopped.is_set():
                 self._turn()
         except ChannelClosedError:
-            logger.info("the target is gone")
+            logger.info("ssd draft: the target is gone")
         finally:
             self._stopped.set()
             heart.join()
@@ -142,7 +142,7 @@ class DraftServer:
         now = time.monotonic()
         if now - self._last_lost > _LOST_SECONDS:
             self._last_lost = now
-            logger.warning("out of step with the target (%s)", reason)
+            logger.warning("ssd draft: out of step with the target (%s)", reason)
             self._send([Lost()])
 
     def _send(self, messages: Sequence[ToTarget]) -> None:
@@ -234,5 +234,5 @@ class DraftServer:
         self._send([Ready(max_rows, model.num_blocks, model.block_size)])
 
     def _fail(self, error: Exception) -> None:
-        logger.error("the draft model cannot be brought up", exc_info=error)
+        logger.error("ssd draft: the draft model cannot be brought up", exc_info=error)
         self._send([Failed(f"{type(error).__name__}: {error}")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,8 @@ from vllm_ssd.preflight import (
     resolve_draft_device,
 )
 from vllm_ssd.wire.messages import Setup, pack
+
+logger = logging.getLogger("vllm.vllm_ssd")
 
 MAX_ROWS = 1024
 """Rows of the draft's batch, however many requests there are."""
@@ -120,6 +123,11 @@ def plan_draft(config: SSDConfig, vllm_config: Any) -> DraftPlan:
     else:
         arguments["max_cudagraph_capture_size"] = rows
         if shares:
+            logger.warning(
+                "ssd: the draft shares %s with the target, which slows both; give it a device of "
+                "its own with draft_device",
+                device,
+            )
             # vLLM refuses to start where less than this part of the device is free, whatever
             # the size of the KV cache.
             arguments["gpu_memory_utilization"] = 0.01

@@ -1,0 +1,168 @@
+"""What the draft learns from and what it is judged by: reading, generating, holding out."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from generation import Target, answer_prompts, read_made, write_texts
+from labels import Labels, label
+from texts import KINDS, Text, kind_of, mentions, read_prompts, read_texts
+from transformers import AutoTokenizer
+
+ALL_TOPICS = "all held-out topics"
+OWN = "self-written"
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where the texts come from; files by their names up to the first dot."""
+
+    answers: list[Text]
+    """Made elsewhere, without labels."""
+    prompts: dict[str, list[str]]
+    """To be answered and learned from."""
+    held_out: dict[str, list[str]]
+    """To be answered for the evaluation only."""
+    self_written: int
+    openings: list[str]
+    max_tokens: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What was made of them."""
+
+    given: list[Text]
+    made: list[Text]
+    made_labels: list[Labels]
+    of_files: dict[str, list[Text]]
+    """The held-out files' texts."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Texts to train on, and those to evaluate with by what they have in common."""
+
+    given: list[Text]
+    made: list[Text]
+    made_labels: list[Labels]
+    test_sets: dict[str, list[Text]]
+
+    @property
+    def shown(self) -> list[Text]:
+        """What the curve is drawn with: all held-out topics, or else the first file."""
+        return self.test_sets.get(ALL_TOPICS) or next(iter(self.test_sets.values()))
+
+    @property
+    def train(self) -> list[Text]:
+        """All to train on."""
+        return self.given + self.made
+
+    def labels(self, target: Path, folder: Path) -> list[Labels]:
+        """One for each of them; those that vLLM has not handed over are computed."""
+        return label(target, self.given, folder) + self.made_labels
+
+
+def read_sources(
+    answers: Sequence[Path],
+    prompts: Sequence[Path],
+    held_out: Sequence[Path],
+    self_written: int,
+    openings: list[str],
+    max_tokens: int,
+    seed: int,
+) -> Sources:
+    """Read all files, before anything is generated.
+
+    Raises:
+        ValueError: one cannot be read, is empty, or has the name of another one.
+    """
+    named: dict[str, Path] = {}
+    for path in (*prompts, *held_out):
+        name = path.name.split(".")[0]
+        if name in {OWN, ALL_TOPICS, *KINDS}:
+            raise ValueError(f"{path}: the name {name!r} is taken: rename the file")
+        if name in named:
+            raise ValueError(f"{path} and {named[name]} are both called {name!r}: rename one")
+        named[name] = path
+    read = {name: read_prompts(path) for name, path in named.items()}
+    return Sources(
+        answers=[text for path in answers for text in read_texts(path)],
+        prompts={name: some for name, some in read.items() if named[name] in prompts},
+        held_out={name: some for name, some in read.items() if named[name] in held_out},
+        self_written=self_written,
+        openings=openings,
+        max_tokens=max_tokens,
+        seed=seed,
+    )
+
+
+def generate(sources: Sources, target: Path, dtype: str, work: Path) -> Texts:
+    """Let the target write what is missing in ``work``."""
+    engine = functools.cache(lambda: Target(target, dtype))
+    made = []
+    if sources.self_written:
+        made.append(work / f"{OWN}.jsonl")
+        write_texts(
+            sources.self_written,
+            sources.seed,
+            sources.openings,
+            made[-1],
+            engine,
+            sources.max_tokens,
+        )
+    answered = {}
+    for name, some in (sources.prompts | sources.held_out).items():
+        answered[name] = work / f"answers-{name}.jsonl"
+        answer_prompts(some, answered[name], engine, sources.max_tokens)
+    if engine.cache_info().currsize:  # it was needed
+        engine().close()
+    made += [answered[name] for name in sources.prompts]
+    both = [read_made(path) for path in made]
+    return Texts(
+        given=sources.answers,
+        made=[text for texts, _ in both for text in texts],
+        made_labels=[labels for _, some in both for labels in some],
+        of_files={name: read_texts(answered[name]) for name in sources.held_out},
+    )
+
+
+def hold_out(texts: Texts, target: Path, topics: list[str]) -> Split:
+    """Keep texts whose prompt mentions a topic for the evaluation, by kind.
+
+    Raises:
+        ValueError: nothing is left to train on, or to evaluate with.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    mark = "\x00"
+    opened, closed = tokenizer.apply_chat_template(
+        [{"role": "user", "content": mark}], add_generation_prompt=True, tokenize=False
+    ).split(mark)
+    found = mentions(topics).search if topics else lambda said: None
+    held: dict[str, list[Text]] = {}
+
+    def is_kept(text: Text) -> bool:
+        said = tokenizer.decode(text.p).removeprefix(opened).removesuffix(closed)
+        if not found(said):
+            return True
+        held.setdefault(kind_of(said), []).append(text)
+        return False
+
+    given = [text for text in texts.given if is_kept(text)]
+    kept = [is_kept(text) for text in texts.made]
+    made = [text for text, keep in zip(texts.made, kept, strict=True) if keep]
+    labels = [some for some, keep in zip(texts.made_labels, kept, strict=True) if keep]
+    by_kind = {kind: held[kind] for kind in KINDS if kind in held}
+    all_held = {ALL_TOPICS: [text for some in by_kind.values() for text in some]} if held else {}
+    test_sets = by_kind | all_held | {name: some for name, some in texts.of_files.items() if some}
+    if not given and not made:
+        raise ValueError(
+            "no text to train on: give --answers, --prompts or --self-written, or hold out less"
+        )
+    if not test_sets:
+        raise ValueError("no text to evaluate with: give --held-out or --held-out-topic")
+    return Split(given, made, labels, test_sets)
