@@ -28,8 +28,6 @@ TOPICS = ["ocean", "sea", "music", "song", "robot", "garden", "football", "bread
 TOPICS += ["history", "dog", "cat", "school", "weather", "city", "health", "forest", "water"]
 TOPICS += ["sun", "animal", "war", "dance"]
 """Prompts that mention one of these are held out by default."""
-CURVE_TEXTS = 100
-"""Held-out texts that the curve is drawn with."""
 
 
 def distill(
@@ -104,7 +102,7 @@ def distill(
     head_ids = torch.tensor(frequent)
     say(f"{shape}: {num_trained(model) / 1e6:.1f}M parameters to train, head of {len(frequent)}")
     try:
-        train(model, head_ids, texts.train, labels, texts.shown[:CURVE_TEXTS], recipe, work)
+        train(model, head_ids, texts.train, labels, texts.shown, recipe, work)
     except ValueError as error:
         raise SystemExit(f"distill: {error}") from None
 

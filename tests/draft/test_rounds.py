@@ -173,6 +173,47 @@ def test_branches_bounds_the_rows_likeliest_outcomes_first() -> None:
     assert forks_of(alone, single) == {}
 
 
+def test_the_trunk_counts_as_a_branch_even_if_its_own_course_is_unlikely() -> None:
+    branches = 4
+    sim = Simulation(Sizes(max_branches=branches))
+    for number in range(60):  # hardly anything is accepted
+        request = sim.start([number % 12, *PROMPT])
+        for rank in (0, 1, 1, 1):
+            sim.settle()
+            sim.verify(request, 0, sim.best(request.text)[rank])
+        sim.finish([request])
+    requests = [sim.start([number, *PROMPT]) for number in range(4)]
+    sim.settle()
+    for request in requests:
+        sim.verify(request, 0, sim.greedy(request, 1)[0])
+    sim.settle()
+    cache = sim.published.cache
+    for request in requests:
+        assert request.proposed
+        assert len(paths(cache, cache.trees[request.handle])) == branches
+
+
+def test_tokens_that_were_no_candidates_make_branches_after_a_rejection_less_likely() -> None:
+    sizes = Sizes(max_branches=3, fan_out=(1, 1, 1, 3))
+    sim, request = verified_once(sizes)
+    assert {k: len(tokens) for k, tokens in forks_of(sim, request).items()} == {0: 1, 1: 1}
+    for number in range(40):
+        for accepted, rank in [(0, -1), (3, 1)]:
+            sim.finish([request])
+            request = sim.start([number % 12, *PROMPT])
+            sim.settle()
+            sim.verify(request, 0, sim.greedy(request, 1)[0])
+            sim.settle()
+            sim.verify(request, accepted, sim.best(text_after(sim, request, accepted))[rank])
+            sim.settle()
+    request = sim.start(PROMPT)
+    sim.settle()
+    sim.verify(request, 0, sim.greedy(request, 1)[0])
+    sim.settle()
+    # More can be guessed where nothing is rejected.
+    assert {k: len(tokens) for k, tokens in forks_of(sim, request).items()} == {0: 1, 3: 1}
+
+
 # ---- where branches end
 
 
@@ -300,7 +341,7 @@ def test_an_unguessed_text_is_pending_only_while_the_draft_is_at_work() -> None:
 
 
 def test_outcomes_that_keep_coming_are_guessed() -> None:
-    sim = Simulation(Sizes(max_branches=3))
+    sim = Simulation(Sizes(max_branches=4))
 
     def surprises(rounds: int) -> list[bool]:
         """Whether the draft guesses that its first token is rejected for its third choice."""

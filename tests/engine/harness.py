@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -174,6 +175,25 @@ class Pair:
         if key not in self._answers:
             self._answers[key] = self.plain.run(whole)
         return self._answers[key]
+
+    @contextmanager
+    def watched_proposals(self) -> Iterator[set[int]]:
+        """The tokens that are proposed meanwhile, as they come."""
+        core: Any = self.ssd.llm.llm_engine.engine_core
+        drafter = core.engine_core.model_executor.driver_worker.worker.model_runner.drafter
+        propose = drafter.propose
+        proposed: set[int] = set()
+
+        def watch(*arguments: Any, **named: Any) -> Sequence[Sequence[int]]:
+            drafts: Sequence[Sequence[int]] = propose(*arguments, **named)
+            proposed.update(token for draft in drafts for token in draft)
+            return drafts
+
+        drafter.propose = watch
+        try:
+            yield proposed
+        finally:
+            drafter.propose = propose
 
     def check_identical(self, jobs: Sequence[Job]) -> dict[str, float]:
         """Run the jobs on both engines and compare.

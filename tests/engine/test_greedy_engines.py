@@ -58,7 +58,10 @@ def test_padded_misses(start_pair: Callable[[Spec], Pair]) -> None:
     verified = pair.ssd.metric("spec_decode_num_draft_tokens")
     # Only what was drafted counts in our own figures.
     assert 0 < stats["tokens_drafted"] < verified
-    assert verified == pair.spec.depth * pair.ssd.metric("spec_decode_num_drafts")
+    # All are as long as can be, but for the last ones before a request's end.
+    depth = pair.spec.depth
+    missing = depth * pair.ssd.metric("spec_decode_num_drafts") - verified
+    assert 0 <= missing <= len(LENGTHS) * depth * (depth - 1) / 2
     # Padding must not cross min_tokens either, where vLLM would let an end token through.
     ends = {"ignore_eos": False, "stop_token_ids": list(range(100, 300))}
     pair.check_identical(

@@ -6,6 +6,7 @@ import pytest
 
 from tests.engine.harness import Answer, Job, Pair, greedy, hit_rate_after_first, prompt, staggered
 from tests.tiny_models import EOS
+from vllm_ssd.target import proposer
 
 MIXED_LENGTHS = (5, 90, 17, 33, 150, 8, 1, 64, 40, 200, 12, 31, 75, 2, 110, 24)
 
@@ -102,6 +103,24 @@ def test_requests_end_at_stop_strings(pair: Pair) -> None:
     for answers in pair.ssd.run(jobs):
         assert answers[0].finish_reason == "stop"
         assert answers[0].stop_reason in stops
+
+
+def test_no_end_token_is_proposed_however_many_there_are(pair: Pair) -> None:
+    ends = set(range(100, 500, 10))
+    params = greedy(60, stop_token_ids=sorted(ends))
+    with pair.watched_proposals() as proposed:
+        pair.check_identical([Job(prompt(8 + n, n), params) for n in range(16)])
+    assert len(proposed) > 20
+    assert proposed.isdisjoint(ends)
+
+
+def test_long_texts_are_announced_in_turn(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proposer, "ANNOUNCED_TOKENS", 1)
+    stats = pair.check_identical([Job(prompt(n, n + 50), greedy(40)) for n in MIXED_LENGTHS])
+    # One a step; whoever waits decodes plainly until it is its turn.
+    assert stats["misses_resync"] >= sum(range(len(MIXED_LENGTHS) - 1))
+    if pair.spec.draft != "random":
+        assert stats["hits"] > len(MIXED_LENGTHS)
 
 
 def test_requests_end_at_eos(pair: Pair) -> None:

@@ -152,6 +152,17 @@ def test_looking_for_frames_hands_over_what_waits_to_be_sent(pair: Pair) -> None
     assert got == [frame(0, size=MEGABYTE)]
 
 
+def test_a_frame_that_the_other_end_would_not_take_is_not_sent(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(channel_module, "MAX_FRAME_BYTES", 1000)
+    with pytest.raises(ValueError, match="at most 1000"):
+        pair.target.send(frame(0, size=2000))
+    pair.target.send(frame(1, size=10))
+    received = pair.draft.receive(5.0)
+    assert [a_frame and a_frame.number for a_frame in received] == [1]
+
+
 def test_one_thread_may_send_while_another_receives(pair: Pair) -> None:
     sent = 150
     size = MEGABYTE // 4

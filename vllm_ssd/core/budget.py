@@ -56,7 +56,7 @@ def affordable_guesses(
     acceptance: float,
     prepared: bool,
 ) -> int:
-    """How many of ``guesses`` (likeliest first) to draft for each of ``requests`` requests.
+    """How many of ``guesses``, the first ones, to draft for each of ``requests`` requests.
 
     More branches catch more outcomes but make every step slower and so the branches shallower
     when the verification ends after ``seconds``. The number chosen maximises the expected tokens

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from vllm_ssd.core.budget import StepTimeModel, affordable_guesses
-from vllm_ssd.core.outcomes import OutcomeModel
+from vllm_ssd.core.outcomes import Guess, OutcomeModel
 from vllm_ssd.core.tree import Where
 from vllm_ssd.draft.request import DORMANT, Request
 from vllm_ssd.draft.tenancy import Tenancy
@@ -139,8 +139,8 @@ class Rounds:
             choices = self._choices(request, accepted, drafted, set(request.stop.tolist()))
             if accepted == request.verified:
                 choices.insert(0, self._expected(request, accepted, drafted))
-            last = confirmed[-1]
-            rank = choices.index(last) if last in choices else len(choices)
+            last, none = confirmed[-1], rows.candidates.shape[-1]
+            rank = choices.index(last) if last in choices else none
         self._outcomes.observe(request.verified, accepted, rank)
 
     def _expected(self, request: Request, k: int, drafted: list[int]) -> int:
@@ -216,10 +216,14 @@ class Rounds:
             wanted = self._wanted[verified] = [0] * (verified + 1)
             policy = self._policy
             guesses = self._outcomes.likeliest(verified, policy.fan_out)
+            # The trunk itself goes on with the first choice after all n: it is there in any case.
+            own = [guess for guess in guesses if guess[:2] == (verified, 0)]
+            own = own or [Guess(verified, 0, 0.0)]
+            others = [guess for guess in guesses if guess[:2] != (verified, 0)]
             known = self._verify_seconds
             seconds = known[self._verifying] or known[not self._verifying]
             count = policy.max_branches or affordable_guesses(
-                guesses,
+                own + others,
                 self._clock,
                 seconds,
                 self._batch,
@@ -229,8 +233,6 @@ class Rounds:
             )
             # Rows for all: those who come first in the batch would take them from the others.
             count = min(count, max(1, len(self._rows.pending) // self._batch))
-            for guess in guesses[:count]:
+            for guess in others[: count - 1]:
                 wanted[guess.accepted] += 1
-            # The trunk itself goes on with the first choice after all n.
-            wanted[-1] = max(0, wanted[-1] - 1)
         return wanted.copy()

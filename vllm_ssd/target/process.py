@@ -37,7 +37,7 @@ class DraftProcess:
         cores: CPU cores the draft runs on; empty for wherever the system puts it.
 
     Raises:
-        OSError: the system cannot start a process.
+        OSError: the system cannot start a process, or the thread that watches it.
     """
 
     def __init__(self, cores: list[int]) -> None:
@@ -46,7 +46,7 @@ class DraftProcess:
         command += ["--fd", str(theirs.fileno()), "--parent", str(os.getpid())]
         if cores:
             command += ["--cores", ",".join(map(str, cores))]
-        started: queue.SimpleQueue[subprocess.Popen[bytes] | OSError] = queue.SimpleQueue()
+        started: queue.SimpleQueue[subprocess.Popen[bytes] | Exception] = queue.SimpleQueue()
 
         def start_and_reap() -> None:
             try:
@@ -56,7 +56,7 @@ class DraftProcess:
                     env=_environment(len(cores)),
                     stdin=subprocess.DEVNULL,
                 )
-            except OSError as error:
+            except Exception as error:  # whoever waits for it must hear of it
                 started.put(error)
                 return
             started.put(process)
@@ -64,11 +64,14 @@ class DraftProcess:
 
         with theirs:
             reaper = threading.Thread(target=start_and_reap, name="vllm-ssd-draft", daemon=True)
-            reaper.start()
-            process = started.get()
-        if isinstance(process, OSError):
+            try:
+                reaper.start()
+                process = started.get()
+            except RuntimeError as error:  # no more threads
+                process = error
+        if isinstance(process, Exception):
             ours.close()
-            raise process
+            raise OSError(f"no process: {process}") from process
         self._process = process
         self._reaper = reaper
         self.channel: Channel[TargetBound] = Channel(ours, TargetBound)

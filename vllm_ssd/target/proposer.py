@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("vllm.vllm_ssd")
 
+ANNOUNCED_TOKENS = 4 << 20
+"""Tokens of text announced in one step (16 MiB): many long requests take turns."""
+
 
 class LookUp(NamedTuple):
     """One request of the batch that can use a draft."""
@@ -60,6 +63,8 @@ class SSDProposer:
         self.requests = RequestTable(vllm_config.model_config.max_model_len)
         self.client: DraftClient | None = None
         self._runner: Any = None
+        self._announced = 0
+        """Tokens of text announced in this step."""
         self._proposed_at: float | None = None
         self._complained = False
 
@@ -107,14 +112,16 @@ class SSDProposer:
         client, requests = self.client, self.requests
         assert client is not None
         messages: list[ToDraft] = []
+        self._announced = 0
         gone = [requests.forget(req_id) for req_id in scheduler_output.finished_req_ids]
         handles = [request.handle for request in gone if request is not None]
         for new in scheduler_output.scheduled_new_reqs:
             again = requests.forget(new.req_id)
             if again is not None:
                 handles.append(again.handle)
-            if client.up and can_draft(new):
+            if client.up and can_draft(new) and self._may_announce():
                 tokens = new.prompt_token_ids
+                self._announced += len(tokens)
                 messages.append(
                     requests.announce(new.req_id, tokens, len(tokens), new.sampling_params)
                 )
@@ -126,6 +133,10 @@ class SSDProposer:
         if trimmed is not None:
             messages.append(trimmed)
         return messages
+
+    def _may_announce(self) -> bool:
+        """Whether one more text may go with this step; if not, it is announced in a later one."""
+        return self._announced < ANNOUNCED_TOKENS
 
     def _trimmed(self, scheduler_output: SchedulerOutput) -> Trimmed | None:
         """The requests whose proposals the scheduler cut (token budget, grammar, length)."""
@@ -270,6 +281,9 @@ class SSDProposer:
             client.published.drop(known.handle)
         self.stats.rounds += 1
         self.stats.misses_resync += 1
+        if not self._may_announce():
+            return messages
+        self._announced += len(text)
         messages.append(
             self.requests.announce(req_id, text, state.num_prompt_tokens, state.sampling_params)
         )
@@ -323,11 +337,15 @@ class SSDProposer:
         request = look_up.request
         if look_up.wanted <= 0 or request.handle in client.published.withdrawn:
             return False
-        if walk.where is Where.FOUND:
-            known = int(client.published.cache.length[walk.row]) - walk.offset
-            return known < look_up.wanted and not client.published.cache.ended[walk.row]
         tree = client.published.cache.trees.get(request.handle)
         behind = tree is None or tree.base < request.length
+        if walk.where is Where.FOUND:
+            length = int(client.published.cache.length[walk.row])
+            if length - walk.offset >= look_up.wanted or client.published.cache.ended[walk.row]:
+                return False
+            # A row that is as long as it was to be only grows with the next tree.
+            is_trunk = tree is not None and walk.row == tree.trunk
+            return behind or length <= self.depth + is_trunk * len(request.proposed)
         return behind or walk.where is Where.PENDING
 
     def _answer(self, look_up: LookUp, walk: Walk) -> list[int]:
@@ -336,15 +354,21 @@ class SSDProposer:
         assert client is not None
         request.look_ups += 1
         found: list[int] = []
+        ended = False
         if walk.where is Where.FOUND and look_up.wanted > 0:
             found = client.published.cache.below(walk, look_up.wanted)
+            ended = bool(client.published.cache.ended[walk.row])
+            if not request.ends.isdisjoint(found):
+                # The draft looks for some end tokens only, and vLLM for one after the other.
+                ended = True
+                del found[next(at for at, token in enumerate(found) if token in request.ends) :]
         request.proposed, request.verifying = found, len(found)
         if look_up.wanted <= 0:
             return found
         first = request.look_ups == 1 and not request.resynced
         stats.rounds += 1
         stats.first_rounds += first
-        if found or (walk.where is Where.FOUND and client.published.cache.ended[walk.row]):
+        if found or ended:
             stats.hits += 1
             stats.first_hits += first
             stats.depth_at_hit += len(found)
@@ -382,9 +406,12 @@ class SSDProposer:
             if not tokens:
                 continue
             state = self._runner.requests[req_ids[row]]
-            min_length = state.num_prompt_tokens + state.sampling_params.min_tokens
-            # Past max_tokens as well, as vLLM's own proposers do: a batch stays uniform.
-            depth = before_min_length(self.depth, int(lengths[row]), min_length)
+            length, params = int(lengths[row]), state.sampling_params
+            # Not past the end: a session of streaming input goes on where its text ended.
+            depth = self.depth
+            if params.max_tokens is not None:
+                depth = min(depth, state.num_prompt_tokens + params.max_tokens - 1 - length)
+            depth = before_min_length(depth, length, state.num_prompt_tokens + params.min_tokens)
             # Any token is exact; one that repeats needs no other row of the embedding.
             found = proposals[row]
             padding = (found or tokens)[-1:] * (depth - len(found))

@@ -63,6 +63,7 @@ class Channel(Generic[Frame]):
         Another thread may receive meanwhile.
 
         Raises:
+            ValueError: the frame is longer than the other end takes.
             ChannelFullError: too much waits already; nothing of this frame was sent.
             ChannelClosedError: the other process is gone.
         """
@@ -71,6 +72,8 @@ class Channel(Generic[Frame]):
             if len(self._outbox) > MAX_PENDING_BYTES:
                 raise ChannelFullError(f"{len(self._outbox)} bytes wait for the reader")
         payload = self._encoder.encode(frame)
+        if len(payload) > MAX_FRAME_BYTES:
+            raise ValueError(f"a frame of {len(payload)} bytes: at most {MAX_FRAME_BYTES}")
         with self._sending:
             self._outbox += _LENGTH.pack(len(payload))
             self._outbox += payload
