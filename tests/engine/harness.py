@@ -88,6 +88,12 @@ class Engine:
         self.llm: LLM = LLM(model=model, **{**ENGINE_ARGS, **arguments})
         self._runs = 0
 
+    @property
+    def drafter(self) -> Any:
+        """The proposer, in-process."""
+        core: Any = self.llm.llm_engine.engine_core
+        return core.engine_core.model_executor.driver_worker.worker.model_runner.drafter
+
     def close(self) -> None:
         """Shut the engine down."""
         self.llm.llm_engine.engine_core.shutdown()
@@ -179,8 +185,7 @@ class Pair:
     @contextmanager
     def watched_proposals(self) -> Iterator[set[int]]:
         """The tokens that are proposed meanwhile, as they come."""
-        core: Any = self.ssd.llm.llm_engine.engine_core
-        drafter = core.engine_core.model_executor.driver_worker.worker.model_runner.drafter
+        drafter = self.ssd.drafter
         propose = drafter.propose
         proposed: set[int] = set()
 

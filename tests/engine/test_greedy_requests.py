@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
+from typing import Any
+
+import numpy as np
 import pytest
 
-from tests.engine.harness import Answer, Job, Pair, greedy, hit_rate_after_first, prompt, staggered
+from tests.engine.harness import (
+    Answer,
+    Job,
+    Pair,
+    assert_identical,
+    difference,
+    greedy,
+    hit_rate_after_first,
+    prompt,
+    staggered,
+)
 from tests.tiny_models import EOS
 from vllm_ssd.target import proposer
 
@@ -121,6 +135,42 @@ def test_long_texts_are_announced_in_turn(pair: Pair, monkeypatch: pytest.Monkey
     assert stats["misses_resync"] >= sum(range(len(MIXED_LENGTHS) - 1))
     if pair.spec.draft != "random":
         assert stats["hits"] > len(MIXED_LENGTHS)
+
+
+@pytest.mark.parametrize("hook", ["_notices", "_look_ups", "_answer"])
+def test_errors_of_the_plugin_cost_hits_and_one_line_of_the_log(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, hook: str
+) -> None:
+    drafter = pair.ssd.drafter
+    whole, calls = getattr(drafter, hook), itertools.count()
+
+    def faulty(*arguments: Any) -> Any:
+        if next(calls) % 3 == 2:
+            raise ZeroDivisionError
+        return whole(*arguments)
+
+    monkeypatch.setattr(drafter, hook, faulty)
+    monkeypatch.setattr(drafter, "config", drafter.config.model_copy(update={"strict": False}))
+    monkeypatch.setattr(drafter, "_complained", False)
+    jobs = [Job(prompt(n, n), greedy(40), arrives=n % 5) for n in MIXED_LENGTHS]
+    expected, before = pair.expected(jobs), pair.ssd.stats()
+    assert_identical(jobs, expected, pair.ssd.run(jobs))
+    stats = difference(pair.ssd.stats(), before)
+    assert stats["errors"] > 3
+    said = [one.getMessage() for one in caplog.records if one.name == proposer.logger.name]
+    assert said == ["ssd: error in the plugin; decoding goes on plainly"]
+    monkeypatch.undo()
+    # The next requests are drafted for as ever.
+    pair.check_identical(jobs)
+
+
+def test_strict_raises_errors_of_the_plugin(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    drafter = pair.ssd.drafter
+    monkeypatch.setattr(drafter, "_look_ups", lambda *_: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        drafter.propose([[1]], np.array([1], np.int32), np.ones((1, 1), np.int32))
+    monkeypatch.undo()
+    pair.check_identical([Job(prompt(20), greedy(40))])
 
 
 def test_requests_end_at_eos(pair: Pair) -> None:

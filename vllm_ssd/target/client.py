@@ -218,13 +218,21 @@ class DraftClient:
             # What else has arrived is of the epoch that ends here.
             self.resync(f"a message that does not make sense: {error!r}")
 
-    def resync(self, reason: str) -> None:
-        """Give up this epoch: forget all trees and announce the live requests anew."""
+    def resync(self, reason: str, told: bool = False) -> None:
+        """Give up this epoch: forget all trees and announce the live requests anew.
+
+        Args:
+            reason: for the log.
+            told: the log has it already.
+        """
         if not self.up:
             # What brings a draft up is said only once, at its start.
             self._lose(reason)
             return
-        logger.warning("ssd: out of step with the draft (%s); announcing all requests anew", reason)
+        if not told:
+            logger.warning(
+                "ssd: out of step with the draft (%s); announcing all requests anew", reason
+            )
         self._stats.resyncs += 1
         self._begin_epoch()
 
