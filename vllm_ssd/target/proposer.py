@@ -359,7 +359,7 @@ class SSDProposer:
             found = client.published.cache.below(walk, look_up.wanted)
             ended = bool(client.published.cache.ended[walk.row])
             if not request.ends.isdisjoint(found):
-                # The draft looks for some end tokens only, and vLLM for one after the other.
+                # The draft knows the first few of a request's end tokens only.
                 ended = True
                 del found[next(at for at, token in enumerate(found) if token in request.ends) :]
         request.proposed, request.verifying = found, len(found)
