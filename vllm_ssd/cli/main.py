@@ -47,8 +47,8 @@ def demo(
         typer.Option(
             "--num-speculative-tokens", "-k", min=1, max=32, help="Tokens drafted at once."
         ),
-    ] = 5,
-    fan_out: Annotated[int, typer.Option(min=1, max=64, help="SSD's guesses after each k.")] = 6,
+    ] = 4,
+    fan_out: Annotated[int, typer.Option(min=1, max=64, help="SSD's guesses after each k.")] = 8,
 ) -> None:
     """Answer a few chat prompts with plain vLLM, its draft_model method and SSD, side by side.
 
