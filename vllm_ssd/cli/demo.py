@@ -25,9 +25,10 @@ PLAIN, DRAFT_MODEL, SSD = "vLLM", "draft_model", "SSD"
 
 console = Console()
 
-DIFFERS = """\
-Text that differs: in bfloat16 vLLM's own results depend on the shape of the batch,
-with draft_model as well. In float32 it is identical."""
+DIFFERS = (
+    "Text that differs: in bfloat16 vLLM's own results depend on the shape of the batch, with "
+    "draft_model as well. In float32 it is identical."
+)
 
 
 def run(
@@ -103,6 +104,7 @@ def _ask(name: str, spec: EngineSpec) -> Answers:
 def _table(results: dict[str, Answers]) -> Table:
     # Narrow enough for 80 columns, names included.
     table = Table(title="The same questions, three ways", box=SIMPLE_HEAD, padding=0)
+    table.caption_justify = "left"
     table.add_column("", no_wrap=True)
     columns = ("tokens/s", "inter-token\nlatency", "acceptance\nlength", "hit\nrate")
     for column in (*columns, "draft round /\nverification", "text"):
