@@ -53,10 +53,11 @@ class SSDConfig(BaseModel):
 
     acceptance: float = Field(default=0.7, gt=0.0, lt=1.0)
     """The chance that one drafted token is accepted, with which outcomes are ordered by likelihood
-    until verifications show what it is."""
+    until verifications show what it is, by the draft's confidence."""
 
     miss_exponent: float = Field(default=1.0, gt=0.0, le=10.0)
-    """r: after F guesses of ``t*`` all are wrong with probability ``(F + 1)^-r``; likewise."""
+    """r: where the draft's first choice is wrong, F others are all wrong too with probability
+    ``(F + 1)^-r``; likewise."""
 
     branches: int | Literal["auto"] = "auto"
     """Branches per request and round. ``"auto"``: as many as the measured step time lets reach a

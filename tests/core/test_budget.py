@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_ssd.core.budget import StepTimeModel, affordable_guesses, expected_tokens
+from vllm_ssd.core.budget import StepTimeModel, worth_of_a_hit
 from vllm_ssd.core.outcomes import OutcomeModel
 
 DEPTH = 6
 ACCEPTANCE = 0.7
-GUESSES = OutcomeModel(ACCEPTANCE, 1.0, 3).likeliest(DEPTH, (3,) * (DEPTH + 1))
+FORECAST = OutcomeModel(ACCEPTANCE, 1.0, 3, (3,) * (DEPTH + 1)).forecast(
+    DEPTH, np.full(DEPTH, 0.5, np.float32)
+)
+ALL = len(FORECAST.hit)
 
 
 def clock(base: float, per_row: float) -> StepTimeModel:
@@ -26,7 +30,13 @@ def clock(base: float, per_row: float) -> StepTimeModel:
 def affordable(
     model: StepTimeModel, seconds: float, requests: int = 1, prepared: bool = True
 ) -> int:
-    return affordable_guesses(GUESSES, model, seconds, requests, DEPTH, ACCEPTANCE, prepared)
+    """The best number of branches."""
+    worth = worth_of_a_hit(ALL, model, seconds, requests, DEPTH, ACCEPTANCE, prepared)
+    return 1 + int(np.argmax(FORECAST.hit * worth))
+
+
+def predicted(model: StepTimeModel, rows: float) -> float:
+    return float(model.predict(np.array([rows]))[0])
 
 
 @given(st.floats(1e-4, 1e-1), st.floats(0.0, 3.0))
@@ -34,66 +44,78 @@ def test_step_time_model_recovers_a_line(base: float, growth: float) -> None:
     per_row = growth * base
     model = clock(base, per_row)
     for rows in (1, 12, 24, 48):
-        assert model.predict(rows) == pytest.approx(base + per_row * rows, rel=1e-3)
+        assert predicted(model, rows) == pytest.approx(base + per_row * rows, rel=1e-3)
 
 
 def test_step_time_model_knows_nothing_before_the_first_step() -> None:
-    assert StepTimeModel().predict(8) == 0.0
+    assert predicted(StepTimeModel(), 8) == 0.0
 
 
 def test_step_time_model_answers_the_mean_while_it_has_seen_one_number_of_rows() -> None:
     model = StepTimeModel()
     for _ in range(10):
         model.observe(4, 0.002)
-    assert model.predict(1) == model.predict(40) == pytest.approx(0.002)
+    assert predicted(model, 1) == predicted(model, 40) == pytest.approx(0.002)
 
 
 def test_step_time_model_never_believes_that_more_rows_are_cheaper() -> None:
     model = StepTimeModel()
     model.observe(1, 0.003)
     model.observe(20, 0.001)
-    assert model.predict(20) >= model.predict(1) > 0.0
+    assert predicted(model, 20) >= predicted(model, 1) > 0.0
 
 
 def test_step_time_model_follows_a_changed_load() -> None:
     model = clock(0.001, 0.0)
     for step in range(500):
         model.observe(1 + step % 24, 0.004)
-    assert model.predict(8) == pytest.approx(0.004, rel=0.02)
+    assert predicted(model, 8) == pytest.approx(0.004, rel=0.02)
 
 
 def test_step_time_model_never_predicts_a_free_step() -> None:
     model = StepTimeModel()
     for rows in (20, 21, 22, 23):
         model.observe(rows, 0.001 * (rows - 19))
-    assert model.predict(1) > 0.0
+    assert predicted(model, 1) > 0.0
 
 
-@given(st.integers(0, 20), st.floats(0.0, 1.0))
-def test_expected_tokens_adds_up_the_chance_of_each_token(depth: int, acceptance: float) -> None:
-    by_hand = sum(acceptance**i for i in range(depth + 1))
-    assert expected_tokens(depth, acceptance) == pytest.approx(by_hand)
+@given(st.integers(1, 20), st.floats(0.0, 1.0))
+def test_a_branch_of_full_depth_is_worth_the_chance_of_each_of_its_tokens(
+    depth: int, acceptance: float
+) -> None:
+    worth = worth_of_a_hit(3, clock(1e-6, 0.0), 1.0, 1, depth, acceptance, prepared=True)
+    by_hand = sum(acceptance**i for i in range(1, depth + 1))
+    assert worth.tolist() == pytest.approx([by_hand] * 3)
+
+
+def test_a_branch_that_is_cut_off_is_worth_what_it_reached() -> None:
+    model = StepTimeModel()
+    for rows in (1, 2):
+        model.observe(rows, 0.01 * rows)
+    worth = worth_of_a_hit(2, model, 0.05, 1, DEPTH, 0.5, prepared=True)
+    # One row: five steps fit, four are completed. Two rows: one and a half of two and a half.
+    assert worth.tolist() == pytest.approx([0.5 + 0.25 + 0.125 + 0.0625, 0.5 + 0.125], rel=1e-3)
 
 
 def test_a_fast_draft_gets_every_branch() -> None:
-    assert affordable(clock(1e-5, 1e-6), seconds=0.1) == len(GUESSES)
+    assert affordable(clock(1e-5, 1e-6), seconds=0.1) == ALL
 
 
 def test_a_draft_whose_step_costs_the_same_at_any_width_gets_every_branch() -> None:
-    assert affordable(clock(0.01, 0.0), seconds=0.1) == len(GUESSES)
+    assert affordable(clock(0.01, 0.0), seconds=0.1) == ALL
 
 
 def test_a_slow_draft_gets_few_branches_rather_than_shallow_ones() -> None:
     slow = clock(0.001, 0.01)
     count = affordable(slow, seconds=0.1)
-    assert 1 <= count < len(GUESSES) / 2
+    assert 1 <= count < ALL / 2
     # All of them would have reached a fraction of the depth.
-    assert 0.1 / slow.predict(len(GUESSES)) < 1 < 0.1 / slow.predict(count) - 1
+    assert 0.1 / predicted(slow, ALL) < 1 < 0.1 / predicted(slow, count) - 1
 
 
 def test_without_candidates_there_is_time_for_fewer_branches() -> None:
-    model = clock(0.002, 0.002)
-    assert affordable(model, 0.05, prepared=False) < affordable(model, 0.05)
+    model = clock(0.002, 0.001)
+    assert affordable(model, 0.03, prepared=False) < affordable(model, 0.03)
 
 
 def test_a_draft_too_slow_for_one_token_still_gets_a_branch() -> None:
@@ -108,5 +130,5 @@ def test_more_requests_leave_fewer_branches_to_each() -> None:
 
 
 def test_everything_is_drafted_while_nothing_was_measured() -> None:
-    assert affordable(StepTimeModel(), seconds=0.1) == len(GUESSES)
-    assert affordable(clock(0.1, 0.1), seconds=0.0) == len(GUESSES)
+    assert affordable(StepTimeModel(), seconds=0.1) == ALL
+    assert affordable(clock(0.1, 0.1), seconds=0.0) == ALL

@@ -2,58 +2,73 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_ssd.core.fanout import uniform_fan_out
-from vllm_ssd.core.outcomes import Guess, OutcomeModel
+from vllm_ssd.core.outcomes import Float32Array, Forecast, OutcomeModel
 
 depths = st.integers(1, 10)
 fan_outs = st.integers(1, 8)
 acceptances = st.floats(0.05, 0.95)
 miss_exponents = st.floats(0.1, 4.0)
+confidences = st.floats(0.0, 1.0, width=32)
 
 
-def likeliest_guesses(
-    verified: int, fan_out: Sequence[int], acceptance: float, miss_exponent: float
-) -> list[Guess]:
+def sure(*values: float) -> Float32Array:
+    return np.array(values, np.float32)
+
+
+def forecast(
+    verified: int, fan_out: tuple[int, ...], acceptance: float = 0.7, miss_exponent: float = 1.0
+) -> Forecast:
     """Before anything was observed."""
-    return OutcomeModel(acceptance, miss_exponent, sum(fan_out)).likeliest(verified, fan_out)
+    model = OutcomeModel(acceptance, miss_exponent, sum(fan_out), fan_out)
+    return model.forecast(verified, sure(*[0.5] * verified))
+
+
+def chances(of: Forecast) -> list[float]:
+    """Of each fork."""
+    return np.diff(of.hit).tolist()
 
 
 @given(depths, fan_outs, acceptances, miss_exponents)
-def test_guesses_come_likeliest_first(
+def test_forks_come_likeliest_first(
     depth: int, fan_out: int, acceptance: float, miss_exponent: float
 ) -> None:
-    guesses = likeliest_guesses(depth, (fan_out,) * (depth + 1), acceptance, miss_exponent)
-    chances = [guess.probability for guess in guesses]
-    assert chances == sorted(chances, reverse=True)
-    # Of one k the draft's better candidates come first, without a gap.
-    for k in range(depth + 1):
-        assert [g.rank for g in guesses if g.accepted == k] == list(range(fan_out))
+    guessed = forecast(depth, (fan_out,) * (depth + 1), acceptance, miss_exponent)
+    assert chances(guessed) == pytest.approx(sorted(chances(guessed), reverse=True), abs=1e-12)
+    # The trunk is the first guess after all tokens.
+    wanted = dict.fromkeys(range(depth), fan_out) | {depth: fan_out - 1}
+    assert Counter(guessed.accepted.tolist()) == {k: n for k, n in wanted.items() if n}
 
 
-def test_probability_of_a_guess_is_that_of_its_k_times_that_of_its_rank() -> None:
-    guesses = likeliest_guesses(2, (2, 2, 2), 0.6, 1.0)
-    chance = {(guess.accepted, guess.rank): guess.probability for guess in guesses}
-    assert chance[0, 0] == pytest.approx(0.4 * 1 / 2)
-    assert chance[1, 0] == pytest.approx(0.6 * 0.4 * 1 / 2)
-    assert chance[1, 1] == pytest.approx(0.6 * 0.4 * (1 / 2 - 1 / 3))
-    # After all tokens were accepted nothing is left to be rejected.
-    assert chance[2, 0] == pytest.approx(0.36 * 1 / 2)
+def test_chance_of_an_outcome_is_that_of_its_k_times_that_of_its_rank() -> None:
+    guessed = forecast(2, (2, 2, 2), acceptance=0.6)
+    by_hand = {
+        (0, 0.4 * 1 / 2),
+        (0, 0.4 * (1 / 2 - 1 / 3)),
+        (1, 0.6 * 0.4 * 1 / 2),
+        (1, 0.6 * 0.4 * (1 / 2 - 1 / 3)),
+        (2, 0.36 * 0.4 * 1 / 2),
+    }
+    found = zip(guessed.accepted.tolist(), chances(guessed), strict=True)
+    assert sorted(found) == [pytest.approx(pair) for pair in sorted(by_hand)]
+    assert guessed.hit[0] == pytest.approx(0.6**3)
 
 
 @given(depths, fan_outs, acceptances, miss_exponents)
 def test_endless_guessing_would_be_certain_to_hit(
     depth: int, fan_out: int, acceptance: float, miss_exponent: float
 ) -> None:
-    guesses = likeliest_guesses(depth, (fan_out,) * (depth + 1), acceptance, miss_exponent)
-    # Per k the ranks' chances telescope to 1 - (F + 1)^-r, and the k's own add up to 1.
-    expected = 1.0 - (fan_out + 1.0) ** -miss_exponent
-    assert sum(guess.probability for guess in guesses) == pytest.approx(expected)
+    guessed = forecast(depth, (*[fan_out] * depth, fan_out + 1), acceptance, miss_exponent)
+    # Wherever the first choice is wrong, F others are all wrong with chance (F + 1)^-r.
+    wrong = 1.0 - acceptance ** (depth + 1)
+    assert guessed.hit[-1] == pytest.approx(1.0 - wrong * (fan_out + 1.0) ** -miss_exponent)
 
 
 @given(st.data(), fan_outs, acceptances)
@@ -62,82 +77,110 @@ def test_with_fewer_verified_tokens_the_whole_budget_goes_to_what_can_happen(
 ) -> None:
     depth = data.draw(depths)
     verified = data.draw(st.integers(0, depth))
-    fan_out_per_k = uniform_fan_out(depth, fan_out)
-    guesses = likeliest_guesses(verified, fan_out_per_k, acceptance, 1.0)
-    assert len(guesses) == sum(fan_out_per_k)
-    assert {guess.accepted for guess in guesses} == set(range(verified + 1))
+    budget = uniform_fan_out(depth, fan_out)
+    guessed = forecast(verified, budget, acceptance)
+    assert len(guessed.hit) == sum(budget)
+    assert set(guessed.accepted.tolist()) <= set(range(verified + 1))
 
 
 def test_after_a_prompt_every_guess_is_for_k_0() -> None:
-    guesses = likeliest_guesses(0, (1, 2, 3), 0.7, 1.0)
-    assert [(guess.accepted, guess.rank) for guess in guesses] == [(0, rank) for rank in range(6)]
+    assert forecast(0, (1, 2, 3)).accepted.tolist() == [0] * 5
 
 
 def test_a_list_of_fan_outs_bounds_each_k() -> None:
-    guesses = likeliest_guesses(2, (3, 0, 1), 0.7, 1.0)
-    assert sorted(guess.accepted for guess in guesses) == [0, 0, 0, 2]
+    assert sorted(forecast(2, (3, 0, 2)).accepted.tolist()) == [0, 0, 0, 2]
 
 
 def test_possible_outcomes_are_guessed_even_if_the_list_gives_them_nothing() -> None:
-    guesses = likeliest_guesses(1, (0, 0, 4), 0.7, 1.0)
-    assert {guess.accepted for guess in guesses} == {0, 1}
+    assert set(forecast(1, (0, 0, 4)).accepted.tolist()) == {0, 1}
 
 
-def test_acceptance_follows_what_is_accepted() -> None:
-    model = OutcomeModel(0.9, 1.0, 4)
-    for _ in range(300):
-        # Three of four: the token after a rejected one was never tried.
-        model.observe(verified=6, accepted=3, rank=0)
-    assert model.acceptance == pytest.approx(0.75, abs=0.01)
-    for _ in range(5000):
-        model.observe(verified=6, accepted=0, rank=None)
-    assert model.acceptance < 0.02
+# ---- what is learned
 
 
-def test_tokens_that_were_not_verified_say_nothing_of_acceptance() -> None:
-    model = OutcomeModel(0.6, 1.0, 4)
-    for _ in range(50):
-        model.observe(verified=0, accepted=0, rank=2)
-    assert model.acceptance == pytest.approx(0.6)
-
-
-def test_ranks_after_a_rejection_and_after_all_tokens_are_learned_apart() -> None:
-    model = OutcomeModel(0.5, 1.0, 3)
+def test_acceptance_follows_what_came_true() -> None:
+    model = OutcomeModel(0.9, 1.0, 4, (1, 1))
     for _ in range(2000):
-        model.observe(verified=1, accepted=0, rank=1)
-        model.observe(verified=1, accepted=0, rank=0)
-        model.observe(verified=1, accepted=1, rank=0)
-    chance = {(g.accepted, g.rank): g.probability for g in model.likeliest(1, (3, 3))}
-    a = model.acceptance
-    assert chance[0, 0] == pytest.approx((1 - a) / 2, rel=0.02)
-    assert chance[0, 1] == pytest.approx((1 - a) / 2, rel=0.02)
-    assert chance[1, 0] == pytest.approx(a, rel=0.02)
-    assert chance[0, 2] < 0.01 > chance[1, 1]
+        model.observe(sure(0.5, 0.5, 0.5, 0.5), right=3, rank=0)
+    assert model.acceptance == pytest.approx(0.75, abs=0.02)
+    for _ in range(20000):
+        model.observe(sure(0.5), right=0)
+    assert model.acceptance < 0.01
+
+
+def test_where_the_draft_is_sure_it_is_right_as_often_as_it_was_at_that_confidence() -> None:
+    model = OutcomeModel(0.5, 1.0, 3, (2, 2, 2))
+    for _ in range(3000):
+        model.observe(sure(0.95, 0.2), right=1, rank=0)
+    # The doubtful token is the one whose rejection is worth guessing.
+    first, *_ = model.forecast(2, sure(0.95, 0.2)).accepted.tolist()
+    assert first == 1
+    first, *_ = model.forecast(2, sure(0.2, 0.95)).accepted.tolist()
+    assert first == 0
+    # A draft that is wrong where it is sure is believed no longer.
+    for _ in range(3000):
+        model.observe(sure(0.95), right=0, rank=0)
+        model.observe(sure(0.2), right=1)
+    first, *_ = model.forecast(2, sure(0.2, 0.95)).accepted.tolist()
+    assert first == 1
+
+
+def test_a_confidence_that_is_not_known_yet_stands_for_any() -> None:
+    model = OutcomeModel(0.5, 1.0, 3, (2, 2))
+    for _ in range(3000):
+        model.observe(sure(0.9), right=1)
+        model.observe(sure(0.1), right=0, rank=0)
+    unknown, certain = model.forecast(1, sure(0.9)), model.forecast(1, sure(0.9, 0.9))
+    assert unknown.hit[0] == pytest.approx(model.acceptance, abs=0.02)
+    assert certain.hit[0] == pytest.approx(1.0, abs=0.02)
+
+
+def test_levels_that_do_not_occur_any_more_keep_what_they_learned() -> None:
+    model = OutcomeModel(0.5, 1.0, 3, (2, 2))
+    for _ in range(3000):
+        model.observe(sure(0.9), right=1)
+    for _ in range(3000):
+        model.observe(sure(0.1), right=0)
+    assert model.forecast(0, sure(0.9)).hit[0] > 0.9
+
+
+def test_ranks_are_learned_and_ordered() -> None:
+    model = OutcomeModel(0.5, 1.0, 3, (3, 1))
+    for _ in range(3000):
+        model.observe(sure(0.5), right=0, rank=1)
+        model.observe(sure(0.5), right=0, rank=0)
+        model.observe(sure(0.5), right=1)
+    wrong = 1.0 - model.acceptance
+    found = chances(model.forecast(0, sure(0.5)))
+    assert found == pytest.approx([wrong / 2, wrong / 2, 0.0], rel=0.03, abs=0.003)
 
 
 def test_a_token_that_was_no_candidate_makes_every_guess_less_likely() -> None:
-    model = OutcomeModel(0.5, 1.0, 3)
-    before = sum(guess.probability for guess in model.likeliest(0, (3,)))
+    model = OutcomeModel(0.5, 1.0, 3, (3,))
+    before = sum(chances(model.forecast(0, sure(0.5))))
     for _ in range(200):
-        model.observe(verified=0, accepted=0, rank=7)
-    assert sum(guess.probability for guess in model.likeliest(0, (3,))) < before / 3
+        model.observe(sure(0.5), right=0, rank=7)
+        model.observe(sure(0.5), right=1)
+    assert sum(chances(model.forecast(0, sure(0.5)))) < before / 3
 
 
-outcomes = st.tuples(st.integers(0, 6), st.integers(0, 6), st.none() | st.integers(0, 9))
-
-
-@given(st.lists(outcomes, max_size=60), st.integers(0, 6), fan_outs)
+@given(
+    st.lists(st.tuples(st.lists(confidences, max_size=7), st.integers(0, 9), st.booleans())),
+    st.integers(0, 6),
+    st.lists(confidences, max_size=7),
+    fan_outs,
+)
 def test_whatever_was_observed_the_guesses_are_in_order_and_no_more_than_certain(
-    observed: list[tuple[int, int, int | None]], verified: int, fan_out: int
+    observed: list[tuple[list[float], int, bool]],
+    verified: int,
+    confidence: list[float],
+    fan_out: int,
 ) -> None:
-    model = OutcomeModel(0.7, 1.0, 8)
-    for tried, accepted, rank in observed:
-        model.observe(tried, min(tried, accepted), rank)
-    guesses = model.likeliest(verified, uniform_fan_out(6, fan_out))
-    chances = [guess.probability for guess in guesses]
-    assert chances == sorted(chances, reverse=True)
-    assert sum(chances) <= 1.0 + 1e-9
+    model = OutcomeModel(0.7, 1.0, 8, uniform_fan_out(6, fan_out))
+    for seen, rank, wrong in observed:
+        model.observe(sure(*seen), len(seen) - wrong if seen else 0, rank if wrong else None)
+    guessed = model.forecast(verified, sure(*confidence[: verified + 1]))
+    found = chances(guessed)
+    assert found == pytest.approx(sorted(found, reverse=True), abs=1e-12)
+    assert 0.0 <= guessed.hit[-1] <= 1.0 + 1e-9
     assert 0.0 < model.acceptance < 1.0
-    for k in range(verified + 1):
-        ranks = [guess.rank for guess in guesses if guess.accepted == k]
-        assert ranks == list(range(len(ranks)))

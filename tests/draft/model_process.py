@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any
 
 from vllm_ssd.core.tree import Int32Array
-from vllm_ssd.draft.forward import Sequences
+from vllm_ssd.draft.forward import Choices, Sequences
 
 KV_BYTES = 16 << 20
 
@@ -46,7 +46,7 @@ class ModelProcess:
         theirs.close()
         self.block_size: int = self._receive()
 
-    def forward(self, sequences: Sequences) -> Int32Array:
+    def forward(self, sequences: Sequences) -> Choices:
         """Launch a forward and wait for it."""
         return self._ask("forward", sequences)
 

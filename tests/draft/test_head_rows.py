@@ -59,9 +59,8 @@ def _forward(model: ModelProcess, texts: list[list[int]]) -> Int32Array:
     blocks = 1 + np.arange(2 * len(texts), dtype=np.int32).reshape(-1, 64 // BLOCK_SIZE)
     positions = np.concatenate([np.arange(length, dtype=np.int32) for length in lengths])
     tokens = np.array([token for tokens in texts for token in tokens], np.int32)
-    return model.forward(
-        Sequences(blocks, lengths, tokens, positions, np.arange(len(texts), dtype=np.int32))
-    )
+    rows = np.arange(len(texts), dtype=np.int32)
+    return model.forward(Sequences(blocks, lengths, tokens, positions, rows)).tokens
 
 
 # ---- the ways in which vLLM's models make logits

@@ -81,7 +81,7 @@ class Forest:
         parts = tuple(sorted(parts, key=lambda part: len(part[1]) > 1))
         tables = [branch.blocks for branch, _ in parts]
         positions = [len(branch.text) + i for branch, tokens in parts for i in range(len(tokens))]
-        top = self._model.forward(
+        top, confidence = self._model.forward(
             Sequences(
                 np.array(tables, np.int32),
                 np.array([len(tokens) for _, tokens in parts], np.int32),
@@ -91,12 +91,12 @@ class Forest:
             )
         )
         assert top.shape == (len(parts), CANDIDATES)
-        for (branch, tokens), best in zip(parts, top, strict=True):
+        for (branch, tokens), best, sure in zip(parts, top, confidence, strict=True):
             branch.text += tokens
-            self._check(branch.text, best)
+            self._check(branch.text, best, float(sure))
         return top
 
-    def _check(self, text: list[int], best: Int32Array) -> None:
+    def _check(self, text: list[int], best: Int32Array, confidence: float) -> None:
         import torch
 
         with torch.inference_mode():
@@ -106,6 +106,8 @@ class Forest:
             logits[best.tolist()], expected.values, atol=TOLERANCE, rtol=TOLERANCE
         )
         assert len(set(best.tolist())) == CANDIDATES
+        share = float(expected.values.softmax(-1)[0])
+        assert confidence == pytest.approx(share, abs=TOLERANCE)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllm_ssd.core.tree import Int32Array
-from vllm_ssd.draft.forward import FROM_LAST_STEP, Done, Sequences, Ticket
+from vllm_ssd.draft.forward import FROM_LAST_STEP, Choices, Done, Sequences, Ticket
 
 NOTHING = -1
 _LONGEST = 4096
@@ -68,6 +68,8 @@ class ToyModel:
         """How many sequences each forward had."""
         self.before_write: Callable[[set[int]], None] = lambda blocks: None
         """Called with the blocks that are about to be written."""
+        self.confidence_at: Callable[[int], float] = lambda position: 0.5
+        """The confidence in the first choice for a position."""
         self._size = block_size
         self._num_candidates = num_candidates
         self._position = np.full(shape, NOTHING, np.int32)
@@ -86,7 +88,7 @@ class ToyModel:
         """Answer at once."""
         return Done(self._compute(sequences))
 
-    def _compute(self, sequences: Sequences) -> Int32Array:
+    def _compute(self, sequences: Sequences) -> Choices:
         """Write, then read back, then answer."""
         tables, lens, tokens, positions, rows = sequences
         assert len(rows) == len(lens) == len(set(rows.tolist()))
@@ -112,7 +114,9 @@ class ToyModel:
             hashes[i] = self._read_back(table, first, length)
         self.forwards += 1
         self.sequences.append(len(lens))
-        return _best(hashes, self.vocab_size)[:, : self._num_candidates]
+        confidence = [self.confidence_at(int(positions[end - 1]) + 1) for end in ends]
+        best = _best(hashes, self.vocab_size)[:, : self._num_candidates]
+        return Choices(best, np.array(confidence, np.float32))
 
     def _read_back(self, table: Int32Array, first_new: int, length: int) -> np.uint64:
         """The hash of a sequence's text as its blocks hold it."""
@@ -154,9 +158,10 @@ class LookaheadToyModel(ToyModel):
             assert len(tokens) == len(sequences.rows)
             assert self.under_way, "the host knows this token"
             tokens[i] = self._next_token[int(sequences.rows[i])]
-        top = self._compute(sequences._replace(tokens=tokens))
-        self._next_token = dict(zip(sequences.rows.tolist(), top[:, 0].tolist(), strict=True))
-        unread = _Unread(self, top)
+        choices = self._compute(sequences._replace(tokens=tokens))
+        firsts = choices.tokens[:, 0].tolist()
+        self._next_token = dict(zip(sequences.rows.tolist(), firsts, strict=True))
+        unread = _Unread(self, choices)
         self.under_way.append(unread)
         return unread
 
@@ -164,11 +169,11 @@ class LookaheadToyModel(ToyModel):
 class _Unread:
     """A ticket of :class:`LookaheadToyModel`."""
 
-    def __init__(self, model: LookaheadToyModel, top: Int32Array) -> None:
+    def __init__(self, model: LookaheadToyModel, choices: Choices) -> None:
         self._model = model
-        self._top = top
+        self._choices = choices
 
-    def result(self) -> Int32Array:
+    def result(self) -> Choices:
         """Read once, in order."""
         assert self._model.under_way.pop(0) is self
-        return self._top
+        return self._choices

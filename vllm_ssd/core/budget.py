@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import numpy as np
+from numpy.typing import NDArray
 
-from vllm_ssd.core.outcomes import Guess
+Float64Array = NDArray[np.float64]
 
 
 class StepTimeModel:
@@ -27,59 +28,58 @@ class StepTimeModel:
         self._xx = self._xx * decay + rows * rows
         self._xy = self._xy * decay + rows * seconds
 
-    def predict(self, rows: int) -> float:
-        """Seconds of a step with ``rows`` rows; 0.0 before anything was observed."""
+    def predict(self, rows: Float64Array) -> Float64Array:
+        """Seconds of steps with so many rows; 0.0 before anything was observed."""
         if self._n == 0.0:
-            return 0.0
+            return np.zeros(len(rows))
         mean_x, mean_y = self._x / self._n, self._y / self._n
         variance = self._xx / self._n - mean_x * mean_x
         if variance < 1e-6:
-            return mean_y
+            return np.full(len(rows), mean_y)
         # More rows never make a step cheaper; a negative slope is noise.
         slope = max(0.0, (self._xy / self._n - mean_x * mean_y) / variance)
-        return max(mean_y + slope * (rows - mean_x), 0.1 * mean_y)
+        return np.maximum(mean_y + slope * (rows - mean_x), 0.1 * mean_y)
 
 
-def expected_tokens(depth: int, acceptance: float) -> float:
-    """Tokens a verification of ``depth`` drafted ones yields: ``(1 - a^(d+1)) / (1 - a)``."""
-    if acceptance >= 1.0:
-        return depth + 1.0
-    return (1.0 - acceptance ** (depth + 1)) / (1.0 - acceptance)
-
-
-def affordable_guesses(
-    guesses: Sequence[Guess],
+def worth_of_a_hit(
+    most: int,
     clock: StepTimeModel,
     seconds: float,
     requests: int,
     depth: int,
     acceptance: float,
     prepared: bool,
-) -> int:
-    """How many of ``guesses``, the first ones, to draft for each of ``requests`` requests.
+) -> Float64Array:
+    """How many tokens more a round yields on a hit, with 1, 2, ... branches for every request.
 
     More branches catch more outcomes but make every step slower and so the branches shallower
-    when the verification ends after ``seconds``. The number chosen maximises the expected tokens
-    of the next round, ``p_hit E(depth reached) + (1 - p_hit)``; at least 1.
+    when the verification ends after ``seconds``. The best number maximises the expected tokens of
+    the next round, ``1 + p_hit worth``. A branch of d tokens is worth
+    ``a + a^2 + ... + a^d`` (arXiv 2603.03251: the verification of d drafted tokens yields
+    ``(1 - a^(d+1)) / (1 - a)``, without them 1).
 
     A verification begins and ends somewhere in a step of the draft: of x steps that would fit,
     x - 1 are completed on average. Unless ``prepared``, the candidates for the guesses come out of
     a step of their own, with the trunks alone.
+
+    Args:
+        most: branches per request.
+        clock: the measured time of a step.
+        seconds: of the verification; 0.0 if that is not known.
+        requests: how many are drafted for.
+        depth: K.
+        acceptance: a.
+        prepared: whether the candidates are known already.
+
+    Returns:
+        ``[most]``; all the same while the times are not known: then more is better.
     """
-    if clock.predict(1) == 0.0 or seconds <= 0.0:
-        return len(guesses)
+    steps = clock.predict(requests * np.arange(1.0, most + 1.0, dtype=np.float64))
+    if not steps[0] or seconds <= 0.0:
+        return np.ones(most)
     if not prepared:
-        seconds -= clock.predict(requests)
-    best, best_value, hit = 1, 1.0, 0.0
-    for count, guess in enumerate(guesses, start=1):
-        hit += guess.probability
-        # Fractional: what is reached in some rounds and not in others.
-        steps = seconds / clock.predict(count * requests) - 1.0
-        reached = min(float(depth), max(0.0, steps))
-        whole = int(reached)
-        here = expected_tokens(whole, acceptance)
-        deeper = expected_tokens(whole + 1, acceptance)
-        value = 1.0 + hit * (here + (reached - whole) * (deeper - here) - 1.0)
-        if value > best_value:
-            best, best_value = count, value
-    return best
+        seconds -= float(steps[0])
+    # Fractional: what is reached in some rounds and not in others.
+    reached = np.clip(seconds / steps - 1.0, 0.0, depth)
+    worth = np.append(0.0, np.cumsum(acceptance ** np.arange(1.0, depth + 1.0)))
+    return np.interp(reached, np.arange(depth + 1.0), worth)

@@ -1,14 +1,21 @@
 """How verifications end: how many drafted tokens are accepted, which token follows them.
 
 An outcome is ``(k, t*)``: ``k`` of the ``n`` verified tokens were accepted and the target
-emitted ``t*`` after them. Before anything was observed two numbers say how likely each one is:
+emitted ``t*`` after them. One question decides it at every position: is the draft's first choice
+right? The target accepts it as often as it would emit it. Where it is wrong for the first time k
+ends, and ``t*`` is one of the draft's other choices there. If all n are right, ``t*`` is the first
+choice after them or, again, another one.
 
-* ``acceptance`` a: the chance that one drafted token is accepted, so that
-  ``P(k) = a^k (1 - a)`` for ``k < n`` and ``a^n`` for ``k = n``;
-* ``miss_exponent`` r: after F guesses of ``t*`` the chance that none was right is
-  ``(F + 1)^-r`` (arXiv 2603.03251, Def. 11, shifted by one so that no guess means no hit).
+What is learned from the verifications seen:
 
-What is observed then counts more and more: drafts and texts differ in both.
+* how often a first choice is right, by the draft's confidence in it. Most tokens of a text are
+  certain and a few are not; where they stand says more than how many there are;
+* which of the other choices it is, if it is not the first.
+
+Before anything was observed two numbers stand for that: ``acceptance`` a, the chance that a first
+choice is right, whatever the confidence; and ``miss_exponent`` r: of F other choices none is right
+with chance ``(F + 1)^-r`` (arXiv 2603.03251, Def. 11, shifted by one so that no guess means no
+hit).
 """
 
 from __future__ import annotations
@@ -21,21 +28,26 @@ from numpy.typing import NDArray
 
 from vllm_ssd.core.fanout import apportion
 
-PRIOR = 20.0
-"""How many observations the two numbers given are worth."""
+BINS = 8
+"""Levels of confidence that are told apart."""
+PRIOR = 10.0
+"""How many observations the two numbers given are worth, at each level."""
 MEMORY = 1000
 """Observations after which one counts for a third."""
+_DECAY = 1.0 - 1.0 / MEMORY
+
+Float32Array = NDArray[np.float32]
+Float64Array = NDArray[np.float64]
 
 
-class Guess(NamedTuple):
-    """One outcome worth a branch."""
+class Forecast(NamedTuple):
+    """The outcomes worth a fork, likeliest first; of one k the draft's better choices first."""
 
-    accepted: int
-    """k, how many of the verified tokens are accepted."""
-    rank: int
-    """Which of the draft's candidates for ``t*``: 0 is its first choice."""
-    probability: float
-    """How likely this outcome is."""
+    accepted: NDArray[np.int64]
+    """``[m]``, k of each."""
+    hit: Float64Array
+    """``[m + 1]``, the chance that the outcome is among the first i of them or the trunk's own:
+    all tokens and the first choice after them."""
 
 
 class OutcomeModel:
@@ -44,66 +56,87 @@ class OutcomeModel:
     Args:
         acceptance: a, to begin with.
         miss_exponent: r, to begin with.
-        ranks: how many candidates for ``t*`` there are at most.
+        ranks: how many choices beside the first there are at most.
+        fan_out: ``[K + 1]``, how many guesses there may be after each k, the trunk's included.
     """
 
-    def __init__(self, acceptance: float, miss_exponent: float, ranks: int) -> None:
+    def __init__(
+        self, acceptance: float, miss_exponent: float, ranks: int, fan_out: Sequence[int]
+    ) -> None:
+        self._ranks, self._fan_out = ranks, tuple(fan_out)
+        self._seen = np.full(BINS, PRIOR)
+        self._right = np.full(BINS, PRIOR * acceptance)
+        self._all_seen, self._all_right = PRIOR, PRIOR * acceptance
         missed = np.arange(1.0, ranks + 2.0) ** -miss_exponent
-        by_rank = PRIOR * np.append(missed[:-1] - missed[1:], missed[-1])
-        self._tried, self._accepted = PRIOR, PRIOR * acceptance
-        # The last entry of each is for tokens that are no candidates.
-        self._after_rejection, self._after_all = by_rank, by_rank.copy()
-        self._decay = 1.0 - 1.0 / MEMORY
+        # The last one is for tokens that are no choice of the draft.
+        self._by_rank = PRIOR * np.append(missed[:-1] - missed[1:], missed[-1])
+        self._allowed: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
 
     @property
     def acceptance(self) -> float:
-        """The chance that one drafted token is accepted."""
-        return self._accepted / self._tried
+        """The chance that a first choice is right, of any confidence."""
+        return self._all_right / self._all_seen
 
-    def observe(self, verified: int, accepted: int, rank: int | None) -> None:
+    def observe(self, confidence: Float32Array, right: int, rank: int | None = None) -> None:
         """Take in one outcome.
 
         Args:
-            verified: n.
-            accepted: k.
-            rank: of ``t*`` among the candidates; one that is too high if it is none of them, and
-                None if they are not known.
+            confidence: ``[right]`` or ``[right + 1]``, the draft's in its first choices.
+            right: how many of them came true; if there is one more, that one did not.
+            rank: of the token that came instead among the other choices, from 0 on; one that is
+                too high if it was none of them, None if they are not known.
         """
-        rejected = accepted < verified
-        if verified:
-            self._tried = self._tried * self._decay + accepted + rejected
-            self._accepted = self._accepted * self._decay + accepted
+        for i, level in enumerate(_levels(confidence).tolist()):
+            came_true = i < right
+            self._seen[level] = self._seen[level] * _DECAY + 1.0
+            self._right[level] = self._right[level] * _DECAY + came_true
+            self._all_seen = self._all_seen * _DECAY + 1.0
+            self._all_right = self._all_right * _DECAY + came_true
         if rank is not None:
-            counts = self._after_rejection if rejected else self._after_all
-            counts *= self._decay
-            counts[min(rank, len(counts) - 1)] += 1.0
+            self._by_rank *= _DECAY
+            self._by_rank[min(rank, self._ranks)] += 1.0
 
-    def likeliest(self, verified: int, fan_out: Sequence[int]) -> list[Guess]:
-        """The outcomes to guess when ``verified`` tokens are being verified, likeliest first.
+    def forecast(self, verified: int, confidence: Float32Array) -> Forecast:
+        """The outcomes to guess when ``verified`` tokens are being verified.
 
-        ``fan_out[k]`` bounds the guesses after ``k`` accepted tokens. When fewer than
-        ``len(fan_out) - 1`` tokens are verified, the guesses of the outcomes that cannot happen are
-        given to those that can: after a prompt (``verified = 0``) the whole budget goes to
-        ``k = 0``.
+        When fewer than K are, the guesses of the outcomes that cannot happen are given to those
+        that can: after a prompt (``verified = 0``) the whole budget goes to ``k = 0``.
+
+        Args:
+            verified: n.
+            confidence: ``[n]`` or ``[n + 1]``, the draft's in the tokens that are verified and, if
+                that is known, in its first choice after them.
         """
-        possible = fan_out[: verified + 1]
-        if sum(possible) == 0:
-            possible = (1,) * (verified + 1)
-        caps = apportion([float(f) for f in possible], sum(fan_out))
-        a = self.acceptance
-        after_rejection, after_all = _chances(self._after_rejection), _chances(self._after_all)
-        guesses = []
-        for k, cap in enumerate(caps):
-            if k == verified:
-                p_k, by_rank = a**k, after_all
-            else:
-                p_k, by_rank = a**k * (1.0 - a), after_rejection
-            guesses += [Guess(k, rank, p_k * p) for rank, p in enumerate(by_rank[:cap])]
-        guesses.sort(key=lambda guess: -guess.probability)
-        return guesses
+        levels = _levels(confidence)
+        right = np.full(verified + 1, self.acceptance)
+        right[: len(levels)] = self._right[levels] / self._seen[levels]
+        reached = np.cumprod(right)  # all up to here are right
+        wrong = 1.0 - right
+        wrong[1:] *= reached[:-1]
+        # That a worse choice came true more often than a better one is noise.
+        by_rank = np.sort(self._by_rank[:-1])[::-1] / self._by_rank.sum()
+        k, rank = self._may_be_guessed(verified)
+        chances = wrong[k] * by_rank[rank]
+        order = np.argsort(-chances, kind="stable")
+        hit = np.empty(len(k) + 1)
+        hit[0] = reached[-1]
+        np.cumsum(chances[order], out=hit[1:])
+        hit[1:] += hit[0]
+        return Forecast(k[order], hit)
+
+    def _may_be_guessed(self, verified: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """k and rank of all outcomes that forks may be made for."""
+        found = self._allowed.get(verified)
+        if found is None:
+            possible = self._fan_out[: verified + 1]
+            if sum(possible) == 0:
+                possible = (1,) * (verified + 1)
+            caps = np.array(apportion([float(f) for f in possible], sum(self._fan_out)))
+            caps[verified] -= caps[verified] > 0  # the trunk itself is the first guess after all n
+            k, rank = np.nonzero(np.arange(self._ranks) < caps[:, None])
+            found = self._allowed[verified] = k, rank
+        return found
 
 
-def _chances(counts: NDArray[np.float64]) -> list[float]:
-    """Of each rank. That a worse candidate came true more often than a better one is noise."""
-    chances: list[float] = (np.sort(counts[:-1])[::-1] / counts.sum()).tolist()
-    return chances
+def _levels(confidence: Float32Array) -> NDArray[np.int64]:
+    return np.minimum((confidence * BINS).astype(np.int64), BINS - 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+from vllm_ssd.core.outcomes import Float32Array
 from vllm_ssd.core.tree import Int32Array
 
 FROM_LAST_STEP = -1
@@ -27,22 +28,30 @@ class Sequences(NamedTuple):
     """``[n]``, the row of each sequence."""
 
 
+class Choices(NamedTuple):
+    """What a model would go on with after ``n`` texts."""
+
+    tokens: Int32Array
+    """``[n, C]``, the best C next tokens, best first, all below the target's vocabulary size."""
+    confidence: Float32Array
+    """``[n]``, the first one's share of the probability that the C have together."""
+
+
 class Ticket(Protocol):
     """A forward under way."""
 
-    def result(self) -> Int32Array:
-        """Wait for ``[n, C]``: the best C next tokens of each sequence's last query token, best
-        first, all below the target's vocabulary size."""
+    def result(self) -> Choices:
+        """Wait for the choices after each sequence's last query token."""
 
 
 class Done(NamedTuple):
     """A ticket for a forward that was computed when it was launched."""
 
-    top: Int32Array
+    choices: Choices
 
-    def result(self) -> Int32Array:
+    def result(self) -> Choices:
         """See :class:`Ticket`."""
-        return self.top
+        return self.choices
 
 
 class DraftModel(Protocol):

@@ -16,7 +16,7 @@ import torch
 
 from vllm_ssd import compat
 from vllm_ssd.core.tree import Int32Array
-from vllm_ssd.draft.forward import FROM_LAST_STEP, Done, Sequences, Ticket
+from vllm_ssd.draft.forward import FROM_LAST_STEP, Choices, Done, Sequences, Ticket
 
 
 class VllmDraftModel:
@@ -110,12 +110,14 @@ class VllmDraftModel:
             rows = _fill(self._row_index, sequences.rows, len(sequences.rows))
         hidden, last = self._hidden_states(sequences, rows)
         logits = self._runner.model.compute_logits(hidden[last])[:, : self._num_logits]
-        best = torch.topk(logits, self._num_candidates, dim=-1).indices
-        top = best.to(torch.int32) if self._token_ids is None else self._token_ids[best]
+        values, best = torch.topk(logits, self._num_candidates, dim=-1)
+        tokens = best.to(torch.int32) if self._token_ids is None else self._token_ids[best]
+        # Over the few that were chosen: as good a measure as over all, and nearly free.
+        confidence = values.float().softmax(-1)[:, 0].nan_to_num()
         if rows is None:
-            return Done(top.cpu().numpy())
-        self._next_token[rows] = top[:, 0]
-        return _Readback(top, self._copy_stream)
+            return Done(Choices(tokens.numpy(), confidence.numpy()))
+        self._next_token[rows] = tokens[:, 0]
+        return _Readback(tokens, confidence, self._copy_stream)
 
     def _hidden_states(
         self, sequences: Sequences, rows_on_device: torch.Tensor | None
@@ -218,23 +220,27 @@ class _Readback:
     vLLM's ``AsyncGPUModelRunnerOutput`` does the same.
 
     Args:
-        top: ``[n, C]``, the result on the device.
+        tokens: ``[n, C]``, the chosen ones on the device.
+        confidence: ``[n]``, in the first of them.
         stream: the stream of the copy.
     """
 
-    def __init__(self, top: torch.Tensor, stream: torch.cuda.Stream) -> None:
-        self._device = top  # not to be reused before the copy is done
+    def __init__(
+        self, tokens: torch.Tensor, confidence: torch.Tensor, stream: torch.cuda.Stream
+    ) -> None:
+        self._device = tokens, confidence  # not to be reused before the copy is done
         self._done = torch.cuda.Event(blocking=True)
         forward = torch.cuda.current_stream()
         with torch.cuda.stream(stream):
             stream.wait_stream(forward)
-            self._host = top.to("cpu", non_blocking=True)  # pinned
+            self._tokens = tokens.to("cpu", non_blocking=True)  # pinned
+            self._confidence = confidence.to("cpu", non_blocking=True)
             self._done.record()
 
-    def result(self) -> Int32Array:
+    def result(self) -> Choices:
         """See :class:`vllm_ssd.draft.forward.Ticket`."""
         self._done.synchronize()
-        return self._host.numpy()
+        return Choices(self._tokens.numpy(), self._confidence.numpy())
 
 
 def _fill(buffer: torch.Tensor, values: np.ndarray[Any, Any], size: int) -> torch.Tensor:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllm_ssd.core.tree import Int32Array
-from vllm_ssd.draft.forward import FROM_LAST_STEP, DraftModel, Sequences, Ticket
+from vllm_ssd.draft.forward import FROM_LAST_STEP, Choices, DraftModel, Sequences, Ticket
 from vllm_ssd.draft.request import Request
 from vllm_ssd.draft.tenancy import Tenancy
 
@@ -202,15 +202,15 @@ class Pipeline:
     def _take(self, step: _Step) -> Taken:
         """Wait for a step; grow the rows that decoded and the trunks that have caught up."""
         waiting = time.perf_counter()
-        top = step.ticket.result()
+        choices = step.ticket.result()
         self.model_seconds += time.perf_counter() - waiting
         decoding, rows = step.decoding, self._rows
-        fed, best = decoding, top[: len(decoding)]
+        fed, at = decoding, np.arange(len(decoding))
         if step.ahead:
             # Some may have ended in the step before; nothing else has changed since the launch.
             still = rows.pending[decoding]
-            fed, best = fed[still], best[still]
-        caught_up, at = [], []
+            fed, at = fed[still], at[still]
+        caught_up, their_at = [], []
         for i, (request, count) in enumerate(step.chunks, start=len(decoding)):
             rows.computed[request.trunk] += count
             self._tenancy.share_verified(request)
@@ -219,10 +219,11 @@ class Pipeline:
                 # As if it had only fed its last token, like every row that decodes.
                 rows.computed[request.trunk] -= 1
                 caught_up.append(request.trunk)
-                at.append(i)
+                their_at.append(i)
         if caught_up:
             fed = np.concatenate([fed, np.array(caught_up, np.int32)])
-            best = np.concatenate([best, top[at]])
-        grown, tokens = rows.take_step(fed, best)
+            at = np.concatenate([at, their_at])
+        taken = Choices(choices.tokens[at], choices.confidence[at])
+        grown, tokens = rows.take_step(fed, taken)
         prefilled = sum(count for _, count in step.chunks)
         return Taken(grown, tokens, len(decoding), prefilled, step.began)

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vllm_ssd.core.budget import StepTimeModel, affordable_guesses
-from vllm_ssd.core.outcomes import Guess, OutcomeModel
+from vllm_ssd.core.budget import Float64Array, StepTimeModel, worth_of_a_hit
+from vllm_ssd.core.outcomes import OutcomeModel
 from vllm_ssd.core.tree import Where
 from vllm_ssd.draft.request import DORMANT, Request
 from vllm_ssd.draft.tenancy import Tenancy
@@ -55,10 +55,12 @@ class Rounds:
         """Whether any drafted token is being verified, beside the one that is certain."""
         self._verify_seconds = {False: 0.0, True: 0.0}
         """How long that takes, smoothed: a step without drafts is a good deal shorter."""
-        ranks = int(self._rows.candidates.shape[-1])
-        self._outcomes = OutcomeModel(policy.acceptance, policy.miss_exponent, ranks)
-        self._wanted: dict[int, list[int]] = {}
-        """Forks wanted after k accepted tokens, by the number verified; of this frame."""
+        others = int(self._rows.candidates.shape[-1]) - 1
+        self._outcomes = OutcomeModel(
+            policy.acceptance, policy.miss_exponent, others, policy.fan_out
+        )
+        self._worth: dict[bool, Float64Array] = {}
+        """Of a hit, by whether the candidates are known already; in this frame."""
 
     def next_frame(self, batch: int, verifying: bool, verify_seconds: float) -> None:
         """The outcomes of a verification are about to be followed.
@@ -68,7 +70,7 @@ class Rounds:
             verifying: whether drafted tokens are verified next.
             verify_seconds: how long the verification took; 0.0 if that is not known.
         """
-        self._wanted.clear()
+        self._worth.clear()
         if verify_seconds:
             before = self._verify_seconds[self._verifying] or verify_seconds
             self._verify_seconds[self._verifying] = before + _SMOOTHING * (verify_seconds - before)
@@ -134,14 +136,17 @@ class Rounds:
         drafted = rows.cache.row_tokens(trunk)
         if accepted > request.verified or drafted[:accepted] != confirmed[:accepted]:
             return
-        rank = None
-        if int(rows.computed[trunk]) - request.length >= accepted:
+        confidence = rows.confidence[trunk, : accepted + 1]
+        if int(rows.computed[trunk]) - request.length < accepted:
+            # What the draft would have gone on with is not known.
+            self._outcomes.observe(confidence[:accepted], accepted)
+        elif confirmed[-1] == self._expected(request, accepted, drafted):
+            self._outcomes.observe(confidence, accepted + 1)
+        else:
             choices = self._choices(request, accepted, drafted, set(request.stop.tolist()))
-            if accepted == request.verified:
-                choices.insert(0, self._expected(request, accepted, drafted))
             last, none = confirmed[-1], rows.candidates.shape[-1]
             rank = choices.index(last) if last in choices else none
-        self._outcomes.observe(request.verified, accepted, rank)
+            self._outcomes.observe(confidence, accepted, rank)
 
     def _expected(self, request: Request, k: int, drafted: list[int]) -> int:
         """The trunk's own token after ``k`` others."""
@@ -201,7 +206,7 @@ class Rounds:
         at_rest = not rows.pending[trunk] and request.handle not in self._tenancy.catching_up
         if at_rest and not rows.cache.ended[trunk]:
             rows.resume(trunk)
-        request.forks_wanted = self._forks_wanted(request.verified)
+        request.forks_wanted = self._forks_wanted(request)
         if rows.cache.ended[trunk]:
             # Nothing follows an end token that is accepted.
             del request.forks_wanted[int(rows.cache.length[trunk]) :]
@@ -209,30 +214,35 @@ class Rounds:
         self._tenancy.publisher.plant(request)
         self.fork(request)
 
-    def _forks_wanted(self, verified: int) -> list[int]:
-        """How many forks to make after k accepted tokens, for k = 0..verified."""
-        wanted = self._wanted.get(verified)
-        if wanted is None:
-            wanted = self._wanted[verified] = [0] * (verified + 1)
-            policy = self._policy
-            guesses = self._outcomes.likeliest(verified, policy.fan_out)
-            # The trunk itself goes on with the first choice after all n: it is there in any case.
-            own = [guess for guess in guesses if guess[:2] == (verified, 0)]
-            own = own or [Guess(verified, 0, 0.0)]
-            others = [guess for guess in guesses if guess[:2] != (verified, 0)]
-            known = self._verify_seconds
-            seconds = known[self._verifying] or known[not self._verifying]
-            count = policy.max_branches or affordable_guesses(
-                own + others,
+    def _forks_wanted(self, request: Request) -> list[int]:
+        """How many forks to make after k accepted tokens, for k = 0..n."""
+        rows, policy, verified = self._rows, self._policy, request.verified
+        known = max(0, int(rows.computed[request.trunk]) - request.length + 1)
+        confidence = rows.confidence[request.trunk, : min(known, verified + 1)]
+        forecast = self._outcomes.forecast(verified, confidence)
+        count = policy.max_branches
+        if not count:
+            worth = self._worth_of_a_hit(prepared=verified > 0)[: len(forecast.hit)]
+            count = 1 + int(np.argmax(forecast.hit * worth))
+        # Rows for all: those who come first in the batch would take them from the others.
+        count = min(count, max(1, len(rows.pending) // self._batch))
+        wanted: list[int] = np.bincount(
+            forecast.accepted[: count - 1], minlength=verified + 1
+        ).tolist()
+        return wanted
+
+    def _worth_of_a_hit(self, prepared: bool) -> Float64Array:
+        """By the number of branches per request."""
+        worth = self._worth.get(prepared)
+        if worth is None:
+            times = self._verify_seconds
+            worth = self._worth[prepared] = worth_of_a_hit(
+                1 + sum(self._policy.fan_out),
                 self._clock,
-                seconds,
+                times[self._verifying] or times[not self._verifying],
                 self._batch,
-                policy.num_speculative_tokens,
+                self._policy.num_speculative_tokens,
                 self._outcomes.acceptance,
-                prepared=verified > 0,
+                prepared,
             )
-            # Rows for all: those who come first in the batch would take them from the others.
-            count = min(count, max(1, len(self._rows.pending) // self._batch))
-            for guess in others[: count - 1]:
-                wanted[guess.accepted] += 1
-        return wanted.copy()
+        return worth

@@ -9,7 +9,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from vllm_ssd.core.outcomes import Float32Array
 from vllm_ssd.core.tree import Int32Array, SpeculationCache
+from vllm_ssd.draft.forward import Choices
 
 MAX_STOP_TOKENS = 8
 """End tokens checked per request; a request with more merely drafts past the others."""
@@ -44,6 +46,8 @@ class Rows:
         self.stop: Int32Array = np.full((max_rows, MAX_STOP_TOKENS), -1, np.int32)
         self.candidates: Int32Array = np.zeros((max_rows, width + 1, num_candidates), np.int32)
         """``[row, i]``: the best tokens at position ``start + i``, best first."""
+        self.confidence: Float32Array = np.zeros((max_rows, width + 1), np.float32)
+        """``[row, i]``: the draft's in the first of them."""
         self._free = list(range(max_rows - 1, -1, -1))
 
     @property
@@ -65,10 +69,9 @@ class Rows:
     def rebase(self, row: int, base: int) -> None:
         """Forget a row's tokens before position ``base``."""
         shift = base - int(self.start[row])
-        tokens, candidates = self.cache.tokens[row], self.candidates[row]
         if shift > 0:
-            tokens[:-shift] = tokens[shift:].copy()
-            candidates[:-shift] = candidates[shift:].copy()
+            for held in (self.cache.tokens[row], self.candidates[row], self.confidence[row]):
+                held[:-shift] = held[shift:].copy()
         self.cache.length[row] -= shift
         self.start[row] = base
 
@@ -89,22 +92,24 @@ class Rows:
         elif self.room[row] > 0:
             self._grow(np.array([row], np.int32), self.candidates[row, length, :1].copy())
 
-    def take_step(self, rows: Int32Array, top: Int32Array) -> tuple[Int32Array, Int32Array]:
+    def take_step(self, rows: Int32Array, choices: Choices) -> tuple[Int32Array, Int32Array]:
         """Take in one step's result.
 
         Args:
             rows: ``[n]``, the rows whose token at position ``computed`` was fed.
-            top: ``[n, C]``, the best next tokens of each, best first.
+            choices: after each of these tokens.
 
         Returns:
             The rows that grew and the token each grew by, ``[m]`` both.
         """
         self.computed[rows] += 1
         self.pending[rows] = False
-        self.candidates[rows, self.computed[rows] - self.start[rows]] = top
+        at = self.computed[rows] - self.start[rows]
+        self.candidates[rows, at] = choices.tokens
+        self.confidence[rows, at] = choices.confidence
         grows = self.room[rows] > 0
         grown = rows[grows]
-        tokens = np.ascontiguousarray(top[grows, 0])
+        tokens = np.ascontiguousarray(choices.tokens[grows, 0])
         self._grow(grown, tokens)
         return grown, tokens
 
