@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
@@ -24,6 +24,8 @@ from sources import generate, hold_out, read_sources
 from texts import by_frequency
 from training import Recipe, train
 
+from vllm_ssd.cli.demo_engine import cpu_has_bfloat16
+
 TOPICS = ["ocean", "sea", "music", "song", "robot", "garden", "football", "bread", "mountain"]
 TOPICS += ["history", "dog", "cat", "school", "weather", "city", "health", "forest", "water"]
 TOPICS += ["sun", "animal", "war", "dance"]
@@ -34,7 +36,8 @@ def distill(
     target: Annotated[Path, typer.Option(help="The target model's folder.", exists=True)],
     out: Annotated[Path, typer.Option(help="The draft's folder; made, or gone on with.")],
     answers: Annotated[
-        list[Path], typer.Option(exists=True, help="Texts made earlier (JSON lines of p and a).")
+        list[Path],
+        typer.Option(exists=True, help="Texts made earlier: JSON lines of p and a, labels beside."),
     ] = [],  # noqa: B006 (typer's way)
     prompts: Annotated[
         list[Path], typer.Option(exists=True, help="Prompts to answer and train on.")
@@ -69,13 +72,18 @@ def distill(
     ] = 0.5,
     num_speculative_tokens: Annotated[int, typer.Option(min=1, help="K of the evaluation.")] = 6,
     licence: Annotated[str, typer.Option(help="What the card says.")] = "the target's",
-    dtype: Annotated[str, typer.Option(help="Of the target when it generates.")] = "float32",
+    dtype: Annotated[
+        Literal["auto", "bfloat16", "float32"],
+        typer.Option(help="Of generating and of training; auto: bfloat16 if the CPU computes it."),
+    ] = "auto",
     seed: int = 0,
 ) -> None:
     """Distil a draft model for speculative decoding from a target."""
     topics = [topic for topic in held_out_topic if topic]
     work = out / "work"
-    recipe = Recipe(passes, batch_tokens, learning_rate, distillation, seed)
+    if dtype == "auto":
+        dtype = "bfloat16" if cpu_has_bfloat16() else "float32"
+    recipe = Recipe(passes, batch_tokens, learning_rate, distillation, dtype, seed)
     told = {"target": str(target), "shape": shape, "head": head, "seed": seed, "dtype": dtype}
     told |= {"start_from": start_from and str(start_from), "topics": topics}
     told |= {"self_written": self_written, "openings": opening, "max_tokens": max_tokens}

@@ -133,9 +133,24 @@ def _labels(flat: Any) -> Labels:
     )
 
 
+def labels_of(path: Path) -> Path:
+    """The folder beside a file of texts that has their labels."""
+    return path.parent / path.name.split(".")[0]
+
+
 def read_made(path: Path) -> tuple[list[Text], list[Labels]]:
-    """The texts of a file that was written here, and their labels."""
-    return read_texts(path), read_labels(path.with_suffix(""))
+    """The texts of a file that was written here, and their labels.
+
+    Raises:
+        ValueError: the labels are those of other texts.
+    """
+    texts, labels = read_texts(path), read_labels(labels_of(path))
+    if [len(text.a) for text in texts] != [len(some.tokens) for some in labels]:
+        raise ValueError(
+            f"{labels_of(path)} has the labels of other texts than {path.name}: remove the folder, "
+            "and they are computed"
+        )
+    return texts, labels
 
 
 def answer_prompts(
@@ -176,7 +191,7 @@ def _in_chunks(
     for start in track(range(done, count, CHUNK), what):
         made = some(range(start, min(start + CHUNK, count)))
         if made:
-            save_labels(path.with_suffix(""), start, [labels for _, labels in made])
+            save_labels(labels_of(path), start, [labels for _, labels in made])
         with path.open("ab") as file:
             # What follows was written by a run that was cut off before it noted so.
             file.truncate(size)

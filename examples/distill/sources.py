@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from generation import Target, answer_prompts, read_made, write_texts
+from generation import Target, answer_prompts, labels_of, read_made, write_texts
 from labels import Labels, label
 from texts import KINDS, Text, kind_of, mentions, read_prompts, read_texts
 from transformers import AutoTokenizer
@@ -23,6 +23,8 @@ class Sources:
 
     answers: list[Text]
     """Made elsewhere, without labels."""
+    labelled: list[tuple[list[Text], list[Labels]]]
+    """Made earlier, with their labels beside them."""
     prompts: dict[str, list[str]]
     """To be answered and learned from."""
     held_out: dict[str, list[str]]
@@ -81,7 +83,8 @@ def read_sources(
     """Read all files, before anything is generated.
 
     Raises:
-        ValueError: one cannot be read, is empty, or has the name of another one.
+        ValueError: one cannot be read, is empty, has the name of another one, or labels that are
+            not its own.
     """
     named: dict[str, Path] = {}
     for path in (*prompts, *held_out):
@@ -93,7 +96,10 @@ def read_sources(
         named[name] = path
     read = {name: read_prompts(path) for name, path in named.items()}
     return Sources(
-        answers=[text for path in answers for text in read_texts(path)],
+        answers=[
+            text for path in answers if not labels_of(path).is_dir() for text in read_texts(path)
+        ],
+        labelled=[read_made(path) for path in answers if labels_of(path).is_dir()],
         prompts={name: some for name, some in read.items() if named[name] in prompts},
         held_out={name: some for name, some in read.items() if named[name] in held_out},
         self_written=self_written,
@@ -124,7 +130,7 @@ def generate(sources: Sources, target: Path, dtype: str, work: Path) -> Texts:
     if engine.cache_info().currsize:  # it was needed
         engine().close()
     made += [answered[name] for name in sources.prompts]
-    both = [read_made(path) for path in made]
+    both = sources.labelled + [read_made(path) for path in made]
     return Texts(
         given=sources.answers,
         made=[text for texts, _ in both for text in texts],

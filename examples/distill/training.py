@@ -37,6 +37,8 @@ class Recipe:
     learning_rate: float
     distillation: float
     """Share of the target's distribution in the loss, the rest is cross-entropy with the answer."""
+    dtype: str
+    """Of matrix products: ``float32``, or ``bfloat16`` (weights and optimizer stay in float32)."""
     seed: int
 
 
@@ -91,14 +93,15 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate * _rate(step, len(schedule))
         indices = schedule[step]
-        loss, count = _loss(
-            model,
-            head_ids,
-            position,
-            [texts[index] for index in indices],
-            [labels[index] for index in indices] if labels else None,
-            recipe.distillation,
-        )
+        with torch.autocast("cpu", torch.bfloat16, enabled=recipe.dtype == "bfloat16"):
+            loss, count = _loss(
+                model,
+                head_ids,
+                position,
+                [texts[index] for index in indices],
+                [labels[index] for index in indices] if labels else None,
+                recipe.distillation,
+            )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
@@ -153,7 +156,7 @@ def _loss(
     wanted = position[answers]
     known = wanted >= 0
     hidden, wanted = hidden[known], wanted[known]
-    logits = linear(hidden, model.lm_head.weight[head_ids])
+    logits = linear(hidden, model.lm_head.weight[head_ids]).float()
     if labels is None or not distillation:
         return cross_entropy(logits, wanted), len(wanted)
     best = torch.from_numpy(np.concatenate([label.tokens for label in labels])).long()[known]
@@ -170,9 +173,9 @@ def _loss(
 
 def _same_recipe(before: dict[str, Any], recipe: Recipe, checkpoint: Path) -> None:
     for name, value in asdict(recipe).items():
-        if name != "passes" and before[name] != value:
+        if name != "passes" and before.get(name) != value:
             raise ValueError(
-                f"{checkpoint} was trained with {name} = {before[name]}, now it is {value}: "
+                f"{checkpoint} was trained with {name} = {before.get(name)}, now it is {value}: "
                 "choose another --out, or remove it to train anew"
             )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -56,6 +57,7 @@ class Distillation:
             "batch_tokens": 1024,
             "learning_rate": 5e-3,
             "passes": PASSES,
+            "dtype": "float32",
         }
         command = [sys.executable, str(TOOL)]
         for name, value in (chosen | options).items():
@@ -125,7 +127,8 @@ def test_more_passes_go_on_from_the_last_step(distillation: Distillation, said: 
 
 
 def test_a_draft_is_trained_further(distillation: Distillation, said: str, tmp_path: Path) -> None:
-    texts = distillation.out / "work" / "answers-prompts.jsonl"
+    texts = tmp_path / "texts.jsonl"  # alone, without the labels that were beside it
+    shutil.copy(distillation.out / "work" / "answers-prompts.jsonl", texts)
     further: dict[str, object] = {"answers": texts, "self_written": 0, "prompts": []}
     further |= {"held_out": [], "out": tmp_path, "start_from": distillation.out}
     still: dict[str, object] = {"learning_rate": 0.0, "passes": 0.01}
@@ -147,6 +150,27 @@ def test_a_draft_is_trained_further(distillation: Distillation, said: str, tmp_p
     other = distillation.run(**further | {"out": tmp_path / "other"}, shape="layers:0")
     assert other.returncode != 0
     assert f"--start-from {distillation.out}: its intermediate_size is" in other.stderr
+
+
+def test_texts_of_an_earlier_run_bring_their_labels_and_are_trained_in_bfloat16(
+    distillation: Distillation, said: str, tmp_path: Path
+) -> None:
+    texts = distillation.out / "work" / "answers-prompts.jsonl"
+    earlier: dict[str, object] = {"answers": texts, "self_written": 0, "prompts": []}
+    done = distillation.run(**earlier, held_out=[], out=tmp_path / "draft", dtype="bfloat16")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "labelling" not in done.stderr
+    card = (tmp_path / "draft" / "README.md").read_text()
+    assert "dtype bfloat16" in card
+    learned = json.loads((tmp_path / "draft/work/curve.jsonl").read_text().splitlines()[-1])
+    assert learned["acceptance"] > 0.6
+
+    shutil.copytree(texts.parent / "self-written", tmp_path / "answers-prompts")
+    mixed = earlier | {"answers": shutil.copy(texts, tmp_path), "out": tmp_path / "mixed"}
+    done = distillation.run(**mixed)
+    assert done.returncode != 0
+    said_last = done.stderr.strip().splitlines()[-1]
+    assert "has the labels of other texts than answers-prompts.jsonl: remove" in said_last
 
 
 def test_labels_of_vllm_are_those_of_a_forward_over_the_text(

@@ -164,15 +164,18 @@ def _answer(spec: EngineSpec, events: Connection) -> None:
     events.send(answers)
 
 
+def cpu_has_bfloat16() -> bool:
+    """Whether the CPU has instructions for bfloat16."""
+    import torch
+
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 def best_dtype() -> str:
     """The model's own type, except on CPUs without instructions for it, where float32 is faster."""
-    import torch
     from vllm.platforms import current_platform
 
-    if not current_platform.is_cpu():
-        return "auto"
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "auto" if native else "float32"
+    return "float32" if current_platform.is_cpu() and not cpu_has_bfloat16() else "auto"
 
 
 def _chat(engine: Any, prompt: str) -> dict[str, list[int]]:
