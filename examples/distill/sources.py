@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from generation import Target, answer_prompts, labels_of, read_made, write_texts
+from generation import Target, answer_prompts, has_labels, read_made, write_texts
 from labels import Labels, label
 from texts import KINDS, Text, kind_of, mentions, read_prompts, read_texts
 from transformers import AutoTokenizer
@@ -15,6 +16,8 @@ from transformers import AutoTokenizer
 CURVE_TEXTS = 100
 ALL_TOPICS = "all held-out topics"
 OWN = "self-written"
+OPTIONS = "options.json"
+"""What the tool was told, in the folder of its work."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,7 @@ class Split:
 
 
 def read_sources(
+    target: Path,
     answers: Sequence[Path],
     prompts: Sequence[Path],
     held_out: Sequence[Path],
@@ -83,8 +87,8 @@ def read_sources(
     """Read all files, before anything is generated.
 
     Raises:
-        ValueError: one cannot be read, is empty, has the name of another one, or labels that are
-            not its own.
+        ValueError: one cannot be read, is empty, has the name of another one, or labels of other
+            texts or of another target.
     """
     named: dict[str, Path] = {}
     for path in (*prompts, *held_out):
@@ -96,10 +100,8 @@ def read_sources(
         named[name] = path
     read = {name: read_prompts(path) for name, path in named.items()}
     return Sources(
-        answers=[
-            text for path in answers if not labels_of(path).is_dir() for text in read_texts(path)
-        ],
-        labelled=[read_made(path) for path in answers if labels_of(path).is_dir()],
+        answers=[text for path in answers if not has_labels(path) for text in read_texts(path)],
+        labelled=[_read_labelled(path, target) for path in answers if has_labels(path)],
         prompts={name: some for name, some in read.items() if named[name] in prompts},
         held_out={name: some for name, some in read.items() if named[name] in held_out},
         self_written=self_written,
@@ -107,6 +109,16 @@ def read_sources(
         max_tokens=max_tokens,
         seed=seed,
     )
+
+
+def _read_labelled(path: Path, target: Path) -> tuple[list[Text], list[Labels]]:
+    """Texts of an earlier run; what they were made with is told beside them."""
+    told = path.parent / OPTIONS
+    if told.exists():
+        theirs = Path(json.loads(told.read_text())["target"])
+        if theirs.name != target.name:
+            raise ValueError(f"{path}: its labels are of {theirs.name}, not of {target.name}")
+    return read_made(path)
 
 
 def generate(sources: Sources, target: Path, dtype: str, work: Path) -> Texts:

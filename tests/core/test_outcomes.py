@@ -141,10 +141,13 @@ def test_levels_that_do_not_occur_any_more_keep_what_they_learned() -> None:
         model.observe(sure(0.9), right=1)
     for _ in range(3000):
         model.observe(sure(0.1), right=0)
-    assert model.forecast(0, sure(0.9)).hit[0] > 0.9
+    for _ in range(10):
+        model.observe(sure(0.9), right=0)
+    # Ten surprises among a thousand, not among the few of these that are remembered.
+    assert model.forecast(0, sure(0.9)).hit[0] > 0.95
 
 
-def test_ranks_are_learned_and_ordered() -> None:
+def test_ranks_are_learned() -> None:
     model = OutcomeModel(0.5, 1.0, 3, (3, 1))
     for _ in range(3000):
         model.observe(sure(0.5), right=0, rank=1)
@@ -153,6 +156,17 @@ def test_ranks_are_learned_and_ordered() -> None:
     wrong = 1.0 - model.acceptance
     found = chances(model.forecast(0, sure(0.5)))
     assert found == pytest.approx([wrong / 2, wrong / 2, 0.0], rel=0.03, abs=0.003)
+
+
+def test_better_choices_are_never_believed_less_than_worse_ones() -> None:
+    model = OutcomeModel(0.5, 1.0, 3, (1, 3))
+    for _ in range(3000):
+        model.observe(sure(0.5), right=0, rank=1)
+        model.observe(sure(0.5), right=1)
+    guessed = model.forecast(1, sure(0.5, 0.5))
+    # Only one is guessed after k = 0, and it is the first.
+    by_k = dict(zip(guessed.accepted.tolist(), chances(guessed), strict=False))
+    assert by_k[0] == pytest.approx(0.5, abs=0.03)
 
 
 def test_a_token_that_was_no_candidate_makes_every_guess_less_likely() -> None:

@@ -165,13 +165,6 @@ def test_texts_of_an_earlier_run_bring_their_labels_and_are_trained_in_bfloat16(
     learned = json.loads((tmp_path / "draft/work/curve.jsonl").read_text().splitlines()[-1])
     assert learned["acceptance"] > 0.6
 
-    shutil.copytree(texts.parent / "self-written", tmp_path / "answers-prompts")
-    mixed = earlier | {"answers": shutil.copy(texts, tmp_path), "out": tmp_path / "mixed"}
-    done = distillation.run(**mixed)
-    assert done.returncode != 0
-    said_last = done.stderr.strip().splitlines()[-1]
-    assert "has the labels of other texts than answers-prompts.jsonl: remove" in said_last
-
 
 def test_labels_of_vllm_are_those_of_a_forward_over_the_text(
     distillation: Distillation, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

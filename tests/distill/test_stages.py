@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 from pathlib import Path
 from types import ModuleType
@@ -108,7 +109,7 @@ def test_labelling_goes_on_where_it_was_cut_off(tool: Any, target: Path, tmp_pat
 
 
 def read(sources: ModuleType, prompts: list[Path], held_out: list[Path]) -> Any:
-    return sources.read_sources([], prompts, held_out, 0, [""], 10, 0)
+    return sources.read_sources(Path("target"), [], prompts, held_out, 0, [""], 10, 0)
 
 
 @pytest.mark.parametrize(
@@ -143,3 +144,52 @@ def test_file_without_prompts_is_refused(
     path.write_text(content)
     with pytest.raises(ValueError, match=f"prompts.jsonl(:|, ).*{said}"):
         read(tool("sources"), [path], [])
+
+
+# ---- texts made earlier
+
+
+def made_earlier(tool: Any, folder: Path, numbers: range, target: str = "target") -> Path:
+    """A file of texts with their labels beside it, as a run leaves them."""
+    generation = tool("generation")
+    path = folder / "self-written.jsonl"
+    generation._in_chunks(
+        len(numbers), path, lambda some: [labelled(tool, numbers[number]) for number in some], "x"
+    )
+    (folder / "options.json").write_text(json.dumps({"target": f"/elsewhere/{target}"}))
+    return path
+
+
+def read_answers(tool: Any, path: Path) -> Any:
+    return tool("sources").read_sources(Path("target"), [path], [], [], 0, [""], 10, 0)
+
+
+def test_texts_of_an_earlier_run_bring_their_labels(tool: Any, tmp_path: Path) -> None:
+    found = read_answers(tool, made_earlier(tool, tmp_path, range(5)))
+    assert found.answers == []
+    [(texts, labels)] = found.labelled
+    assert [int(one.tokens[0, 0]) for one in labels] == [text.a[0] for text in texts] != []
+
+
+def test_a_folder_of_something_else_beside_the_texts_is_left_alone(
+    tool: Any, tmp_path: Path
+) -> None:
+    path = made_earlier(tool, tmp_path, range(5))
+    for shard in (tmp_path / "self-written").iterdir():
+        shard.rename(shard.with_name("notes.txt"))
+    found = read_answers(tool, path)
+    assert len(found.answers) == 5
+    assert found.labelled == []
+
+
+def test_labels_of_other_texts_are_refused(tool: Any, tmp_path: Path) -> None:
+    path = made_earlier(tool, tmp_path, range(5))
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[1:]))
+    with pytest.raises(ValueError, match=r"of other texts than those of self-written\.jsonl"):
+        read_answers(tool, path)
+
+
+def test_labels_of_another_target_are_refused(tool: Any, tmp_path: Path) -> None:
+    path = made_earlier(tool, tmp_path, range(5), target="another")
+    with pytest.raises(ValueError, match="its labels are of another, not of target"):
+        read_answers(tool, path)

@@ -370,6 +370,25 @@ def test_outcomes_that_keep_coming_are_guessed() -> None:
     assert all(surprises(4))
 
 
+def test_nothing_is_learned_of_tokens_that_the_trunk_does_not_hold() -> None:
+    sim, request = verified_once()
+    sim.confirm(request, 1, sim.best(text_after(sim, request, 1))[1])
+    sim.propose([request])
+    # The draft has given up the branch that the target proposes.
+    [held] = sim.engine.tenancy.requests.values()
+    sim.engine.tenancy._make_room(held)
+    sim.settle()
+    assert request.verifying > held.verified == 0
+    before = sim.engine._rounds._outcomes.acceptance
+    sim.verify(request, 0, sim.best(request.text)[1])
+    sim.settle()
+    assert sim.engine._rounds._outcomes.acceptance == before
+    assert request.proposed
+    sim.verify(request, 0, sim.best(request.text)[1])
+    sim.settle()
+    assert sim.engine._rounds._outcomes.acceptance < before
+
+
 def test_a_round_is_counted_whether_it_is_finished_or_cut_off() -> None:
     sim, request = verified_once()
     counters = sim.engine.counters

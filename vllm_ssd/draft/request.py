@@ -40,6 +40,8 @@ class Request:
     """Row of each fork, and the blocks that are its own."""
     verified: int = 0
     """n, how many tokens after ``length`` are being verified."""
+    strayed: bool = False
+    """Something else is verified than the trunk holds."""
     forks_wanted: list[int] = field(default_factory=list)
     """Forks to make after k accepted tokens, for k = 0..n."""
     next_k: int = 0

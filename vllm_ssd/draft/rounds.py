@@ -134,7 +134,7 @@ class Rounds:
         rows, trunk = self._rows, request.trunk
         accepted = len(confirmed) - 1
         drafted = rows.cache.row_tokens(trunk)
-        if accepted > request.verified or drafted[:accepted] != confirmed[:accepted]:
+        if request.strayed or accepted > request.verified or drafted[:accepted] != confirmed[:-1]:
             return
         confidence = rows.confidence[trunk, : accepted + 1]
         if int(rows.computed[trunk]) - request.length < accepted:
@@ -196,7 +196,8 @@ class Rounds:
         length = int(rows.cache.length[trunk])
         known = rows.cache.tokens[trunk, : min(length, len(proposed))].tolist()
         # If the trunk does not hold the proposal (it was lost), only its own course is drafted.
-        request.verified = len(proposed) if known == proposed else 0
+        request.strayed = known != proposed
+        request.verified = 0 if request.strayed else len(proposed)
         depth = self._policy.num_speculative_tokens
         grow_to = min(len(proposed) + 1 + depth, request.limit - request.length)
         rows.room[trunk] = max(0, grow_to - length)
@@ -217,6 +218,10 @@ class Rounds:
     def _forks_wanted(self, request: Request) -> list[int]:
         """How many forks to make after k accepted tokens, for k = 0..n."""
         rows, policy, verified = self._rows, self._policy, request.verified
+        # Rows for all: those who come first in the batch would take them from the others.
+        most = max(1, len(rows.pending) // self._batch)
+        if min(most, policy.max_branches or most) == 1:
+            return [0] * (verified + 1)
         known = max(0, int(rows.computed[request.trunk]) - request.length + 1)
         confidence = rows.confidence[request.trunk, : min(known, verified + 1)]
         forecast = self._outcomes.forecast(verified, confidence)
@@ -224,11 +229,8 @@ class Rounds:
         if not count:
             worth = self._worth_of_a_hit(prepared=verified > 0)[: len(forecast.hit)]
             count = 1 + int(np.argmax(forecast.hit * worth))
-        # Rows for all: those who come first in the batch would take them from the others.
-        count = min(count, max(1, len(rows.pending) // self._batch))
-        wanted: list[int] = np.bincount(
-            forecast.accepted[: count - 1], minlength=verified + 1
-        ).tolist()
+        forks = forecast.accepted[: min(count, most) - 1]
+        wanted: list[int] = np.bincount(forks, minlength=verified + 1).tolist()
         return wanted
 
     def _worth_of_a_hit(self, prepared: bool) -> Float64Array:
