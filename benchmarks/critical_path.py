@@ -22,7 +22,7 @@ from rich.table import Table
 
 from vllm_ssd.draft.blocks import KVBlocks
 from vllm_ssd.draft.engine import DraftEngine
-from vllm_ssd.draft.forward import Done, Sequences
+from vllm_ssd.draft.forward import Choices, Done, Sequences
 from vllm_ssd.draft.rounds import Policy
 from vllm_ssd.draft.rows import Rows
 from vllm_ssd.target.client import DraftClient
@@ -56,7 +56,8 @@ class TableModel:
         """The best tokens after each sequence: its last token's successor, then others."""
         last = sequences.tokens[np.cumsum(sequences.query_lens) - 1].astype(np.int64)
         top = (last[:, None] * 31 + np.arange(CANDIDATES) * 101 + 7) % VOCABULARY
-        return Done(top.astype(np.int32))
+        sure = np.full(len(last), 0.5, np.float32)
+        return Done(Choices(top.astype(np.int32), sure))
 
     def copy_blocks(self, sources: Sequence[int], destinations: Sequence[int]) -> None:
         """There is no KV to copy."""

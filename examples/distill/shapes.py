@@ -118,8 +118,8 @@ def _narrow(model: Any, config: PretrainedConfig) -> torch.nn.Module:
     return draft
 
 
-SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
-SIZES += ("num_attention_heads", "num_key_value_heads")
+SIZES = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"]
+SIZES += ["num_attention_heads", "num_key_value_heads"]
 
 
 def check_same_shape(folder: Path, shape: Shape, target: Path) -> None:

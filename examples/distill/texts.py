@@ -113,5 +113,5 @@ def batches(lengths: np.ndarray, most_tokens: int, seed: int) -> list[np.ndarray
         if end == len(order) or longest * (end + 1 - start) > most_tokens:
             groups.append(order[start:end])
             start = end
-    generator.shuffle(groups)  # type: ignore[arg-type]
+    generator.shuffle(groups)
     return groups
