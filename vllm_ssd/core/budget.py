@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
-Float64Array = NDArray[np.float64]
+from vllm_ssd.core.outcomes import Float64Array
 
 
 class StepTimeModel:

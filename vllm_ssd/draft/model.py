@@ -115,7 +115,7 @@ class VllmDraftModel:
         # Over the few that were chosen: as good a measure as over all, and nearly free.
         confidence = values.float().softmax(-1)[:, 0].nan_to_num()
         if rows is None:
-            return Done(Choices(tokens.numpy(), confidence.numpy()))
+            return Done(Choices(tokens.cpu().numpy(), confidence.cpu().numpy()))
         self._next_token[rows] = tokens[:, 0]
         return _Readback(tokens, confidence, self._copy_stream)
 
