@@ -22,7 +22,7 @@ from rich.table import Table
 
 from vllm_ssd.draft.blocks import KVBlocks
 from vllm_ssd.draft.engine import DraftEngine
-from vllm_ssd.draft.forward import Choices, Done, Sequences
+from vllm_ssd.draft.model import Choices, Done, Sequences
 from vllm_ssd.draft.rounds import Policy
 from vllm_ssd.draft.rows import Rows
 from vllm_ssd.target.client import DraftClient
@@ -30,13 +30,13 @@ from vllm_ssd.target.proposer import SSDProposer
 from vllm_ssd.wire.channel import Channel
 from vllm_ssd.wire.messages import (
     DraftBound,
-    Outcomes,
     Ready,
     Setup,
     Start,
     TargetBound,
     ToTarget,
     Trimmed,
+    Verified,
 )
 
 VOCABULARY = 49_152
@@ -95,8 +95,8 @@ class Draft:
                 match message:
                     case Start():
                         self.engine.start(message)
-                    case Outcomes():
-                        self.engine.outcomes(message)
+                    case Verified():
+                        self.engine.verified(message)
                     case Trimmed():
                         self.engine.trimmed(message)
         self._send(self.engine.publications())

@@ -28,7 +28,7 @@ from rich.table import Table
 from vllm_ssd.cli.demo_engine import best_dtype
 from vllm_ssd.cli.models import demo_models
 from vllm_ssd.config import SSDConfig
-from vllm_ssd.core.tree import Int32Array
+from vllm_ssd.core.arrays import Int32Array
 
 SIZES = "2000,4000,8000,16000,0"
 ROWS = (1, 8, 24)
@@ -43,8 +43,8 @@ def serve(pipe: Connection, draft: str, ids: Int32Array | None, eager: bool, cor
     os.sched_setaffinity(0, [core])
     from vllm.platforms import current_platform
 
-    from vllm_ssd.draft.forward import Sequences
-    from vllm_ssd.draft.model import VllmDraftModel
+    from vllm_ssd.draft.model import Sequences
+    from vllm_ssd.draft.vllm_model import VllmDraftModel
 
     arguments: dict[str, Any] = {
         "model": draft,

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from vllm_ssd.core.fanout import geometric_fan_out, uniform_fan_out
+from vllm_ssd.core.forks import geometric_fan_out
 
 ADDITIONAL_CONFIG_KEY = "ssd"
 """Where the options live in vLLM's ``additional_config``, its one free-form field."""
@@ -15,17 +15,32 @@ ADDITIONAL_CONFIG_KEY = "ssd"
 MAX_SPECULATIVE_TOKENS = 32
 MAX_FAN_OUT = 64
 MAX_BRANCHES = 1024
+AUTO_BRANCHES = 32
+"""The most branches of a request where no option says how many: more of them hit hardly more
+often (docs/performance.md), and each is a row of the draft's batch."""
 
 _NEEDS = {
     "model": "needs a folder or a hub name",
-    "fan_out": f"needs integers from 0 to {MAX_FAN_OUT}, not all 0: one, or a list of "
-    "num_speculative_tokens + 1",
+    "fan_out": f"needs 'auto', an integer from 0 to {MAX_FAN_OUT}, or a list of "
+    "num_speculative_tokens + 1 of them, not all 0; or {'geometric': an integer}",
     "branches": f"needs an integer from 1 to {MAX_BRANCHES}, or 'auto'",
     "draft_device": "needs 'auto', 'cpu', 'cuda' or 'cuda:<index>'",
     "draft_cpu_cores": "needs a list of core numbers",
     "draft_vocab": "needs a number of tokens, 0 for all, or a file of token ids by frequency",
 }
 """What an option takes, where pydantic's own words would not say it."""
+
+
+class GeometricFanOut(BaseModel):
+    """``fan_out`` guesses after each k on average, spread by Theorem 12 of arXiv 2603.03251."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    geometric: int = Field(ge=1, le=MAX_FAN_OUT)
+    acceptance: float = Field(default=0.7, gt=0.0, lt=1.0)
+    """a, the chance that one drafted token is accepted."""
+    miss_exponent: float = Field(default=1.0, gt=0.0, le=10.0)
+    """r: of F guesses of ``t*`` none is right with chance ``F^-r`` (Def. 11)."""
 
 
 class SSDConfig(BaseModel):
@@ -43,25 +58,15 @@ class SSDConfig(BaseModel):
     num_speculative_tokens: int = Field(ge=1, le=MAX_SPECULATIVE_TOKENS)
     """K, the most tokens drafted for one verification."""
 
-    fan_out: int | list[int] = 3
-    """How many ``t*`` are guessed after each number of accepted tokens; or K + 1 numbers, one for
-    each ``k`` from 0 to K."""
-
-    fan_out_policy: Literal["uniform", "geometric"] = "uniform"
-    """How an integer ``fan_out`` is spread over ``k``: the same everywhere, or by Theorem 12 of
-    arXiv 2603.03251 from ``acceptance`` and ``miss_exponent`` (the sum stays the same)."""
-
-    acceptance: float = Field(default=0.7, gt=0.0, lt=1.0)
-    """The chance that one drafted token is accepted, with which outcomes are ordered by likelihood
-    until verifications show what it is, by the draft's confidence."""
-
-    miss_exponent: float = Field(default=1.0, gt=0.0, le=10.0)
-    """r: where the draft's first choice is wrong, F others are all wrong too with probability
-    ``(F + 1)^-r``; likewise."""
+    fan_out: Literal["auto"] | int | list[int] | GeometricFanOut = "auto"
+    """The most ``t*`` guessed after each number k of accepted tokens. ``"auto"``: no such cap, the
+    likeliest outcomes are guessed, whatever their k. To compare with, the fan-outs of
+    arXiv 2603.03251: a number (uniform), K + 1 numbers for k from 0 to K (hand-made), or
+    ``{"geometric": F}``."""
 
     branches: int | Literal["auto"] = "auto"
-    """Branches per request and round. ``"auto"``: as many as the measured step time lets reach a
-    useful depth before the verification ends, likeliest outcomes first."""
+    """Branches per request and round. ``"auto"``: as many as the measured times let reach a useful
+    depth before the verification ends, likeliest outcomes first."""
 
     max_wait_ms: float = Field(default=0.0, ge=0.0, le=10_000.0)
     """How long one proposal (the whole batch) may wait for the branch that came true."""
@@ -106,7 +111,11 @@ class SSDConfig(BaseModel):
 
     @field_validator("fan_out")
     @classmethod
-    def _fan_out_in_range(cls, value: int | list[int]) -> int | list[int]:
+    def _fan_out_in_range(
+        cls, value: str | int | list[int] | GeometricFanOut
+    ) -> str | int | list[int] | GeometricFanOut:
+        if isinstance(value, (str, GeometricFanOut)):
+            return value
         numbers = value if isinstance(value, list) else [value]
         if any(not 0 <= number <= MAX_FAN_OUT for number in numbers) or sum(numbers) == 0:
             raise ValueError(_NEEDS["fan_out"])
@@ -150,21 +159,26 @@ class SSDConfig(BaseModel):
             raise ValueError(_explain(error, options)) from None
 
     @property
-    def fan_out_per_k(self) -> tuple[int, ...]:
-        """F_k for k = 0..K."""
-        if isinstance(self.fan_out, list):
-            return tuple(self.fan_out)
-        if self.fan_out_policy == "uniform":
-            return uniform_fan_out(self.num_speculative_tokens, self.fan_out)
-        return geometric_fan_out(
-            self.num_speculative_tokens, self.fan_out, self.acceptance, self.miss_exponent
-        )
+    def fan_out_per_k(self) -> tuple[int, ...] | None:
+        """F_k for k = 0..K; None where there is no cap for each k."""
+        match self.fan_out:
+            case "auto":
+                return None
+            case list():
+                return tuple(self.fan_out)
+            case GeometricFanOut(geometric=fan_out, acceptance=a, miss_exponent=r):
+                return geometric_fan_out(self.num_speculative_tokens, fan_out, a, r)
+            case fan_out:
+                return (fan_out,) * (self.num_speculative_tokens + 1)
 
     @property
     def max_branches(self) -> int:
         """Most branches one request can have in a round."""
-        every = sum(self.fan_out_per_k)
-        return every if self.branches == "auto" else min(self.branches, every)
+        caps = self.fan_out_per_k
+        wanted = self.branches if isinstance(self.branches, int) else None
+        if caps is None:
+            return wanted or AUTO_BRANCHES
+        return min(wanted or sum(caps), sum(caps))
 
 
 def _explain(error: ValidationError, options: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vllm_ssd.core.tree import Int32Array
+from vllm_ssd.core.arrays import Int32Array
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig

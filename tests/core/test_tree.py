@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_ssd.core.tree import Int32Array, SpeculationCache, Where
+from vllm_ssd.core.arrays import Int32Array
+from vllm_ssd.core.tree import SpeculationCache, Where
 
 HANDLE, BASE = 7, 10
 TRUNK, FORK, LATE_FORK = 0, 1, 2

@@ -13,8 +13,8 @@ from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any
 
-from vllm_ssd.core.tree import Int32Array
-from vllm_ssd.draft.forward import Choices, Sequences
+from vllm_ssd.core.arrays import Int32Array
+from vllm_ssd.draft.model import Choices, Sequences
 
 KV_BYTES = 16 << 20
 
@@ -85,7 +85,7 @@ class ModelProcess:
 def _serve(pipe: Connection, engine_args: dict[str, Any], loaded: tuple[Any, ...]) -> None:
     """The process's entry point: bring the model up, then answer until the pipe closes."""
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
-    from vllm_ssd.draft.model import VllmDraftModel
+    from vllm_ssd.draft.vllm_model import VllmDraftModel
 
     try:
         model = VllmDraftModel(engine_args)

@@ -21,7 +21,6 @@ from vllm_ssd.target.published import PublishedTrees
 from vllm_ssd.wire.messages import (
     Finished,
     Forked,
-    Outcomes,
     Planted,
     Ready,
     Start,
@@ -29,6 +28,7 @@ from vllm_ssd.wire.messages import (
     ToDraft,
     ToTarget,
     Trimmed,
+    Verified,
     pack,
 )
 
@@ -140,7 +140,7 @@ class Simulation:
             proposed.append(len(request.proposed))
             tokens += request.text[request.told :] + request.proposed
             request.told = len(request.text)
-        message = Outcomes(
+        message = Verified(
             pack(handles),
             pack(lengths),
             pack(confirmed),
@@ -203,8 +203,8 @@ class Simulation:
                 match message:
                     case Start():
                         self.engine.start(message)
-                    case Outcomes():
-                        self.engine.outcomes(message)
+                    case Verified():
+                        self.engine.verified(message)
                     case Trimmed():
                         self.engine.trimmed(message)
                     case Finished():

@@ -15,8 +15,8 @@ from tests.draft.model_process import ModelProcess
 from tests.draft.test_model import BLOCK_SIZE, CANDIDATES, TOLERANCE, engine_args, text
 from tests.tiny_models import HIDDEN, VOCABULARY, TinyModels
 from vllm_ssd import compat
-from vllm_ssd.core.tree import Int32Array
-from vllm_ssd.draft.forward import Sequences
+from vllm_ssd.core.arrays import Int32Array
+from vllm_ssd.draft.model import Sequences
 
 IDS = np.random.default_rng(5).permutation(VOCABULARY)[:75].astype(np.int32)
 """In no order, and not a number of rows that kernels like."""

@@ -11,7 +11,7 @@ from tests.draft.invariants import check_always, check_at_rest, guard_writes, pa
 from tests.draft.simulation import Simulation, Sizes, TargetRequest
 from vllm_ssd.core.tree import Where
 from vllm_ssd.draft.engine import OutOfStepError
-from vllm_ssd.wire.messages import Outcomes, pack
+from vllm_ssd.wire.messages import Verified, pack
 
 PROMPT = [1, 2, 3, 4, 5, 6]
 
@@ -322,11 +322,11 @@ def test_outcomes_that_do_not_fit_the_known_text_are_out_of_step(
     handle: int, length: int, confirmed: int, tokens: list[int]
 ) -> None:
     sim, _ = at_rest()
-    message = Outcomes(
+    message = Verified(
         pack([handle]), pack([length]), pack([confirmed]), pack([0]), pack(tokens), 0
     )
     with pytest.raises(OutOfStepError):
-        sim.engine.outcomes(message)
+        sim.engine.verified(message)
     sim.engine.reset()
     assert sim.rows.free_count == sim.sizes.max_rows
     assert not np.any(sim.rows.pending)

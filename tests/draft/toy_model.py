@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_ssd.core.tree import Int32Array
-from vllm_ssd.draft.forward import FROM_LAST_STEP, Choices, Done, Sequences, Ticket
+from vllm_ssd.core.arrays import Int32Array
+from vllm_ssd.draft.model import FROM_LAST_STEP, Choices, Done, Sequences, Ticket
 
 NOTHING = -1
 _LONGEST = 4096
@@ -48,7 +48,7 @@ def _best(hashes: NDArray[np.uint64], vocab_size: int) -> Int32Array:
 
 
 class ToyModel:
-    """A :class:`vllm_ssd.draft.forward.DraftModel` of numpy arrays.
+    """A :class:`vllm_ssd.draft.model.DraftModel` of numpy arrays.
 
     Args:
         num_blocks: blocks of its KV cache.

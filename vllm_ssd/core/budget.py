@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from vllm_ssd.core.outcomes import Float64Array
+from vllm_ssd.core.arrays import Float64Array
 
 
 class StepTimeModel:

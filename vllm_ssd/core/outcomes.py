@@ -26,7 +26,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_ssd.core.fanout import apportion
+from vllm_ssd.core.arrays import Float32Array, Float64Array
+from vllm_ssd.core.forks import apportion
 
 BINS = 8
 """Levels of confidence that are told apart."""
@@ -36,8 +37,6 @@ MEMORY = 1000
 """Observations after which one counts for a third."""
 _DECAY = 1.0 - 1.0 / MEMORY
 
-Float32Array = NDArray[np.float32]
-Float64Array = NDArray[np.float64]
 
 
 class Forecast(NamedTuple):

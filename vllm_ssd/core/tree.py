@@ -15,9 +15,13 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 import numpy as np
-from numpy.typing import NDArray
 
-Int32Array = NDArray[np.int32]
+from vllm_ssd.core.arrays import Int32Array, Int64Array
+
+
+def row_width(num_speculative_tokens: int) -> int:
+    """Tokens a row holds at most: K being verified, the bonus token, K more, and one to spare."""
+    return 2 * num_speculative_tokens + 2
 
 
 class Where(Enum):
@@ -54,7 +58,7 @@ class Tree:
     """Row of the trunk."""
     complete: bool = False
     """No more forks will come for this tree."""
-    forks: list[tuple[NDArray[np.int64], Int32Array]] = field(default_factory=list)
+    forks: list[tuple[Int64Array, Int32Array]] = field(default_factory=list)
     """Batches of ``(key, row)``, where key is ``fork_key(k, t*)``; each array ``[forks]``."""
 
     def fork_at(self, k: int, token: int) -> int:
@@ -67,7 +71,7 @@ class Tree:
         return -1
 
 
-def fork_keys(k: Int32Array, tokens: Int32Array) -> NDArray[np.int64]:
+def fork_keys(k: Int32Array, tokens: Int32Array) -> Int64Array:
     """One int64 for each ``(k, t*)``."""
     return (k.astype(np.int64) << 32) | tokens
 
@@ -77,7 +81,7 @@ class SpeculationCache:
 
     Args:
         max_rows: rows in all (trunks and forks of all requests).
-        width: tokens a row can hold; ``2 * num_speculative_tokens + 2`` is enough.
+        width: tokens a row can hold (:func:`row_width`).
     """
 
     def __init__(self, max_rows: int, width: int) -> None:

@@ -19,7 +19,8 @@ from vllm.v1.core.kv_cache_utils import (
     init_none_hash,
 )
 
-from vllm_ssd.core.tree import Int32Array
+from vllm_ssd.core.arrays import Int32Array
+
 
 _KV_GROUP = 0
 """The draft's only KV cache group (full attention)."""

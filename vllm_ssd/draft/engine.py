@@ -13,7 +13,7 @@ import numpy as np
 
 from vllm_ssd.core.budget import StepTimeModel
 from vllm_ssd.draft.blocks import KVBlocks, VerifiedPrefix
-from vllm_ssd.draft.forward import DraftModel
+from vllm_ssd.draft.model import DraftModel
 from vllm_ssd.draft.pipeline import Pipeline, Taken
 from vllm_ssd.draft.request import Request
 from vllm_ssd.draft.rounds import Policy, Rounds
@@ -21,11 +21,11 @@ from vllm_ssd.draft.rows import MAX_STOP_TOKENS, Rows
 from vllm_ssd.draft.tenancy import Tenancy
 from vllm_ssd.wire.messages import (
     Finished,
-    Outcomes,
     Start,
     Stepped,
     ToTarget,
     Trimmed,
+    Verified,
     pack,
     unpack,
 )
@@ -128,7 +128,7 @@ class DraftEngine:
                 self._rounds.trim(request, verified)
         self._end_idle_round()
 
-    def outcomes(self, message: Outcomes) -> None:
+    def verified(self, message: Verified) -> None:
         """Follow what was confirmed and guess what comes next.
 
         Raises:

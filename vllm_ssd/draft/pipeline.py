@@ -15,8 +15,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_ssd.core.tree import Int32Array
-from vllm_ssd.draft.forward import FROM_LAST_STEP, Choices, DraftModel, Sequences, Ticket
+from vllm_ssd.core.arrays import Int32Array
+from vllm_ssd.draft.model import FROM_LAST_STEP, Choices, DraftModel, Sequences, Ticket
 from vllm_ssd.draft.request import Request
 from vllm_ssd.draft.tenancy import Tenancy
 

@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from vllm_ssd.core.arrays import Float64Array
 from vllm_ssd.core.budget import StepTimeModel, worth_of_a_hit
-from vllm_ssd.core.outcomes import Float64Array, OutcomeModel
+from vllm_ssd.core.outcomes import OutcomeModel
 from vllm_ssd.core.tree import Where
 from vllm_ssd.draft.request import DORMANT, Request
 from vllm_ssd.draft.tenancy import Tenancy

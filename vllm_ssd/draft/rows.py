@@ -9,9 +9,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_ssd.core.outcomes import Float32Array
-from vllm_ssd.core.tree import Int32Array, SpeculationCache
-from vllm_ssd.draft.forward import Choices
+from vllm_ssd.core.arrays import Float32Array, Int32Array
+from vllm_ssd.core.tree import SpeculationCache
+from vllm_ssd.draft.model import Choices
 
 MAX_STOP_TOKENS = 8
 """End tokens checked per request; a request with more merely drafts past the others."""

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 from vllm_ssd.draft.blocks import KVBlocks
 from vllm_ssd.draft.engine import DraftEngine, OutOfStepError
-from vllm_ssd.draft.model import VllmDraftModel
 from vllm_ssd.draft.rounds import Policy
 from vllm_ssd.draft.rows import Rows
 from vllm_ssd.draft.validation import Bounds, check
+from vllm_ssd.draft.vllm_model import VllmDraftModel
 from vllm_ssd.wire.channel import Channel, ChannelClosedError
 from vllm_ssd.wire.messages import (
     MAX_EPOCH_JUMP,
@@ -22,16 +22,15 @@ from vllm_ssd.wire.messages import (
     Failed,
     Finished,
     Lost,
-    Outcomes,
     Ready,
     Report,
     Setup,
-    Shutdown,
     Start,
     TargetBound,
     ToDraft,
     ToTarget,
     Trimmed,
+    Verified,
     unpack,
 )
 
@@ -176,14 +175,12 @@ class DraftServer:
                 self._set_up(message)
             case Allocate():
                 self._allocate(message)
-            case Shutdown():
-                self._stopped.set()
             case _ if self._engine is None:
                 raise OutOfStepError("no model yet")
             case Start():
                 self._engine.start(message)
-            case Outcomes():
-                self._engine.outcomes(message)
+            case Verified():
+                self._engine.verified(message)
             case Trimmed():
                 self._engine.trimmed(message)
             case Finished():

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from vllm_ssd.core.tree import Int32Array
+from vllm_ssd.core.arrays import Int32Array
 from vllm_ssd.draft.blocks import KVBlocks
-from vllm_ssd.draft.forward import DraftModel
+from vllm_ssd.draft.model import DraftModel
 from vllm_ssd.draft.publisher import Publisher
 from vllm_ssd.draft.request import DORMANT, Request
 from vllm_ssd.draft.rows import Rows

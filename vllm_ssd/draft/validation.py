@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from vllm_ssd.core.tree import Int32Array
-from vllm_ssd.wire.messages import Outcomes, Start, ToDraft, Trimmed, unpack
+from vllm_ssd.core.arrays import Int32Array
+from vllm_ssd.wire.messages import Start, ToDraft, Trimmed, Verified, unpack
 
 MAX_HANDLE = 2**31 - 1
 """Handles travel as int32."""
@@ -32,7 +32,7 @@ def check(message: ToDraft, bounds: Bounds) -> None:
                 raise ValueError(f"request {message.handle} of {len(message.tokens)} bytes")
             if not -1 <= message.limit <= bounds.max_model_len:
                 raise ValueError(f"limit {message.limit}")
-        case Outcomes():
+        case Verified():
             confirmed, proposed = unpack(message.confirmed_counts), unpack(message.proposed_counts)
             tokens = unpack(message.tokens)
             _check_tokens(tokens, bounds)

@@ -14,12 +14,10 @@ from vllm_ssd.preflight import (
     kv_bytes_per_token,
     resolve_draft_device,
 )
-from vllm_ssd.wire.messages import Setup, pack
+from vllm_ssd.wire.messages import MAX_ROWS, Setup, pack
 
 logger = logging.getLogger("vllm.vllm_ssd")
 
-MAX_ROWS = 1024
-"""Rows of the draft's batch, however many requests there are."""
 CPU_BLOCK_SIZE = 32
 """Tokens per KV block on CPU, the least its attention likes; a fork copies at most one block."""
 PREFILL_TOKENS = 256
@@ -134,10 +132,9 @@ def plan_draft(config: SSDConfig, vllm_config: Any) -> DraftPlan:
     setup = Setup(
         engine_args=arguments,
         num_speculative_tokens=config.num_speculative_tokens,
-        fan_out=list(config.fan_out_per_k),
-        max_branches=0 if config.branches == "auto" else config.branches,
-        acceptance=config.acceptance,
-        miss_exponent=config.miss_exponent,
+        fan_out=list(config.fan_out_per_k or ()),
+        branches=0 if config.branches == "auto" else config.branches,
+        max_branches=config.max_branches,
         enable_prefix_caching=bool(vllm_config.cache_config.enable_prefix_caching),
         vocab_size=target.get_vocab_size(),
         device_index=0 if on_cpu else int(device.partition(":")[2] or 0),

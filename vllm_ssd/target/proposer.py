@@ -16,7 +16,7 @@ from vllm_ssd.target.requests import (
     can_draft,
     most_drafts,
 )
-from vllm_ssd.wire.messages import Finished, Outcomes, ToDraft, Trimmed, pack
+from vllm_ssd.wire.messages import Finished, ToDraft, Trimmed, Verified, pack
 
 if TYPE_CHECKING:
     import numpy as np
@@ -223,7 +223,7 @@ class SSDProposer:
         for look_up, walk in zip(look_ups, walks, strict=True):
             proposals[look_up.row] = self._answer(look_up, walk)
         if look_ups and client.up:
-            messages.append(self._outcomes(look_ups, verify_us))
+            messages.append(self._tell(look_ups, verify_us))
         client.send(messages)
 
     def _measure_verification(self, look_ups: list[LookUp], now: float) -> int:
@@ -380,7 +380,7 @@ class SSDProposer:
             stats.misses_not_ready += 1
         return found
 
-    def _outcomes(self, look_ups: list[LookUp], verify_us: int) -> Outcomes:
+    def _tell(self, look_ups: list[LookUp], verify_us: int) -> Verified:
         """Tell the draft what was confirmed and what is proposed."""
         handles, lengths, confirmed, proposed = [], [], [], []
         tokens: list[int] = []
@@ -393,7 +393,7 @@ class SSDProposer:
             tokens += look_up.confirmed
             tokens += request.proposed
             request.length = look_up.length
-        return Outcomes(
+        return Verified(
             pack(handles), pack(lengths), pack(confirmed), pack(proposed), pack(tokens), verify_us
         )
 

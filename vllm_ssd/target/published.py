@@ -7,11 +7,9 @@ from operator import attrgetter
 
 import numpy as np
 
-from vllm_ssd.core.tree import Int32Array, SpeculationCache
-from vllm_ssd.wire.messages import Forked, Planted, Ready, Stepped, unpack
-
-MAX_ROWS = 1 << 16
-"""More rows than any draft has."""
+from vllm_ssd.core.arrays import Int32Array
+from vllm_ssd.core.tree import SpeculationCache, row_width
+from vllm_ssd.wire.messages import MAX_ROWS, Forked, Planted, Ready, Stepped, unpack
 
 
 class PublishedTrees:
@@ -27,7 +25,7 @@ class PublishedTrees:
         self.withdrawn: set[int] = set()
         """Handles the draft holds nothing for at the moment."""
         self._announced: set[int] = set()
-        self._width = 2 * num_speculative_tokens + 2
+        self._width = row_width(num_speculative_tokens)
         self._vocab_size = vocab_size
 
     def clear(self) -> None:

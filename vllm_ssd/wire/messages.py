@@ -12,6 +12,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+MAX_ROWS = 1024
+"""Rows of the draft's batch, however many requests there are."""
 MAX_EPOCH_JUMP = 1 << 20
 """Neither side gets so many epochs ahead of the other: a frame that claims it is garbage."""
 
@@ -44,10 +46,11 @@ class Setup(Message, frozen=True):
     """Arguments of vLLM's ``EngineArgs`` for the draft model."""
     num_speculative_tokens: int
     fan_out: list[int]
+    """The most ``t*`` to guess after k accepted tokens, for k = 0..K; empty for no such cap."""
+    branches: int
+    """Branches per request, the trunk being one; 0 for as many as the measured times afford."""
     max_branches: int
-    """Rows per request; 0 for as many as the measured step time affords."""
-    acceptance: float
-    miss_exponent: float
+    """The most branches a request can have."""
     enable_prefix_caching: bool
     vocab_size: int
     """The target's vocabulary: ids from there on are never drafted."""
@@ -75,7 +78,7 @@ class Start(Message, frozen=True):
     """Token ids that end it."""
 
 
-class Outcomes(Message, frozen=True):
+class Verified(Message, frozen=True):
     """What verification confirmed, and what is proposed now. One entry per request and array."""
 
     handles: bytes
@@ -100,10 +103,6 @@ class Finished(Message, frozen=True):
     """Requests that need no drafts any more."""
 
     handles: bytes
-
-
-class Shutdown(Message, frozen=True):
-    """Stop."""
 
 
 # ---- draft to target
@@ -172,7 +171,7 @@ class Lost(Message, frozen=True):
     """A gap in what the target sent: a new epoch is needed."""
 
 
-ToDraft = Setup | Allocate | Start | Outcomes | Trimmed | Finished | Shutdown
+ToDraft = Setup | Allocate | Start | Verified | Trimmed | Finished
 ToTarget = Ready | Failed | Planted | Forked | Stepped | Report | Alive | Lost
 
 

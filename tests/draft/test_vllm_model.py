@@ -11,8 +11,8 @@ import pytest
 
 from tests.draft.model_process import ModelProcess
 from tests.tiny_models import VOCABULARY, TinyModels
-from vllm_ssd.core.tree import Int32Array
-from vllm_ssd.draft.forward import Sequences
+from vllm_ssd.core.arrays import Int32Array
+from vllm_ssd.draft.model import Sequences
 
 CANDIDATES = 6
 VOCAB_SIZE = VOCABULARY - 12  # a target with a smaller vocabulary
