@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any
 
 from vllm_ssd.core.arrays import Int32Array
-from vllm_ssd.draft.model import Choices, Sequences
+from vllm_ssd.draft.model import BlockChanges, Choices, Sequences
 
 KV_BYTES = 16 << 20
 
@@ -46,13 +45,9 @@ class ModelProcess:
         theirs.close()
         self.block_size: int = self._receive()
 
-    def forward(self, sequences: Sequences) -> Choices:
-        """Launch a forward and wait for it."""
-        return self._ask("forward", sequences)
-
-    def copy_blocks(self, sources: Sequence[int], destinations: Sequence[int]) -> None:
-        """Copy KV blocks."""
-        self._ask("copy_blocks", sources, destinations)
+    def forward(self, changes: BlockChanges, sequences: Sequences) -> Choices:
+        """Launch a forward and wait for it. Raises what the model raises, and goes on."""
+        return self._ask("forward", changes, sequences)
 
     def compilations(self) -> dict[str, int]:
         """What has been compiled so far, as torch and vLLM count it."""
@@ -93,18 +88,20 @@ def _serve(pipe: Connection, engine_args: dict[str, Any], loaded: tuple[Any, ...
         pipe.send(model.block_size)
         while True:
             verb, *arguments = pipe.recv()
-            if verb == "forward":
-                pipe.send(model.launch(*arguments).result())
-            elif verb == "copy_blocks":
-                model.copy_blocks(*arguments)
-                pipe.send(None)
-            else:
-                pipe.send(_compilations())
+            pipe.send(_forward(model, *arguments) if verb == "forward" else _compilations())
     except EOFError:
         os._exit(0)
     except Exception as error:  # the test's to report
         pipe.send(error)
         raise
+
+
+def _forward(model: Any, changes: BlockChanges, sequences: Sequences) -> Choices | Exception:
+    try:
+        choices: Choices = model.launch(changes, sequences).result()
+        return choices
+    except Exception as error:  # the test's to expect or report
+        return error
 
 
 def _compilations() -> dict[str, int]:

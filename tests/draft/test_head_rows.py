@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from tests.draft.model_process import ModelProcess
-from tests.draft.test_model import BLOCK_SIZE, CANDIDATES, TOLERANCE, engine_args, text
+from tests.draft.test_vllm_model import BLOCK_SIZE, CANDIDATES, TOLERANCE, engine_args, text
 from tests.tiny_models import HIDDEN, VOCABULARY, TinyModels
-from vllm_ssd import compat
 from vllm_ssd.core.arrays import Int32Array
-from vllm_ssd.draft.model import Sequences
+from vllm_ssd.draft.head import select_head_rows
+from vllm_ssd.draft.model import BlockChanges, Sequences
 
 IDS = np.random.default_rng(5).permutation(VOCABULARY)[:75].astype(np.int32)
 """In no order, and not a number of rows that kernels like."""
@@ -60,7 +60,9 @@ def _forward(model: ModelProcess, texts: list[list[int]]) -> Int32Array:
     positions = np.concatenate([np.arange(length, dtype=np.int32) for length in lengths])
     tokens = np.array([token for tokens in texts for token in tokens], np.int32)
     rows = np.arange(len(texts), dtype=np.int32)
-    return model.forward(Sequences(blocks, lengths, tokens, positions, rows)).tokens
+    nothing = np.zeros(0, np.int32)
+    changes = BlockChanges(nothing, nothing, rows, blocks)
+    return model.forward(changes, Sequences(rows, lengths, tokens, positions)).tokens
 
 
 # ---- the ways in which vLLM's models make logits
@@ -152,14 +154,14 @@ def test_bias_scale_and_cap_stay_and_the_embedding_too(
     hidden = torch.randn(5, HIDDEN)
     embedded = model.embed.weight.clone()
     expected = model.compute_logits(hidden)[:, ids.long()]
-    compat.select_head_rows(model, config, ids)
+    select_head_rows(model, config, ids)
     torch.testing.assert_close(model.compute_logits(hidden)[:, : len(ids)], expected)
     torch.testing.assert_close(model.embed.weight.data, embedded.data)
 
 
 def test_the_old_heads_memory_is_freed(config: Any) -> None:
     model = Model()
-    compat.select_head_rows(model, config, torch.from_numpy(IDS))
+    select_head_rows(model, config, torch.from_numpy(IDS))
     sizes = {tuple(weight.shape) for weight in model.head.parameters()}
     assert sizes == {(128, HIDDEN)}  # padded as vLLM pads its heads
     assert not hasattr(model.head, "cpu_linear")
@@ -168,7 +170,7 @@ def test_the_old_heads_memory_is_freed(config: Any) -> None:
 @pytest.mark.parametrize("kind", [Masked, Mapped, Twice])
 def test_logits_that_are_not_just_a_heads_are_refused(config: Any, kind: type[Model]) -> None:
     with pytest.raises(ValueError, match=r"^ssd: option 'draft_vocab': .* set it to 0$"):
-        compat.select_head_rows(kind(), config, torch.from_numpy(IDS))
+        select_head_rows(kind(), config, torch.from_numpy(IDS))
 
 
 def test_a_head_of_another_width_is_refused(config: Any) -> None:
@@ -177,7 +179,7 @@ def test_a_head_of_another_width_is_refused(config: Any) -> None:
     model = Model()
     model.head = ParallelLMHead(VOCABULARY, HIDDEN // 2, disable_tp=True)
     with pytest.raises(ValueError, match=r"another width than its layers, .* set it to 0$"):
-        compat.select_head_rows(model, config, torch.from_numpy(IDS))
+        select_head_rows(model, config, torch.from_numpy(IDS))
 
 
 def test_a_quantised_head_is_refused(config: Any) -> None:
@@ -194,4 +196,4 @@ def test_a_quantised_head_is_refused(config: Any) -> None:
     model.head.quant_method = Packed()
     model.head.quant_method.create_weights(model.head)
     with pytest.raises(ValueError, match=r"head is quantised or packed \(Packed\).* to 0$"):
-        compat.select_head_rows(model, config, torch.from_numpy(IDS))
+        select_head_rows(model, config, torch.from_numpy(IDS))

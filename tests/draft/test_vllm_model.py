@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,8 +11,8 @@ import pytest
 
 from tests.draft.model_process import ModelProcess
 from tests.tiny_models import VOCABULARY, TinyModels
-from vllm_ssd.core.arrays import Int32Array
-from vllm_ssd.draft.model import Sequences
+from vllm_ssd.core.arrays import Float32Array, Int32Array
+from vllm_ssd.draft.model import BlockChanges, Sequences
 
 CANDIDATES = 6
 VOCAB_SIZE = VOCABULARY - 12  # a target with a smaller vocabulary
@@ -55,6 +55,8 @@ class Forest:
         self._reference = reference
         self._next_block = 1
         self._next_row = 0
+        self._copies: list[tuple[int, int]] = []
+        self._changed: list[Branch] = []
 
     def plant(self) -> Branch:
         """An empty branch with two blocks."""
@@ -65,49 +67,78 @@ class Forest:
         full = len(parent.text) // BLOCK_SIZE
         own = self._new_blocks(len(parent.blocks) - full)
         if len(parent.text) % BLOCK_SIZE:
-            self._model.copy_blocks([parent.blocks[full]], own[:1])
+            self._copies.append((parent.blocks[full], own[0]))
         return self._branch(parent.blocks[:full] + own, list(parent.text))
 
-    def _branch(self, blocks: list[int], text: list[int]) -> Branch:
+    def grow(self, branch: Branch) -> None:
+        """One more block for a branch; its table changes."""
+        branch.blocks += self._new_blocks(1)
+        self._changed.append(branch)
+
+    def move(self, branch: Branch) -> None:
+        """Another row for a branch, as when a fork becomes the trunk."""
         self._next_row += 1
-        return Branch(self._next_row % MAX_ROWS, blocks, text)
+        branch.row = self._next_row % MAX_ROWS
+        self._changed.append(branch)
+
+    def _branch(self, blocks: list[int], text: list[int]) -> Branch:
+        branch = Branch(0, blocks, text)
+        self.move(branch)
+        return branch
 
     def _new_blocks(self, count: int) -> list[int]:
         self._next_block += count
         return list(range(self._next_block - count, self._next_block))
 
+    def changes(self) -> BlockChanges:
+        """What has happened since the forward before."""
+        copies, self._copies = self._copies, []
+        changed = {branch.row: branch for branch in self._changed}
+        self._changed = []
+        tables = np.zeros((len(changed), max([0, *_lengths(changed.values())])), np.int32)
+        for table, branch in zip(tables, changed.values(), strict=True):
+            table[: len(branch.blocks)] = branch.blocks
+        return BlockChanges(
+            np.array([source for source, _ in copies], np.int32),
+            np.array([destination for _, destination in copies], np.int32),
+            np.array(list(changed), np.int32),
+            tables,
+        )
+
     def feed(self, *parts: tuple[Branch, Sequence[int]]) -> Int32Array:
         """One forward that lets each branch grow; checked against transformers."""
         parts = tuple(sorted(parts, key=lambda part: len(part[1]) > 1))
-        tables = [branch.blocks for branch, _ in parts]
         positions = [len(branch.text) + i for branch, tokens in parts for i in range(len(tokens))]
-        top, confidence = self._model.forward(
+        top, probabilities = self._model.forward(
+            self.changes(),
             Sequences(
-                np.array(tables, np.int32),
+                np.array([branch.row for branch, _ in parts], np.int32),
                 np.array([len(tokens) for _, tokens in parts], np.int32),
                 np.array([token for _, tokens in parts for token in tokens], np.int32),
                 np.array(positions, np.int32),
-                np.array([branch.row for branch, _ in parts], np.int32),
-            )
+            ),
         )
-        assert top.shape == (len(parts), CANDIDATES)
-        for (branch, tokens), best, sure in zip(parts, top, confidence, strict=True):
+        assert top.shape == probabilities.shape == (len(parts), CANDIDATES)
+        for (branch, tokens), best, shares in zip(parts, top, probabilities, strict=True):
             branch.text += tokens
-            self._check(branch.text, best, float(sure))
+            self._check(branch.text, best, shares)
         return top
 
-    def _check(self, text: list[int], best: Int32Array, confidence: float) -> None:
+    def _check(self, text: list[int], best: Int32Array, shares: Float32Array) -> None:
         import torch
 
         with torch.inference_mode():
             logits = self._reference(torch.tensor([text])).logits[0, -1, :VOCAB_SIZE]
-        expected = torch.topk(logits, CANDIDATES)
-        torch.testing.assert_close(
-            logits[best.tolist()], expected.values, atol=TOLERANCE, rtol=TOLERANCE
-        )
+        expected = torch.topk(logits, CANDIDATES).values
+        torch.testing.assert_close(logits[best.tolist()], expected, atol=TOLERANCE, rtol=TOLERANCE)
         assert len(set(best.tolist())) == CANDIDATES
-        share = float(expected.values.softmax(-1)[0])
-        assert confidence == pytest.approx(share, abs=TOLERANCE)
+        torch.testing.assert_close(
+            torch.from_numpy(shares), expected.softmax(-1), atol=TOLERANCE, rtol=TOLERANCE
+        )
+
+
+def _lengths(branches: Iterable[Branch]) -> list[int]:
+    return [len(branch.blocks) for branch in branches]
 
 
 @pytest.fixture(scope="module")
@@ -191,6 +222,50 @@ def test_as_many_branches_as_there_are_rows_are_one_batch(forest: Forest) -> Non
     forest.feed((trunk, text(35)))
     branches = [forest.fork(trunk) for _ in range(MAX_ROWS)]
     forest.feed(*[(branch, [3 + i]) for i, branch in enumerate(branches)])
+
+
+def test_a_table_that_grows_is_told_alone(forest: Forest) -> None:
+    """The other rows' tables are those of forwards before."""
+    one, other = forest.plant(), forest.plant()
+    forest.feed((one, text(60)))
+    forest.feed((other, text(61, seed=1)))
+    top = forest.feed((one, [3]), (other, [4]))
+    for _ in range(6):
+        for branch in (one, other):
+            if len(branch.text) == len(branch.blocks) * BLOCK_SIZE:
+                forest.grow(branch)
+        top = forest.feed((one, top[0, :1].tolist()), (other, top[1, :1].tolist()))
+
+
+def test_a_branch_goes_on_in_another_row(forest: Forest) -> None:
+    trunk = forest.plant()
+    forest.feed((trunk, text(40)))
+    fork = forest.fork(trunk)
+    forest.feed((trunk, [5]), (fork, [6]))
+    trunk.row, fork.row = fork.row, trunk.row
+    forest.move(trunk)
+    forest.move(fork)
+    forest.feed((fork, [7]), (trunk, [8]))
+
+
+def test_the_order_of_a_batch_is_free(forest: Forest) -> None:
+    branches = [forest.plant() for _ in range(5)]
+    for seed, branch in enumerate(branches):
+        forest.feed((branch, text(20 + seed, seed)))
+    forest.feed(*[(branch, [3]) for branch in reversed(branches)])
+    forest.feed(*[(branches[i], [4]) for i in (2, 0, 4)])
+
+
+def test_after_an_error_the_model_goes_on(model: ModelProcess, forest: Forest) -> None:
+    branch = forest.plant()
+    forest.feed((branch, text(35)))
+    fork = forest.fork(branch)
+    changes = forest.changes()
+    token, position = np.array([3], np.int32), np.array([35], np.int32)
+    beyond = Sequences(np.array([MAX_ROWS + 5], np.int32), np.ones(1, np.int32), token, position)
+    with pytest.raises(IndexError):
+        model.forward(changes, beyond)
+    forest.feed((branch, [4]), (fork, [5]))
 
 
 def test_ids_beyond_the_targets_vocabulary_are_never_drafted(forest: Forest) -> None:

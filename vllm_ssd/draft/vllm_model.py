@@ -2,21 +2,34 @@
 
 vLLM does the loading, quantisation, paged KV cache, attention backend, compilation and CUDA
 graphs; CPU and CUDA share this code. The runner's own persistent buffers carry the inputs, because
-CUDA graphs were captured over them.
+CUDA graphs were captured over them. The block table of every row stays on the device: a step sends
+those that have changed, and gathers the batch's.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from vllm_ssd import compat
 from vllm_ssd.core.arrays import Int32Array
-from vllm_ssd.draft.model import FROM_LAST_STEP, Choices, Done, Sequences, Ticket
+from vllm_ssd.draft.graphs import Padded, capture_sizes, pad
+from vllm_ssd.draft.head import select_head_rows
+from vllm_ssd.draft.inputs import (
+    DeviceInputs,
+    HostInputs,
+    after_last_step,
+    fill_slots,
+    host_inputs,
+    send,
+    sequence_of_tokens,
+)
+from vllm_ssd.draft.kv_cache import bring_up_kv_cache, copy_kv_blocks
+from vllm_ssd.draft.model import BlockChanges, Choices, Done, Sequences, Ticket
 
 
 class VllmDraftModel:
@@ -28,14 +41,19 @@ class VllmDraftModel:
         local_rank: index of the CUDA device; 0 on CPU.
 
     Raises:
+        RuntimeError: this vLLM lacks a name that is used.
         ValueError: vLLM refuses the model or an argument.
     """
 
     def __init__(self, engine_args: dict[str, Any], local_rank: int = 0) -> None:
+        compat.check_draft()
         from vllm.engine.arg_utils import EngineArgs
         from vllm.v1.worker.worker_base import WorkerWrapperBase
 
-        self.config = EngineArgs(**engine_args).create_engine_config()
+        # Where there are no CUDA graphs, vLLM drops the sizes.
+        sizes = capture_sizes(engine_args["max_num_seqs"], engine_args["max_num_batched_tokens"])
+        arguments = {**engine_args, "cudagraph_capture_sizes": sizes}
+        self.config = EngineArgs(**arguments).create_engine_config()
         self._worker = WorkerWrapperBase(rpc_rank=0)
         self._local_rank = local_rank
         self.lookahead = False
@@ -58,6 +76,7 @@ class VllmDraftModel:
                 the head is computed for no others. None for all.
 
         Raises:
+            RuntimeError: the runner of this vLLM lacks an attribute that is used.
             ValueError: the model's attention cannot be forked, or ``draft_vocab`` be selected.
         """
         self.config.cache_config.kv_cache_memory_bytes = kv_cache_memory_bytes or None
@@ -77,141 +96,196 @@ class VllmDraftModel:
         )
         self._worker.init_device()
         self._worker.load_model()
-        self._runner: Any = self._worker.worker.model_runner
+        runner: Any = self._worker.worker.model_runner
+        self._runner, self._device = runner, runner.device
         self._last_token = self.config.model_config.get_vocab_size() - 1
         self._num_logits = vocab_size
         self._token_ids: torch.Tensor | None = None
         if draft_vocab is not None:
             self._num_logits = len(draft_vocab)
-            self._token_ids = torch.tensor(draft_vocab, device=self._runner.device)
-            compat.select_head_rows(self._runner.get_model(), self.config, self._token_ids)
-        self.num_blocks, self.block_size = compat.bring_up_kv_cache(self._worker, self.config)
+            self._token_ids = torch.tensor(draft_vocab, device=self._device)
+            select_head_rows(runner.get_model(), self.config, self._token_ids)
+        self.num_blocks, self.block_size = bring_up_kv_cache(self._worker, self.config)
+        compat.check_draft_runner(runner)
         self._num_candidates = num_candidates
-        self._table: Any = self._runner.input_batch.block_table[0]
-        device = self._runner.device
-        self.lookahead = device.type == "cuda"
+        self._batch_table: Any = runner.input_batch.block_table[0]
+        self._row_tables = torch.zeros_like(self._batch_table.block_table.gpu)
+        """``[max_rows, blocks]``, the block table of each row, in no batch's order."""
+        self._index = torch.arange(len(self._row_tables), device=self._device)
+        self.lookahead = self._device.type == "cuda"
         if self.lookahead:
-            self._copy_stream = torch.cuda.Stream(device)
+            self._copy_stream = torch.cuda.Stream(self._device)
             self._inputs_copied = torch.cuda.Event()
-            max_rows = self.config.scheduler_config.max_num_seqs
-            # The first choice of each row's last step, by row: what it feeds next.
-            self._next_token = torch.zeros(max_rows, dtype=torch.int32, device=device)
-            self._row_index = torch.zeros(max_rows, dtype=torch.int64, device=device)
-
-    def copy_blocks(self, sources: Sequence[int], destinations: Sequence[int]) -> None:
-        """Copy KV blocks on the stream of the forwards."""
-        compat.copy_kv_blocks(self._runner.kv_caches, self.num_blocks, sources, destinations)
+            self._first_choices = torch.zeros(
+                len(self._row_tables), dtype=torch.int32, device=self._device
+            )
+            """``[max_rows]``, what each row's last forward has chosen: what it feeds next."""
 
     @torch.inference_mode()
-    def launch(self, sequences: Sequences) -> Ticket:
-        """One forward; see :class:`vllm_ssd.draft.model.DraftModel`."""
-        rows = None
-        if self.lookahead:
-            rows = _fill(self._row_index, sequences.rows, len(sequences.rows))
-        hidden, last = self._hidden_states(sequences, rows)
-        logits = self._runner.model.compute_logits(hidden[last])[:, : self._num_logits]
+    def launch(self, changes: BlockChanges, sequences: Sequences) -> Ticket:
+        """One forward; see :class:`vllm_ssd.draft.model.DraftModel`.
+
+        An error leaves the model usable. Tables that ``changes`` has told may be lost with it: they
+        must be told again.
+        """
+        with self._input_buffers():
+            if len(changes.sources):
+                copy_kv_blocks(self._runner.kv_caches, self.num_blocks, *changes[:2])
+            forward = self._prepare(changes, sequences)
+        hidden = self._forward(forward)
+        logits = self._runner.model.compute_logits(hidden)[:, : self._num_logits]
         values, best = torch.topk(logits, self._num_candidates, dim=-1)
         tokens = best.to(torch.int32) if self._token_ids is None else self._token_ids[best]
         # Over the few that were chosen: as good a measure as over all, and nearly free.
-        confidence = values.float().softmax(-1)[:, 0].nan_to_num()
-        if rows is None:
-            return Done(Choices(tokens.cpu().numpy(), confidence.cpu().numpy()))
-        self._next_token[rows] = tokens[:, 0]
-        return _Readback(tokens, confidence, self._copy_stream)
+        probabilities = values.float().softmax(-1).nan_to_num()
+        if not self.lookahead:
+            return Done(Choices(tokens.numpy(), probabilities.numpy()))
+        self._first_choices[forward.rows] = tokens[:, 0]
+        return _Readback(tokens, probabilities, self._copy_stream)
 
-    def _hidden_states(
-        self, sequences: Sequences, rows_on_device: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states of all query tokens, and the index of each sequence's last one.
+    @contextmanager
+    def _input_buffers(self) -> Iterator[None]:
+        """Inside, buffers that were copied to the device may be filled again.
 
-        Args:
-            sequences: what to compute.
-            rows_on_device: ``[n]``, their rows; None where no token is left to the last step.
+        vLLM's builders of attention metadata fill pinned ones. Its runner does the same
+        (``synchronize_input_prep``).
         """
-        from vllm.config import CUDAGraphMode
-        from vllm.forward_context import set_forward_context
-        from vllm.v1.attention.backend import CommonAttentionMetadata
+        if not self.lookahead:
+            yield
+            return
+        self._inputs_copied.synchronize()
+        try:
+            yield
+        finally:
+            self._inputs_copied.record()
 
-        if self.lookahead:
-            # As in vLLM's runner: metadata builders reuse pinned buffers of the step before.
-            self._inputs_copied.synchronize()
-        runner = self._runner
+    def _prepare(self, changes: BlockChanges, sequences: Sequences) -> _Forward:
+        """Bring a step's inputs to the device and build what the attention is told."""
+        from vllm.config import CUDAGraphMode
+
         count, total = len(sequences.query_lens), len(sequences.tokens)
         max_query = int(sequences.query_lens.max())
-        mode, descriptor = runner.cudagraph_dispatcher.dispatch(
+        mode, descriptor = self._runner.cudagraph_dispatcher.dispatch(
             num_tokens=total, uniform_decode=max_query == 1
         )
-        padded = descriptor.num_tokens if mode != CUDAGraphMode.NONE else total
-        # A full graph was captured with as many sequences as tokens; the extra ones are empty.
         full = mode == CUDAGraphMode.FULL
-        rows, actual = (padded, padded) if full else (count, total)
+        padded = pad(total, count, full, descriptor.num_tokens, descriptor.num_reqs)
+        host = host_inputs(sequences, padded)
+        inputs = send(changes, sequences, host, self._device)
+        if len(changes.rows):
+            used = changes.tables.shape[1]
+            self._row_tables[inputs.changed_rows, :used] = inputs.changed_tables
+        buffers = self._fill(inputs, padded)
+        return _Forward(
+            mode,
+            descriptor,
+            padded,
+            buffers,
+            self._attention_metadata(buffers, host, padded, max_query),
+            inputs.rows,
+            buffers.starts[1 : count + 1] - 1 if total > count else slice(count),
+        )
 
-        starts = np.zeros(rows + 1, np.int32)
-        np.cumsum(sequences.query_lens, out=starts[1 : count + 1])
-        starts[count + 1 :] = total
-        lens = np.zeros(rows, np.int32)
-        lens[:count] = sequences.positions[starts[1 : count + 1] - 1] + 1
-        starts_cpu, lens_cpu = torch.from_numpy(starts), torch.from_numpy(lens)
-        used = sequences.block_tables.shape[1]
+    def _fill(self, inputs: DeviceInputs, padded: Padded) -> _Buffers:
+        """Fill the persistent buffers; what follows from the inputs is computed on the device."""
+        from vllm.v1.attention.backends.utils import NULL_BLOCK_ID, PAD_SLOT_ID
 
+        runner, table = self._runner, self._batch_table
+        count, total = len(inputs.rows), len(inputs.tokens)
+        tokens = inputs.tokens
+        if self.lookahead and total == count:
+            tokens = after_last_step(tokens, inputs.rows, self._first_choices)
+        ids = runner.input_ids.gpu[: padded.tokens]
         # A padded vocabulary of the target may have ids that this embedding has not.
-        tokens = np.minimum(sequences.tokens, self._last_token)
-        ids = _fill(runner.input_ids.gpu, tokens, padded)
-        if rows_on_device is not None and total == count:
-            fed = ids[:count]
-            fed.copy_(torch.where(fed == FROM_LAST_STEP, self._next_token[rows_on_device], fed))
-        positions = _fill(runner.positions, sequences.positions, padded)
-        query_start_loc = _fill(runner.query_start_loc.gpu, starts, rows + 1)
-        seq_lens = _fill(runner.seq_lens, lens, rows)
-        tables = self._table.block_table.gpu[:rows]
-        _copy(tables[:count, :used], sequences.block_tables)
-        slots = _fill(self._table.slot_mapping.gpu, self._slots(sequences), padded)
-        slots[total:] = -1  # padding writes no KV
+        torch.clamp(tokens, max=self._last_token, out=ids[:total])
+        positions = runner.positions[: padded.tokens]
+        positions[:total] = inputs.positions
+        starts = runner.query_start_loc.gpu[: padded.sequences + 1]
+        starts.copy_(inputs.starts)
+        lens = runner.seq_lens[: padded.sequences]
+        lens.copy_(inputs.lens)
+        tables = table.block_table.gpu[: padded.sequences]
+        torch.index_select(self._row_tables, 0, inputs.rows, out=tables[:count])
+        if padded.sequences > count:
+            tables[count:] = NULL_BLOCK_ID
+        slots = table.slot_mapping.gpu[: padded.tokens]
+        sequence = sequence_of_tokens(starts[: count + 1], self._index[:count], total)
+        fill_slots(slots[:total], tables, sequence, positions[:total], self.block_size)
+        if padded.tokens > total:
+            slots[total:] = PAD_SLOT_ID  # padding writes no KV
+        return _Buffers(ids, positions, starts, lens, tables, slots)
 
-        metadata = CommonAttentionMetadata(
-            query_start_loc=query_start_loc,
-            query_start_loc_cpu=starts_cpu,
-            seq_lens=seq_lens,
-            seq_lens_cpu_upper_bound=lens_cpu,
-            num_reqs=rows,
-            num_actual_tokens=actual,
+    def _attention_metadata(
+        self, buffers: _Buffers, host: HostInputs, padded: Padded, max_query: int
+    ) -> dict[str, Any]:
+        """What each attention layer is told, by its name."""
+        from vllm.v1.attention.backend import CommonAttentionMetadata
+
+        common = CommonAttentionMetadata(
+            query_start_loc=buffers.starts,
+            query_start_loc_cpu=torch.from_numpy(host.starts),
+            seq_lens=buffers.lens,
+            seq_lens_cpu_upper_bound=torch.from_numpy(host.lens),
+            num_reqs=padded.sequences,
+            num_actual_tokens=padded.attended,
             max_query_len=max_query,
-            max_seq_len=int(lens.max()),
-            block_table_tensor=tables,
-            slot_mapping=slots,
+            max_seq_len=int(host.lens.max()),
+            block_table_tensor=buffers.tables,
+            slot_mapping=buffers.slots,
             causal=True,
-            positions=positions[:actual],
+            positions=buffers.positions[: padded.attended],
         )
         per_layer: dict[str, Any] = {}
-        slot_mapping: dict[str, torch.Tensor] = {}
-        for group in runner.attn_groups[0]:
-            built = group.build_metadata(metadata)
-            for name in group.layer_names:
-                per_layer[name] = built
-                slot_mapping[name] = slots
-        if self.lookahead:
-            self._inputs_copied.record()
-        with set_forward_context(
-            per_layer,
-            self.config,
-            num_tokens=padded,
-            cudagraph_runtime_mode=mode,
-            batch_descriptor=descriptor,
-            slot_mapping=slot_mapping,
-        ):
-            hidden = runner.model(input_ids=ids, positions=positions)
-        return hidden, query_start_loc[1 : count + 1].to(torch.int64) - 1
+        for group in self._runner.attn_groups[0]:
+            per_layer.update(dict.fromkeys(group.layer_names, group.build_metadata(common)))
+        return per_layer
 
-    def _slots(self, sequences: Sequences) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """KV slot of each query token, ``[T]``."""
-        size = self.block_size
-        rows = np.repeat(np.arange(len(sequences.query_lens)), sequences.query_lens)
-        blocks = sequences.block_tables[rows, sequences.positions // size].astype(np.int64)
-        return blocks * size + sequences.positions % size
+    def _forward(self, forward: _Forward) -> torch.Tensor:
+        """Hidden states of each sequence's last query token, ``[n, width]``."""
+        from vllm.forward_context import set_forward_context
+
+        buffers = forward.buffers
+        with set_forward_context(
+            forward.metadata,
+            self.config,
+            num_tokens=forward.padded.tokens,
+            cudagraph_runtime_mode=forward.mode,
+            batch_descriptor=forward.descriptor,
+            slot_mapping=dict.fromkeys(forward.metadata, buffers.slots),
+        ):
+            hidden = self._runner.model(input_ids=buffers.ids, positions=buffers.positions)
+        last: torch.Tensor = hidden[forward.last]
+        return last
 
     def shutdown(self) -> None:
         """Release the worker."""
         self._worker.shutdown()
+
+
+class _Buffers(NamedTuple):
+    """The persistent buffers of the runner, as far as a forward uses them."""
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    starts: torch.Tensor
+    lens: torch.Tensor
+    tables: torch.Tensor
+    slots: torch.Tensor
+
+
+class _Forward(NamedTuple):
+    """A forward that is ready to run."""
+
+    mode: Any
+    """Which kind of CUDA graph it replays."""
+    descriptor: Any
+    """Which one."""
+    padded: Padded
+    buffers: _Buffers
+    metadata: dict[str, Any]
+    rows: torch.Tensor
+    last: torch.Tensor | slice
+    """Where each sequence's last query token is."""
 
 
 class _Readback:
@@ -221,37 +295,23 @@ class _Readback:
 
     Args:
         tokens: ``[n, C]``, the chosen ones on the device.
-        confidence: ``[n]``, in the first of them.
+        probabilities: ``[n, C]``, theirs.
         stream: the stream of the copy.
     """
 
     def __init__(
-        self, tokens: torch.Tensor, confidence: torch.Tensor, stream: torch.cuda.Stream
+        self, tokens: torch.Tensor, probabilities: torch.Tensor, stream: torch.cuda.Stream
     ) -> None:
-        self._device = tokens, confidence  # not to be reused before the copy is done
+        self._device = tokens, probabilities  # not to be reused before the copy is done
         self._done = torch.cuda.Event(blocking=True)
         forward = torch.cuda.current_stream()
         with torch.cuda.stream(stream):
             stream.wait_stream(forward)
             self._tokens = tokens.to("cpu", non_blocking=True)  # pinned
-            self._confidence = confidence.to("cpu", non_blocking=True)
+            self._probabilities = probabilities.to("cpu", non_blocking=True)
             self._done.record()
 
     def result(self) -> Choices:
         """See :class:`vllm_ssd.draft.model.Ticket`."""
         self._done.synchronize()
-        return Choices(self._tokens.numpy(), self._confidence.numpy())
-
-
-def _fill(buffer: torch.Tensor, values: np.ndarray[Any, Any], size: int) -> torch.Tensor:
-    """Copy values into the head of a persistent buffer; its first ``size`` elements."""
-    _copy(buffer[: len(values)], values)
-    return buffer[:size]
-
-
-def _copy(target: torch.Tensor, values: np.ndarray[Any, Any]) -> None:
-    """Copy values to the device; from pinned memory, or CUDA would wait for the step under way."""
-    source = torch.from_numpy(values)
-    if target.is_cuda:
-        source = source.to(target.dtype).pin_memory()
-    target.copy_(source, non_blocking=True)
+        return Choices(self._tokens.numpy(), self._probabilities.numpy())

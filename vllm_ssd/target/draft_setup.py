@@ -118,17 +118,15 @@ def plan_draft(config: SSDConfig, vllm_config: Any) -> DraftPlan:
     shares = on_cpu or device in _target_devices(vllm_config.parallel_config)
     if on_cpu:
         arguments["block_size"] = CPU_BLOCK_SIZE
-    else:
-        arguments["max_cudagraph_capture_size"] = rows
-        if shares:
-            logger.warning(
-                "ssd: the draft shares %s with the target, which slows both; give it a device of "
-                "its own with draft_device",
-                device,
-            )
-            # vLLM refuses to start where less than this part of the device is free, whatever
-            # the size of the KV cache.
-            arguments["gpu_memory_utilization"] = 0.01
+    elif shares:
+        logger.warning(
+            "ssd: the draft shares %s with the target, which slows both; give it a device of "
+            "its own with draft_device",
+            device,
+        )
+        # vLLM refuses to start where less than this part of the device is free, whatever
+        # the size of the KV cache.
+        arguments["gpu_memory_utilization"] = 0.01
     setup = Setup(
         engine_args=arguments,
         num_speculative_tokens=config.num_speculative_tokens,
