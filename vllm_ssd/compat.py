@@ -1,23 +1,219 @@
-"""The vLLM names that are not its public interface, in one place, with a check for each version.
+"""Every name of vLLM that is used at run time, and the checks that it is still there.
 
-Everything here was read in vLLM 0.32 and 0.33; what differs between them is told apart by what
-is importable, not by version numbers.
+vLLM promises little of this to anybody. What is imported, called, overridden or read is listed
+here, so that a vLLM that has moved a name is refused by that name at start, and not met in the
+middle of a step: the target's names in the target, the draft's in the draft process. Attributes
+that only instances have are checked as soon as there is one. Read in vLLM 0.32 and 0.33; what
+differs between them is told apart by what is there, not by version numbers.
+
+A test compares these lists with the names our code uses.
 """
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import re
+from collections.abc import Mapping
 from importlib import metadata
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    pass
+from typing import Any
 
 SUPPORTED = ((0, 32), (0, 33))
 """Minor versions of vLLM this package is written for."""
 
 LOGITS_PROCESSOR_ARGUMENTS = ("lm_head", "hidden_states", "embedding_bias")
 """What a model's ``compute_logits`` hands to its ``LogitsProcessor``, in this order."""
+
+Names = Mapping[str, str]
+"""By module, or ``module:object``: the members that are used. What is called with arguments, or
+overridden, has its first parameters in parentheses, after "|" those that are passed by name."""
+
+TARGET: Names = {
+    "vllm.engine.arg_utils:EngineArgs": (
+        "create_speculative_config(self target_model_config target_parallel_config) "
+        "additional_config async_scheduling speculative_config"
+    ),
+    "vllm.config": "LoadConfig ModelConfig",
+    "vllm.config:VllmConfig": (
+        "additional_config cache_config compilation_config load_config model_config "
+        "parallel_config scheduler_config speculative_config"
+    ),
+    "vllm.config:ModelConfig": (
+        "attention_chunk_size dtype enforce_eager get_head_size(self) get_hidden_size(self) "
+        "get_num_experts(self) get_sliding_window(self) get_total_num_hidden_layers(self) "
+        "get_total_num_kv_heads(self) get_vocab_size(self) hf_text_config hf_token "
+        "is_attention_free is_encoder_decoder is_hybrid is_multimodal_model max_model_len model "
+        "original_max_model_len runner_type tokenizer tokenizer_revision trust_remote_code "
+        "try_get_generation_config(self) use_mla uses_mrope"
+    ),
+    "vllm.config:ParallelConfig": (
+        "assigned_physical_gpu_ids data_parallel_size distributed_executor_backend "
+        "local_world_size pipeline_parallel_size prefill_context_parallel_size "
+        "tensor_parallel_size use_ray worker_cls world_size"
+    ),
+    "vllm.config:CacheConfig": "enable_prefix_caching kv_cache_memory_bytes",
+    "vllm.config:CompilationConfig": "cudagraph_mode",
+    "vllm.config:SchedulerConfig": "max_num_seqs",
+    "vllm.config:SpeculativeConfig": "num_speculative_tokens",
+    "vllm": "envs",
+    "vllm.envs": "VLLM_CPU_OMP_THREADS_BIND VLLM_USE_V2_MODEL_RUNNER",
+    "vllm.platforms": "current_platform",
+    "vllm.platforms:current_platform": (
+        "device_control_env_var device_count device_name is_cpu "
+        "logical_device_id_to_visible_device_id"
+    ),
+    "vllm.model_executor.model_loader": "get_model_loader",
+    "vllm.triton_utils": "HAS_TRITON",
+    "vllm.utils.torch_utils": "kv_cache_dtype_str_to_dtype resolve_kv_cache_dtype_string",
+    "vllm.v1.core.sched.output:SchedulerOutput": (
+        "finished_req_ids num_scheduled_tokens scheduled_new_reqs scheduled_spec_decode_tokens"
+    ),
+    "vllm.v1.core.sched.output:NewRequestData": "prompt_token_ids req_id sampling_params",
+    "vllm.v1.worker.gpu_input_batch:CachedRequestState": "num_prompt_tokens sampling_params",
+    "vllm.sampling_params:SamplingParams": (
+        "eos_token_id ignore_eos max_tokens min_tokens stop_token_ids"
+    ),
+    "vllm.v1.worker.gpu_worker": "Worker",
+    "vllm.v1.worker.gpu_worker:Worker": (
+        "__init__(self vllm_config) compile_or_warm_up_model(self) "
+        "determine_available_memory(self) execute_model(self scheduler_output) init_device(self) "
+        "shutdown(self) sleep(self level) update_max_model_len(self max_model_len) "
+        "wake_up(self tags)"
+    ),
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner": (
+        "propose_draft_token_ids(self scheduler_output)"
+    ),
+}
+
+TARGET_ON_CPU: Names = {
+    "vllm.utils.cpu_resource_utils": "parse_id_list(raw_str)",
+    "vllm.v1.worker.cpu_worker": "CPUWorker",
+    "vllm.v1.sample": "rejection_sampler",
+    "vllm.v1.sample.rejection_sampler": (
+        "_rejection_random_sample apply_sampling_constraints(logits cu_num_draft_tokens "
+        "sampling_metadata) expand_batch_to_tokens(x cu_num_tokens num_tokens replace_from "
+        "replace_to)"
+    ),
+    "vllm.v1.sample.rejection_sampler:_rejection_random_sample": "register_warmup",
+}
+
+WORKER = (
+    "model_runner.drafter",
+    "model_runner.effective_drafter_max_model_len",
+    "model_runner.input_batch.req_ids",
+    "model_runner.requests",
+    "parallel_config",
+    "rank",
+    "vllm_config",
+)
+"""What the target's worker has once its device is there."""
+
+DRAFT: Names = {
+    "vllm.config": "CUDAGraphMode set_current_vllm_config(vllm_config)",
+    "vllm.config:CUDAGraphMode": "FULL",
+    "vllm.config:VllmConfig": "cache_config model_config parallel_config scheduler_config",
+    "vllm.config:CacheConfig": "kv_cache_layout kv_cache_memory_bytes num_gpu_blocks",
+    "vllm.config:ModelConfig": "dtype get_hidden_size(self) get_vocab_size(self) max_model_len",
+    "vllm.config:ParallelConfig": "cp_kv_cache_interleave_size",
+    "vllm.config:SchedulerConfig": "max_num_batched_tokens max_num_seqs",
+    "vllm.engine.arg_utils": "EngineArgs(| cudagraph_capture_sizes)",
+    "vllm.engine.arg_utils:EngineArgs": "create_engine_config(self)",
+    "vllm.envs": "enable_envs_cache",
+    "vllm.forward_context": (
+        "set_forward_context(attn_metadata vllm_config | num_tokens cudagraph_runtime_mode "
+        "batch_descriptor slot_mapping)"
+    ),
+    "vllm.forward_context:BatchDescriptor": "num_reqs num_tokens",
+    "vllm.model_executor.layers.linear": "UnquantizedLinearMethod",
+    "vllm.model_executor.layers.logits_processor": "LogitsProcessor",
+    "vllm.model_executor.layers.logits_processor:LogitsProcessor": (
+        "forward(self lm_head hidden_states embedding_bias)"
+    ),
+    "vllm.model_executor.layers.vocab_parallel_embedding": (
+        "ParallelLMHead(num_embeddings embedding_dim bias | params_dtype disable_tp) "
+        "UnquantizedEmbeddingMethod"
+    ),
+    "vllm.model_executor.layers.vocab_parallel_embedding:VocabParallelEmbedding": "quant_method",
+    "vllm.model_executor.layers.vocab_parallel_embedding:UnquantizedEmbeddingMethod": (
+        "process_weights_after_loading(self layer)"
+    ),
+    "vllm.platforms": "current_platform",
+    "vllm.platforms:current_platform": "update_block_size_for_backend(vllm_config)",
+    "vllm.utils.hashing": "sha256(input)",
+    "vllm.utils.torch_utils": "async_tensor_h2d(data | device)",
+    "vllm.v1.attention.backend": (
+        "CommonAttentionMetadata(| query_start_loc query_start_loc_cpu seq_lens "
+        "seq_lens_cpu_upper_bound num_reqs num_actual_tokens max_query_len max_seq_len "
+        "block_table_tensor slot_mapping causal positions)"
+    ),
+    "vllm.v1.attention.backends.utils": (
+        "NULL_BLOCK_ID PAD_SLOT_ID resolve_kv_cache_layout(vllm_config supported_layouts "
+        "kv_cache_specs)"
+    ),
+    "vllm.v1.core.block_pool": "BlockPool(num_gpu_blocks enable_caching hash_block_size)",
+    "vllm.v1.core.block_pool:BlockPool": (
+        "cache_full_blocks(self request blocks | num_cached_blocks num_full_blocks block_size "
+        "kv_cache_group_id) free_blocks(self ordered_blocks) get_cached_block(self block_hash "
+        "kv_cache_group_ids) get_new_blocks(self num_blocks) get_num_free_blocks(self) "
+        "is_block_writable(self block) touch(self blocks)"
+    ),
+    "vllm.v1.core.kv_cache_utils": (
+        "BlockHash KVCacheBlock KVCacheBlockCopy(src_block_id dst_block_id) "
+        "hash_block_tokens(hash_function parent_block_hash curr_block_token_ids) "
+        "init_none_hash(hash_fn)"
+    ),
+    "vllm.v1.core.kv_cache_utils:KVCacheBlock": "block_id",
+    "vllm.v1.core.single_type_kv_cache_manager": "register_all_kvcache_specs(vllm_config)",
+    "vllm.v1.kv_cache_interface": "FullAttentionSpec",
+    "vllm.v1.kv_cache_interface:FullAttentionSpec": "block_size sliding_window",
+    "vllm.v1.kv_cache_interface:KVCacheConfig": "kv_cache_groups kv_cache_layout num_blocks",
+    "vllm.v1.kv_cache_interface:KVCacheGroupSpec": "kv_cache_spec",
+    "vllm.v1.worker.utils": (
+        "copy_kv_cache_blocks_inplace(kv_caches num_blocks kv_cache_block_copies)"
+    ),
+    "vllm.v1.worker.worker_base": "WorkerWrapperBase(| rpc_rank)",
+    "vllm.v1.worker.worker_base:WorkerWrapperBase": (
+        "init_worker(self all_kwargs) initialize_from_config(self kv_cache_configs) shutdown(self)"
+    ),
+    "vllm.v1.worker.gpu_worker:Worker": (
+        "compile_or_warm_up_model(self) determine_available_memory(self) get_kv_cache_spec(self) "
+        "get_supported_kv_cache_layouts(self) init_device(self) load_model(self) "
+        "set_kv_cache_layout(self kv_cache_layout)"
+    ),
+}
+
+DRAFT_PLANNING: tuple[Names, ...] = (
+    {
+        "vllm.v1.core.kv_cache_utils": (
+            "get_kv_cache_configs(vllm_config kv_cache_specs available_memory)"
+        ),
+    },
+    {
+        "vllm.v1.core.kv_cache_planning": (
+            "get_global_kv_cache_groups(vllm_config kv_cache_specs) "
+            "get_kv_cache_configs(vllm_config kv_cache_specs available_memory | "
+            "global_kv_cache_groups)"
+        ),
+    },
+)
+"""Of these one is enough."""
+
+DRAFT_RUNNER = (
+    "attn_groups[0][0].build_metadata",
+    "attn_groups[0][0].layer_names",
+    "cudagraph_dispatcher.dispatch",
+    "device",
+    "get_model",
+    "input_batch.block_table[0].block_table.gpu",
+    "input_batch.block_table[0].slot_mapping.gpu",
+    "input_ids.gpu",
+    "kv_caches",
+    "model.compute_logits",
+    "positions",
+    "query_start_loc.gpu",
+    "seq_lens",
+)
+"""What the draft's model runner has once its KV cache is allocated."""
 
 
 def vllm_version() -> tuple[str, str]:
@@ -48,37 +244,99 @@ def check_vllm_version(version: str | None = None) -> None:
 
 
 def check_hooks() -> None:
-    """Check the signatures of the vLLM hooks that are used.
+    """Check what the target uses of vLLM.
 
     Raises:
-        RuntimeError: names the hook that moved.
+        RuntimeError: names what has moved.
     """
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.model_executor.layers.logits_processor import LogitsProcessor
-    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+    _check(TARGET)
+    from vllm.platforms import current_platform
 
-    expected: list[tuple[Any, str, list[str]]] = [
-        (
-            EngineArgs,
-            "create_speculative_config",
-            ["self", "target_model_config", "target_parallel_config"],
-        ),
-        (GPUModelRunner, "propose_draft_token_ids", ["self", "scheduler_output"]),
-        (LogitsProcessor, "forward", ["self", *LOGITS_PROCESSOR_ARGUMENTS]),
-    ]
-    for owner, name, parameters in expected:
-        method = getattr(owner, name, None)
-        found = list(inspect.signature(method).parameters) if method else []
-        if found[: len(parameters)] != parameters:
-            raise RuntimeError(
-                f"ssd: vLLM {vllm_version()[1]} has changed {owner.__name__}.{name}"
-                f"{tuple(found)}; this vllm-ssd does not know it: update one of the two"
-            )
+    if current_platform.is_cpu():
+        _check(TARGET_ON_CPU)
+
+
+def check_worker(worker: Any) -> None:
+    """Check what the target uses of its worker, once its device is there. Raises as above."""
+    _check_instance("Worker", worker, WORKER)
 
 
 def check_draft() -> None:
-    pass
+    """Check what the draft process uses of vLLM. Raises as above."""
+    _check(DRAFT)
+    moved = [_first_moved(names) for names in DRAFT_PLANNING]
+    if all(moved):
+        raise _moved(moved[0])
 
 
 def check_draft_runner(runner: Any) -> None:
-    pass
+    """Check what the draft uses of its model runner, KV cache allocated. Raises as above."""
+    _check_instance("GPUModelRunner", runner, DRAFT_RUNNER)
+
+
+def _check(names: Names) -> None:
+    moved = _first_moved(names)
+    if moved is not None:
+        raise _moved(moved)
+
+
+def _first_moved(names: Names) -> str | None:
+    """What is not as listed; with the parameters it has if those differ."""
+    for place, listed in names.items():
+        module_name, _, object_name = place.partition(":")
+        try:
+            owner: Any = importlib.import_module(module_name)
+        except ModuleNotFoundError:
+            return module_name
+        if object_name:
+            owner = getattr(owner, object_name, None)
+            if owner is None:
+                return f"{module_name}.{object_name}"
+        for member, parameters in members(listed):
+            name = f"{place.replace(':', '.')}.{member}"
+            if not _has(owner, member):
+                return name
+            if parameters:
+                found = list(inspect.signature(getattr(owner, member)).parameters)
+                first, _, by_name = parameters.partition("|")
+                wanted = first.split()
+                if found[: len(wanted)] != wanted or not set(by_name.split()) <= set(found):
+                    return f"{name}({', '.join(found)})"
+    return None
+
+
+def members(listed: str) -> list[tuple[str, str]]:
+    """The members of one entry, and the parameters of each; "" where none are listed."""
+    return re.findall(r"(\w+)(?:\(([^)]*)\))?", listed)
+
+
+def _has(owner: Any, member: str) -> bool:
+    """Whether an object has a member, or a class gives it to its instances."""
+    if hasattr(owner, member):
+        return True
+    for base in inspect.getmro(owner) if inspect.isclass(owner) else ():
+        made = [vars(base).get(name) for name in ("__init__", "__post_init__")]
+        codes = [inspect.unwrap(method).__code__ for method in made if inspect.isfunction(method)]
+        if member in inspect.get_annotations(base) or any(member in c.co_names for c in codes):
+            return True
+    return False
+
+
+def _check_instance(kind: str, instance: Any, paths: tuple[str, ...]) -> None:
+    for path in paths:
+        at = instance
+        for part in path.split("."):
+            name, *indices = part.replace("]", "").split("[")
+            try:
+                at = getattr(at, name)
+                for index in indices:
+                    at = at[int(index)]
+            except (AttributeError, IndexError, TypeError):
+                raise _moved(f"{kind}.{path}") from None
+
+
+def _moved(name: str | None) -> RuntimeError:
+    return RuntimeError(
+        f"ssd: vLLM {vllm_version()[1]} has moved or changed {name}; this vllm-ssd does not know "
+        "it: update one of the two"
+    )

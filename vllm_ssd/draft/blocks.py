@@ -8,19 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
-from vllm.utils.hashing import sha256
-from vllm.v1.core.block_pool import BlockPool
-from vllm.v1.core.kv_cache_utils import (
-    BlockHash,
-    KVCacheBlock,
-    hash_block_tokens,
-    init_none_hash,
-)
 
 from vllm_ssd.core.arrays import Int32Array
+
+if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
 
 _KV_GROUP = 0
 """The draft's only KV cache group (full attention)."""
@@ -45,8 +41,11 @@ class KVBlocks:
     def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool) -> None:
         self.block_size = block_size
         self.caching = enable_prefix_caching
-        self._hash: Callable[[Any], bytes] = sha256
-        init_none_hash(self._hash)
+        from vllm.utils.hashing import sha256
+        from vllm.v1.core.kv_cache_utils import hash_block_tokens, init_none_hash
+
+        init_none_hash(sha256)
+        self._hash: Callable[..., BlockHash] = partial(hash_block_tokens, sha256)
         self._num_blocks = num_blocks
         self._copies: dict[int, KVCacheBlock] = {}
         """Copies that the next forward must begin with: source by destination. They hold their
@@ -55,6 +54,8 @@ class KVBlocks:
 
     def reset(self) -> None:
         """All blocks are free, and the prefix cache is empty."""
+        from vllm.v1.core.block_pool import BlockPool
+
         self._pool = BlockPool(self._num_blocks, self.caching, self.block_size)
         self._copies.clear()
 
@@ -170,5 +171,5 @@ class KVBlocks:
         while len(chain) < count:
             at = (len(chain) - first_block) * self.block_size
             block = tokens[at : at + self.block_size].tolist()
-            chain.append(hash_block_tokens(self._hash, chain[-1] if chain else None, block))
+            chain.append(self._hash(chain[-1] if chain else None, block))
         return chain[:count]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.platforms import current_platform
 
-from vllm_ssd import affinity
+from vllm_ssd import affinity, compat
 from vllm_ssd.core.stats import add_draft_ratios
 from vllm_ssd.preflight import check_engine
 from vllm_ssd.target.client import DraftClient
@@ -51,6 +51,7 @@ class SSDWorker(PlatformWorker):
                 self._unbind = weakref.finalize(self, affinity.unbind)
             cores = split.draft
         super().init_device()
+        compat.check_worker(self)
         if current_platform.is_cpu():
             fix_cpu_rejection_sampler()
         proposer = self._proposer
