@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+from functools import partial
 from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any
@@ -26,6 +27,8 @@ class ModelProcess:
         num_candidates: how many best tokens a forward returns.
         vocab_size: only smaller ids are returned.
         draft_vocab: the only ids that are returned; None for all.
+        platform_block_size: the block size vLLM's platform is to choose for the attention; None
+            for its own choice.
     """
 
     def __init__(
@@ -34,12 +37,13 @@ class ModelProcess:
         num_candidates: int,
         vocab_size: int,
         draft_vocab: Int32Array | None = None,
+        platform_block_size: int | None = None,
     ) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         loaded = (KV_BYTES, num_candidates, vocab_size, draft_vocab)
         self._process = context.Process(
-            target=_serve, args=(theirs, engine_args, loaded), daemon=True
+            target=_serve, args=(theirs, engine_args, loaded, platform_block_size), daemon=True
         )
         self._process.start()
         theirs.close()
@@ -52,6 +56,10 @@ class ModelProcess:
     def compilations(self) -> dict[str, int]:
         """What has been compiled so far, as torch and vLLM count it."""
         return self._ask("compilations")
+
+    def caches_environment(self) -> bool:
+        """Whether vLLM reads its environment variables only once."""
+        return self._ask("caches_environment")
 
     def __enter__(self) -> ModelProcess:
         return self
@@ -77,18 +85,30 @@ class ModelProcess:
         return answer
 
 
-def _serve(pipe: Connection, engine_args: dict[str, Any], loaded: tuple[Any, ...]) -> None:
+def _serve(
+    pipe: Connection,
+    engine_args: dict[str, Any],
+    loaded: tuple[Any, ...],
+    platform_block_size: int | None,
+) -> None:
     """The process's entry point: bring the model up, then answer until the pipe closes."""
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+    if platform_block_size is not None:
+        _choose_block_size(platform_block_size)
     from vllm_ssd.draft.vllm_model import VllmDraftModel
 
     try:
         model = VllmDraftModel(engine_args)
         model.load(*loaded)
         pipe.send(model.block_size)
+        verbs = {
+            "forward": partial(_forward, model),
+            "compilations": _compilations,
+            "caches_environment": _caches_environment,
+        }
         while True:
             verb, *arguments = pipe.recv()
-            pipe.send(_forward(model, *arguments) if verb == "forward" else _compilations())
+            pipe.send(verbs[verb](*arguments))
     except EOFError:
         os._exit(0)
     except Exception as error:  # the test's to report
@@ -102,6 +122,22 @@ def _forward(model: Any, changes: BlockChanges, sequences: Sequences) -> Choices
         return choices
     except Exception as error:  # the test's to expect or report
         return error
+
+
+def _choose_block_size(size: int) -> None:
+    """Let vLLM's platform choose as it does for an attention that needs this size."""
+    from vllm.platforms import current_platform
+
+    def update_block_size_for_backend(vllm_config: Any) -> None:
+        vllm_config.cache_config.block_size = size
+
+    current_platform.update_block_size_for_backend = update_block_size_for_backend
+
+
+def _caches_environment() -> bool:
+    from vllm import envs
+
+    return bool(envs._is_envs_cache_enabled())
 
 
 def _compilations() -> dict[str, int]:

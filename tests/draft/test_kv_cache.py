@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from vllm_ssd.draft.kv_cache import copy_kv_blocks, prefer_blocks_outermost
+from tests.tiny_models import TinyModels
+from vllm_ssd.draft.kv_cache import copy_kv_blocks, plan_kv_cache, prefer_blocks_outermost
 
-LAYERS, BLOCKS, HEADS, TOKENS, CONTENT = 3, 8, 2, 4, 6
+LAYERS, BLOCKS = 3, 8
 
 
 def test_blocks_outermost_come_first_in_the_attentions_own_order() -> None:
@@ -30,44 +32,55 @@ def test_the_names_say_what_vllm_says_of_its_layouts() -> None:
     assert set(best[: len(outermost)]) == outermost
 
 
-def layers(blocks_outermost: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """One allocation and its views by layer, as vLLM makes them."""
-    sizes = (LAYERS, BLOCKS, HEADS, TOKENS, CONTENT)
-    if blocks_outermost:
-        cache = torch.randn(BLOCKS, LAYERS, *sizes[2:])
-        return cache, list(cache.unbind(1))
-    cache = torch.randn(sizes)
-    return cache, list(cache.unbind(0))
+def allocated(tiny: TinyModels, layout: str) -> list[torch.Tensor]:
+    """The caches of all layers, planned and allocated by vLLM in this layout."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.core.single_type_kv_cache_manager import register_all_kvcache_specs
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+    from vllm.v1.kv_cache_layout import KVCacheLayout
+    from vllm.v1.worker.utils import allocate_kv_cache
+
+    config = EngineArgs(
+        model=str(tiny.draft), dtype="float32", max_model_len=64, skip_tokenizer_init=True
+    ).create_engine_config()
+    config.cache_config.kv_cache_layout = layout
+    spec = FullAttentionSpec(block_size=32, num_kv_heads=2, head_size=16, dtype=torch.float32)
+    specs = {f"model.layers.{i}.self_attn.attn": spec for i in range(LAYERS)}
+    register_all_kvcache_specs(config)
+    memory = LAYERS * BLOCKS * spec.page_size_bytes
+    (planned,) = plan_kv_cache(config, specs, memory)
+    assert planned.num_blocks == BLOCKS
+    caches = allocate_kv_cache(planned, torch.device("cpu"), KVCacheLayout[layout])
+    for cache in caches.values():
+        cache.normal_()
+    return list(caches.values())
 
 
-@pytest.mark.parametrize("blocks_outermost", [True, False])
-def test_blocks_are_copied_in_every_layer(blocks_outermost: bool) -> None:
-    _, views = layers(blocks_outermost)
-    before = [view.clone() for view in views]
-    copy_kv_blocks(views, BLOCKS, np.array([1, 1, 6], np.int32), np.array([3, 4, 0], np.int32))
-    for view, old in zip(views, before, strict=True):
-        torch.testing.assert_close(view[[3, 4, 0]], old[[1, 1, 6]])
-        torch.testing.assert_close(view[[1, 2, 5, 6, 7]], old[[1, 2, 5, 6, 7]])
+@pytest.mark.parametrize("layout", ["BLNHC", "LBHNC"])
+def test_blocks_are_copied_in_every_layer(tiny_pair: TinyModels, layout: str) -> None:
+    caches = allocated(tiny_pair, layout)
+    before = [cache.clone() for cache in caches]
+    copy_kv_blocks(caches, BLOCKS, np.array([1, 1, 6], np.int32), np.array([3, 4, 0], np.int32))
+    for cache, old in zip(caches, before, strict=True):
+        assert torch.equal(cache[[3, 4, 0]], old[[1, 1, 6]])
+        assert torch.equal(cache[[1, 2, 5, 6, 7]], old[[1, 2, 5, 6, 7]])
 
 
-def test_blocks_outermost_are_copied_in_all_layers_by_one_operation() -> None:
-    from torch.utils._python_dispatch import TorchDispatchMode
+class Writes(TorchDispatchMode):
+    """Counts the operations that write by index."""
 
-    class Counting(TorchDispatchMode):
-        writes = 0
+    count = 0
 
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-            self.writes += function.overloadpacket is torch.ops.aten.index_put_
-            return function(*args, **(kwargs or {}))
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.count += function.overloadpacket is torch.ops.aten.index_put_
+        return function(*args, **(kwargs or {}))
 
-    found = []
-    for blocks_outermost in (True, False):
-        with Counting() as counting:
-            copy_kv_blocks(
-                layers(blocks_outermost)[1],
-                BLOCKS,
-                np.array([1, 2], np.int32),
-                np.array([3, 4], np.int32),
-            )
-        found.append(counting.writes)
-    assert found == [1, LAYERS]
+
+@pytest.mark.parametrize(("layout", "operations"), [("BLNHC", 1), ("LBHNC", LAYERS)])
+def test_blocks_outermost_are_copied_in_all_layers_by_one_operation(
+    tiny_pair: TinyModels, layout: str, operations: int
+) -> None:
+    caches = allocated(tiny_pair, layout)
+    with Writes() as writes:
+        copy_kv_blocks(caches, BLOCKS, np.array([1, 2], np.int32), np.array([3, 4], np.int32))
+    assert writes.count == operations

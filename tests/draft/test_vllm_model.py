@@ -292,3 +292,16 @@ def test_the_model_is_compiled_by_default(
         pytest.skip("told not to")
     ways = ("graphs_seen", "aot_compiles", "aot_artifacts_loaded")
     assert any(model.compilations()[f"vllm num_{way}"] for way in ways)
+
+
+def test_the_block_size_is_the_one_that_vllm_chooses_for_the_attention(
+    tiny_pair: TinyModels,
+) -> None:
+    arguments = engine_args(tiny_pair, enforce_eager=True)
+    del arguments["block_size"]
+    with ModelProcess(arguments, CANDIDATES, VOCAB_SIZE, platform_block_size=64) as process:
+        assert process.block_size == 64
+
+
+def test_vllm_reads_its_environment_once(model: ModelProcess) -> None:
+    assert model.caches_environment()

@@ -65,7 +65,7 @@ def bring_up_kv_cache(worker: WorkerWrapperBase, config: VllmConfig) -> tuple[in
         set_layout(layout.name)
     # On CPU this is also where the model is compiled.
     available_bytes = worker.determine_available_memory()
-    kv_cache_configs = _kv_cache_configs(config, specs, available_bytes)
+    kv_cache_configs = plan_kv_cache(config, specs, available_bytes)
     (kv_cache_config,) = kv_cache_configs
     groups = kv_cache_config.kv_cache_groups
     plain = len(groups) == 1 and type(groups[0].kv_cache_spec) is FullAttentionSpec
@@ -82,7 +82,8 @@ def bring_up_kv_cache(worker: WorkerWrapperBase, config: VllmConfig) -> tuple[in
     return kv_cache_config.num_blocks, groups[0].kv_cache_spec.block_size
 
 
-def _kv_cache_configs(config: VllmConfig, specs: Any, available_bytes: int) -> list[Any]:
+def plan_kv_cache(config: VllmConfig, specs: Any, available_bytes: int) -> list[Any]:
+    """vLLM's plan of the KV cache of one worker, as a list of one ``KVCacheConfig``."""
     try:
         from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
     except ImportError:  # 0.33
