@@ -211,9 +211,7 @@ def draft_answers(folder: Path, texts: list[tuple[list[int], list[int]]], k: int
                 sees = torch.cat([sees, torch.eye(count, dtype=torch.bool)], dim=1)
                 out = model.model(
                     choices[-1][None, :, 0],
-                    attention_mask=torch.where(sees, 0.0, torch.finfo(torch.float32).min)[
-                        None, None
-                    ],
+                    attention_mask=torch.where(sees, 0.0, unseen)[None, None],
                     position_ids=(own + step)[None],
                     past_key_values=out.past_key_values,
                     use_cache=True,

@@ -172,7 +172,7 @@ def test_all_branches_of_all_requests_are_one_batch() -> None:
     sim.settle()
     # The branches' first tokens are known; K forwards, and one for the candidates after them.
     assert sim.model.forwards - before <= sim.sizes.depth + 2
-    assert max(sim.model.sequences) == 3 * sum(sim.sizes.fan_out)
+    assert max(sim.model.sequences) == 3 * sim.sizes.max_branches
 
 
 @given(
