@@ -26,7 +26,7 @@ PATHS = {"worker": compat.WORKER, "runner": compat.DRAFT_RUNNER}
 
 def listed() -> dict[str, set[str]]:
     """The members of each listed place."""
-    found = defaultdict(set)
+    found: dict[str, set[str]] = defaultdict(set)
     for names in LISTS:
         for place, entry in names.items():
             found[place] |= {member for member, _ in compat.members(entry)}
@@ -215,7 +215,7 @@ CALLED = {
 
 def members_of_instances() -> dict[str, set[str]]:
     """The listed members of each object on the way to a listed attribute, by the object's name."""
-    found = defaultdict(set)
+    found: dict[str, set[str]] = defaultdict(set)
     for root, paths in PATHS.items():
         for path in paths:
             parts = [root, *re.sub(r"\[\d\]", "", path).split(".")]

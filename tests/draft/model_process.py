@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+from collections.abc import Callable
 from functools import partial
 from multiprocessing.connection import Connection
 from types import TracebackType
@@ -101,7 +102,7 @@ def _serve(
         model = VllmDraftModel(engine_args)
         model.load(*loaded)
         pipe.send(model.block_size)
-        verbs = {
+        verbs: dict[str, Callable[..., Any]] = {
             "forward": partial(_forward, model),
             "compilations": _compilations,
             "caches_environment": _caches_environment,
