@@ -33,7 +33,7 @@ TARGET: Names = {
         "create_speculative_config(self target_model_config target_parallel_config) "
         "additional_config async_scheduling speculative_config"
     ),
-    "vllm.config": "LoadConfig ModelConfig",
+    "vllm.config": "ModelConfig",
     "vllm.config:VllmConfig": (
         "additional_config cache_config compilation_config load_config model_config "
         "parallel_config scheduler_config speculative_config"
@@ -64,11 +64,13 @@ TARGET: Names = {
     ),
     "vllm.model_executor.model_loader": "get_model_loader",
     "vllm.triton_utils": "HAS_TRITON",
+    "vllm.utils.import_utils": "resolve_obj_by_qualname",
     "vllm.utils.torch_utils": "kv_cache_dtype_str_to_dtype resolve_kv_cache_dtype_string",
     "vllm.v1.core.sched.output:SchedulerOutput": (
         "finished_req_ids num_scheduled_tokens scheduled_new_reqs scheduled_spec_decode_tokens"
     ),
     "vllm.v1.core.sched.output:NewRequestData": "prompt_token_ids req_id sampling_params",
+    "vllm.v1.kv_cache_interface:KVCacheSpec": "max_memory_usage_bytes(self vllm_config)",
     "vllm.v1.worker.gpu_input_batch:CachedRequestState": "num_prompt_tokens sampling_params",
     "vllm.sampling_params:SamplingParams": (
         "eos_token_id ignore_eos max_tokens min_tokens stop_token_ids"
