@@ -288,7 +288,9 @@ def _first_moved(names: Names) -> str | None:
         module_name, _, object_name = place.partition(":")
         try:
             owner: Any = importlib.import_module(module_name)
-        except ModuleNotFoundError:
+        except ModuleNotFoundError as error:
+            if error.name is None or not module_name.startswith(error.name):
+                raise  # what is missing is another package
             return module_name
         if object_name:
             owner = getattr(owner, object_name, None)
