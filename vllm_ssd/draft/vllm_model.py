@@ -17,6 +17,7 @@ import torch
 
 from vllm_ssd import compat
 from vllm_ssd.core.arrays import Int32Array
+from vllm_ssd.draft.best import best_tokens
 from vllm_ssd.draft.graphs import Padded, capture_sizes, pad
 from vllm_ssd.draft.head import select_head_rows
 from vllm_ssd.draft.inputs import (
@@ -134,7 +135,7 @@ class VllmDraftModel:
             forward = self._prepare(changes, sequences)
         hidden = self._forward(forward)
         logits = self._runner.model.compute_logits(hidden)[:, : self._num_logits]
-        values, best = torch.topk(logits, self._num_candidates, dim=-1)
+        values, best = best_tokens(logits, self._num_candidates)
         tokens = best.to(torch.int32) if self._token_ids is None else self._token_ids[best]
         # Over the few that were chosen: as good a measure as over all, and nearly free.
         probabilities = values.float().softmax(-1).nan_to_num()
