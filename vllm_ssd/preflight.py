@@ -9,7 +9,12 @@ from vllm_ssd import compat
 from vllm_ssd.config import ADDITIONAL_CONFIG_KEY, SSDConfig
 from vllm_ssd.core.arrays import Int32Array
 from vllm_ssd.draft_vocab import select_draft_vocab
-from vllm_ssd.target.draft_config import absolute_folder, draft_model_config, fits_length
+from vllm_ssd.target.draft_config import (
+    absolute_folder,
+    draft_model_config,
+    first_sentence,
+    fits_length,
+)
 from vllm_ssd.target.memory import block_size, check_kv_cache, draft_kv_bytes_per_token
 from vllm_ssd.target.placement import count_devices, device_index
 
@@ -73,6 +78,7 @@ def check(
     check_device(config.draft_device, current_platform.device_name, count)
     _check_parallelism(parallel)
     _check_runner(async_scheduling)
+    check_load_format(config.draft_load_format)
     draft = draft_model_config(config, target)
     check_draft(draft)
     if config.draft_kv_cache_memory_bytes is not None and not fits_length(config, target):
@@ -175,6 +181,24 @@ def check_cores(wanted: list[int] | None, allowed: list[int]) -> None:
             f"ssd: option 'draft_cpu_cores' = {wanted}: core {missing[0]} is not available; "
             f"use some of {allowed}"
         )
+
+
+def check_load_format(wanted: str) -> None:
+    """Refuse a format that no loader of this vLLM reads.
+
+    Raises:
+        ValueError: gives vLLM's reason.
+    """
+    from vllm.config import LoadConfig
+    from vllm.model_executor.model_loader import get_model_loader
+
+    try:
+        get_model_loader(LoadConfig(load_format=wanted))
+    except Exception as error:  # each loader has its own
+        raise ValueError(
+            f"ssd: option 'draft_load_format' = {wanted!r}: {first_sentence(error)}; leave it out "
+            "or use one of vLLM's --load-format"
+        ) from error
 
 
 def check_draft(draft: ModelConfig) -> None:

@@ -60,6 +60,20 @@ def test_draft_ends_when_the_target_does_not_start(
     harness.wait_for(lambda: not _drafts(), harness.GONE_SECONDS, "the draft is gone")
 
 
+def test_automatic_length_of_the_target_and_of_a_draft_with_less_room(
+    tiny_pair: TinyModels, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE")
+    # 2,048 bytes a token in both: at most 768 of 1,024 for the target, 480 for the draft.
+    options = ssd_options(tiny_pair.itself, draft_kv_cache_memory_bytes=1 << 20)
+    engine = {"max_model_len": -1, "kv_cache_memory_bytes": 3 << 19}
+    with harness.running_engine(tiny_pair, options, **engine) as llm:
+        assert 480 < llm.llm_engine.vllm_config.model_config.max_model_len <= 768
+        assert llm.collective_rpc(_longest_followed) == [480]
+        assert Decoding(llm, TEXTS, MAX_TOKENS).finish() == expected
+        assert harness.stats(llm)["hits"] > 0
+
+
 @pytest.mark.slow
 def test_engine_starts_with_vllms_own_choice_of_memory(
     tiny_pair: TinyModels, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
@@ -99,6 +113,12 @@ def test_one_liner_starts_with_all_defaults(
     finally:
         llm.llm_engine.engine_core.shutdown()
     harness.wait_for(lambda: not _drafts(), harness.GONE_SECONDS, "the draft is gone")
+
+
+def _longest_followed(worker: Any) -> int:
+    """The longest text an engine's worker lets its draft follow."""
+    longest: int = worker._proposer.requests.max_length
+    return longest
 
 
 def _failure(

@@ -73,7 +73,7 @@ def _read_header(file: Path) -> dict[str, Tensor]:
     """The tensors of one file, from the table at its begin."""
     with file.open("rb") as content:
         (length,) = struct.unpack("<Q", content.read(8))
-        header = json.loads(content.read(length))
+        header = json.loads(content.read(min(length, file.stat().st_size)))
     header.pop("__metadata__", None)
     found: dict[str, Tensor] = {}
     for name, entry in header.items():

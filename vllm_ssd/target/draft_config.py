@@ -39,7 +39,7 @@ def draft_model_config(config: SSDConfig, target: ModelConfig) -> ModelConfig:
             enforce_eager=True,
         )
     except Exception as error:  # vLLM, transformers and hub clients each raise their own
-        raise ValueError(_refusal(config, _first_sentence(error))) from error
+        raise ValueError(_refusal(config, first_sentence(error))) from error
     longest = draft.max_model_len
     wanted = config.draft_max_model_len or target.max_model_len
     if config.draft_max_model_len and wanted > longest:
@@ -88,7 +88,7 @@ def _refusal(config: SSDConfig, reason: str) -> str:
     return f"ssd: option {option!r} = {value!r}: {reason}{mend}"
 
 
-def _first_sentence(error: Exception) -> str:
+def first_sentence(error: Exception) -> str:
     """The first line of what an error says, without pydantic's frame around it."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     if isinstance(error, ValidationError):

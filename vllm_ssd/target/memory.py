@@ -17,6 +17,8 @@ CPU_BLOCK_SIZE = 32
 """Tokens per KV block on CPU, the least its attention likes; a fork copies at most one block."""
 CUDA_BLOCK_SIZE = 16
 """vLLM's own default, which its backends for plain full attention keep."""
+_NULL_BLOCKS = 1
+"""Blocks of a KV cache that vLLM keeps for padding."""
 _FLOATS = ("F64", "F32", "F16", "BF16")
 """Safetensors types that vLLM brings to the model's own; others (quantised) it leaves."""
 
@@ -100,18 +102,18 @@ def check_kv_cache(size: int, bytes_per_token: int, length: int, block_size: int
     Raises:
         ValueError: names the size that is needed.
     """
-    needed = -(-length // block_size) * block_size * bytes_per_token
+    needed = (-(-length // block_size) + _NULL_BLOCKS) * block_size * bytes_per_token
     if size < needed:
+        holds = longest_text(size, bytes_per_token, block_size)
         raise ValueError(
-            f"ssd: option 'draft_kv_cache_memory_bytes' = {size} holds {size // bytes_per_token} "
-            f"tokens, fewer than a text of {length}; raise it to {needed}, or lower "
-            "draft_max_model_len"
+            f"ssd: option 'draft_kv_cache_memory_bytes' = {size} holds {holds} tokens, fewer than "
+            f"a text of {length}; raise it to {needed}, or lower draft_max_model_len"
         )
 
 
 def longest_text(size: int, bytes_per_token: int, block_size: int) -> int:
     """Tokens of the longest text a KV cache of ``size`` bytes holds."""
-    return size // (bytes_per_token * block_size) * block_size
+    return max(0, size // (bytes_per_token * block_size) - _NULL_BLOCKS) * block_size
 
 
 # ---- everything else
