@@ -72,6 +72,14 @@ def refusal(models: TinyModels, engine: dict[str, Any] | None = None, **options:
         ({"draft_vocab": 513}, ["'draft_vocab' = 513", "has only 512 tokens", "lower it"]),
         ({"draft_vocab": "/no/list"}, ["'draft_vocab' = '/no/list'", "no such file", "a number"]),
         ({"draft_quantization": "zip"}, ["'draft_quantization' = 'zip'", "Must be one of"]),
+        (
+            {"draft_hf_overrides": {"architectures": ["Nope"]}},
+            ["['Nope'] are not supported for now; give the folder"],
+        ),
+        (
+            {"model": "nobody/nothing", "draft_revision": "v9"},
+            ["'nobody/nothing'", "that has revision 'v9'"],
+        ),
         ({"draft_load_format": "zip"}, ["'draft_load_format' = 'zip'", "not supported", "--load"]),
         ({"acceptance": 0.8}, ["'acceptance' is gone", "leave it out"]),
         ({"fan_out": {"geometric": 99}}, ["'geometric': input should be less than or equal"]),
@@ -115,6 +123,10 @@ def test_a_draft_in_the_home_folder_is_found_by_the_draft_process(
         ),
         ({"data_parallel_size": 2}, ["data_parallel_size = 2", "one server per rank"]),
         ({"prefill_context_parallel_size": 2}, ["prefill_context_parallel_size = 2", "tensor_"]),
+        (
+            {"worker_cls": "vllm.v1.worker.cpu_worker.CPUWorker"},
+            ["worker_cls = 'vllm.v1.worker.cpu_worker.CPUWorker' is not SSDWorker", WORKER],
+        ),
         ({"async_scheduling": True}, ["async_scheduling = True", "leave it unset"]),
     ],
 )

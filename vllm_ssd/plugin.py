@@ -88,5 +88,16 @@ def _rewrite(engine_args: Any, options: dict[str, Any], target: Any, parallel: A
 
 
 def _use_our_worker(parallel: Any) -> None:
-    if parallel.worker_cls == "auto":
+    """Have vLLM start our worker, or one derived from it that the user has chosen."""
+    if parallel.worker_cls in ("auto", WORKER):
         parallel.worker_cls = WORKER
+        return
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+
+    from vllm_ssd.target.worker import SSDWorker
+
+    if not issubclass(resolve_obj_by_qualname(parallel.worker_cls), SSDWorker):
+        raise ValueError(
+            f"ssd: worker_cls = {parallel.worker_cls!r} is not SSDWorker; leave it out, or derive "
+            f"it from {WORKER}"
+        )

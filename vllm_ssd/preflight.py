@@ -12,7 +12,7 @@ from vllm_ssd.draft_vocab import select_draft_vocab
 from vllm_ssd.target.draft_config import (
     absolute_folder,
     draft_model_config,
-    first_sentence,
+    first_line,
     fits_length,
 )
 from vllm_ssd.target.memory import block_size, check_kv_cache, draft_kv_bytes_per_token
@@ -78,8 +78,8 @@ def check(
     check_device(config.draft_device, current_platform.device_name, count)
     _check_parallelism(parallel)
     _check_runner(async_scheduling)
-    check_load_format(config.draft_load_format)
     draft = draft_model_config(config, target)
+    check_load_format(config.draft_load_format, draft)
     check_draft(draft)
     if config.draft_kv_cache_memory_bytes is not None and not fits_length(config, target):
         check_kv_cache(
@@ -183,20 +183,20 @@ def check_cores(wanted: list[int] | None, allowed: list[int]) -> None:
         )
 
 
-def check_load_format(wanted: str) -> None:
+def check_load_format(wanted: str, draft: ModelConfig) -> None:
     """Refuse a format that no loader of this vLLM reads.
 
     Raises:
         ValueError: gives vLLM's reason.
     """
-    from vllm.config import LoadConfig
+    from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.model_loader import get_model_loader
 
     try:
-        get_model_loader(LoadConfig(load_format=wanted))
+        get_model_loader(EngineArgs(model=draft.model, load_format=wanted).create_load_config())
     except Exception as error:  # each loader has its own
         raise ValueError(
-            f"ssd: option 'draft_load_format' = {wanted!r}: {first_sentence(error)}; leave it out "
+            f"ssd: option 'draft_load_format' = {wanted!r}: {first_line(error)}; leave it out "
             "or use one of vLLM's --load-format"
         ) from error
 

@@ -39,7 +39,7 @@ def draft_model_config(config: SSDConfig, target: ModelConfig) -> ModelConfig:
             enforce_eager=True,
         )
     except Exception as error:  # vLLM, transformers and hub clients each raise their own
-        raise ValueError(_refusal(config, first_sentence(error))) from error
+        raise ValueError(_refusal(config, first_line(error))) from error
     longest = draft.max_model_len
     wanted = config.draft_max_model_len or target.max_model_len
     if config.draft_max_model_len and wanted > longest:
@@ -79,16 +79,17 @@ def absolute_folder(name: str) -> str:
 
 def _refusal(config: SSDConfig, reason: str) -> str:
     """The sentence for a draft that vLLM refuses for ``reason``."""
-    option, value = "model", config.model
-    mend = "; give the folder or the hub name of a model that this vLLM supports"
     if config.draft_quantization and "quantization" in reason:
-        option, value, mend = "draft_quantization", config.draft_quantization, ""
-    elif config.draft_revision and "revision" in reason.lower():
-        option, value, mend = "draft_revision", config.draft_revision, "; give one that it has"
-    return f"ssd: option {option!r} = {value!r}: {reason}{mend}"
+        return f"ssd: option 'draft_quantization' = {config.draft_quantization!r}: {reason}"
+    reason = reason.partition(". ")[0]  # what follows is a list of all its architectures, say
+    revision = f" and that has revision {config.draft_revision!r}" if config.draft_revision else ""
+    return (
+        f"ssd: option 'model' = {config.model!r}: {reason}; give the folder or the hub name of a "
+        f"model that this vLLM supports{revision}"
+    )
 
 
-def first_sentence(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     """The first line of what an error says, without pydantic's frame around it."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     if isinstance(error, ValidationError):
