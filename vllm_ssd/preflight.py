@@ -39,6 +39,20 @@ def check_engine(vllm_config: VllmConfig) -> Checked:
         ValueError: something in it cannot work.
         RuntimeError: this vLLM is not supported.
     """
+    return check(
+        engine_options(vllm_config),
+        vllm_config.model_config,
+        vllm_config.parallel_config,
+        async_scheduling=False,  # vLLM itself has refused it for custom_class by now
+    )
+
+
+def engine_options(vllm_config: VllmConfig) -> SSDConfig:
+    """The options in a finished vLLM configuration that uses the plugin.
+
+    Raises:
+        ValueError: there are none, or they are wrong.
+    """
     options = (vllm_config.additional_config or {}).get(ADDITIONAL_CONFIG_KEY)
     if not isinstance(options, dict):
         raise ValueError(
@@ -53,12 +67,7 @@ def check_engine(vllm_config: VllmConfig) -> Checked:
             f"ssd: option 'num_speculative_tokens' = {config.num_speculative_tokens} differs from "
             f"the speculative config's {known}; set both to the same number"
         )
-    return check(
-        config,
-        vllm_config.model_config,
-        vllm_config.parallel_config,
-        async_scheduling=False,  # vLLM itself has refused it for custom_class by now
-    )
+    return config
 
 
 def check(

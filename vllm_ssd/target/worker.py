@@ -9,7 +9,7 @@ from vllm.platforms import current_platform
 
 from vllm_ssd import affinity
 from vllm_ssd.core.stats import add_draft_ratios
-from vllm_ssd.preflight import check_engine
+from vllm_ssd.preflight import check_engine, engine_options
 from vllm_ssd.target.client import DraftClient
 from vllm_ssd.target.cores import bind_target, split_cores
 from vllm_ssd.target.draft_setup import DraftPlan, plan_draft
@@ -33,9 +33,10 @@ class SSDWorker(PlatformWorker):
     """
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
-        self._checked = check_engine(vllm_config)
-        self._config = self._checked.config
+        self._config = engine_options(vllm_config)
         super().__init__(vllm_config, *args, **kwargs)
+        # The others may be on machines that do not have the draft model.
+        self._checked = check_engine(vllm_config) if self._drafts_are_used else None
         self._client: DraftClient | None = None
         self._plan: DraftPlan | None = None
         self._unbind: weakref.finalize[..., SSDWorker] | None = None
@@ -58,7 +59,7 @@ class SSDWorker(PlatformWorker):
         proposer = self._proposer
         # Our drafts live elsewhere: vLLM need not keep K positions free for a drafter of its own.
         self.model_runner.effective_drafter_max_model_len += proposer.depth
-        if self._drafts_are_used:
+        if self._checked is not None:
             self._plan = plan_draft(self._checked, self.vllm_config)
             proposer.requests.max_length = self._plan.max_model_len
             self._client = DraftClient(

@@ -56,8 +56,6 @@ class Setup(Message, frozen=True):
     enable_prefix_caching: bool
     vocab_size: int
     """The target's vocabulary: ids from there on are never drafted."""
-    device_index: int = 0
-    """Index of the CUDA device; 0 on CPU."""
     draft_vocab: bytes = b""
     """The tokens the head is computed for, int32; empty for all."""
 
