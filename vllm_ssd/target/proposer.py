@@ -78,10 +78,6 @@ class SSDProposer:
         self._runner = runner
         self.client = client
 
-    def limit_length(self, max_length: int) -> None:
-        """Follow no text longer than ``max_length`` tokens (the draft model's own limit)."""
-        self.requests = RequestTable(max_length)
-
     def load_model(self, target_model: Any) -> None:
         """Called by vLLM once the target is loaded; the draft loads in its own process.
 

@@ -8,6 +8,8 @@ there is one way to recover, whatever went wrong.
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
@@ -42,7 +44,7 @@ def unpack(data: bytes) -> NDArray[np.int32]:
 class Setup(Message, frozen=True):
     """First message to a new draft process: how to bring the model up (no memory is taken yet)."""
 
-    engine_args: dict[str, str | int | float | bool | None]
+    engine_args: dict[str, Any]
     """Arguments of vLLM's ``EngineArgs`` for the draft model."""
     num_speculative_tokens: int
     fan_out: list[int]
@@ -54,8 +56,6 @@ class Setup(Message, frozen=True):
     enable_prefix_caching: bool
     vocab_size: int
     """The target's vocabulary: ids from there on are never drafted."""
-    device_index: int = 0
-    """Index of the CUDA device; 0 on CPU."""
     draft_vocab: bytes = b""
     """The tokens the head is computed for, int32; empty for all."""
 
