@@ -78,9 +78,13 @@ class Script:
         """Send a signal to its first process."""
         os.kill(self.pid, number)
 
-    def wait(self, seconds: float) -> None:
-        """Wait until its first process has ended."""
-        self._process.wait(seconds)
+    def wait(self, seconds: float) -> int:
+        """Wait until its first process has ended.
+
+        Returns:
+            Its exit status, minus the signal's number if one ended it.
+        """
+        return self._process.wait(seconds)
 
     def assert_nothing_left(self) -> None:
         """No process of its session, and no file of the plugin's; vLLM leaves sockets of its own.

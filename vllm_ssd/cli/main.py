@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import Annotated
 
 import typer
+from typer.core import TyperCommand
 
 from vllm_ssd.cli import CommandError
 
@@ -27,6 +28,26 @@ def errors_in_one_line() -> Iterator[None]:
     except CommandError as error:
         print(f"vllm-ssd: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
+
+
+class _Verbatim(TyperCommand):
+    """A command whose arguments are another program's: none is parsed, ``--help`` included."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+        ctx.args = args
+        return args
+
+
+@app.command(cls=_Verbatim)
+def serve(context: typer.Context) -> None:
+    """Run `vllm serve` of the installed vLLM, on CPU with Intel's OpenMP preloaded.
+
+    All arguments are those of `vllm serve`; `vllm-ssd serve --help` lists them.
+    """
+    from vllm_ssd.cli.serve import start
+
+    with errors_in_one_line():
+        start(context.args)
 
 
 @app.command()
