@@ -53,6 +53,11 @@ class Script:
         """Process id, which is that of its session too."""
         return self._process.pid
 
+    @property
+    def running(self) -> bool:
+        """Whether its first process has not ended; it may be replacing its program just now."""
+        return self._process.poll() is None
+
     def next_answers(self) -> Any:
         """Its next line of answers."""
         while True:
@@ -101,6 +106,7 @@ class Script:
 
     def end(self) -> None:
         """End whatever is left of it."""
+        self._process.kill()
         for pid in self.processes():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

@@ -53,7 +53,7 @@ class Server(Script):
 
     def is_healthy(self) -> bool:
         """Whether it answers."""
-        assert self.pid in self.processes(), "the server has ended"
+        assert self.running, "the server has ended"
         try:
             return bool(urllib.request.urlopen(f"{self.url}/health", timeout=5).status == 200)
         except OSError:
