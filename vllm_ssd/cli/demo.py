@@ -8,6 +8,7 @@ vLLM's, token by token.
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import takewhile
@@ -72,11 +73,7 @@ def run(max_tokens: int, num_speculative_tokens: int, enforce_eager: bool = True
 
     plain, ssd = results[PLAIN], results[SSD]
     if plain.dtype != EXACT:
-        console.rule(f"[bold]The first question again, in {EXACT}")
-        plain, ssd = (
-            _ask(name, replace(specs[name], prompts=QUESTIONS[:1], dtype=EXACT), silently=True)
-            for name in (PLAIN, SSD)
-        )
+        plain, ssd = _answers_in_float32(specs[PLAIN], specs[SSD])
     console.print(_table(results))
     console.print(_exactness(plain, ssd))
 
@@ -86,21 +83,18 @@ def _cores() -> str:
     return f"{count} CPU core{'s' if count > 1 else ''}"
 
 
-def _ask(name: str, spec: EngineSpec, silently: bool = False) -> Answers:
-    """Start one engine and return its answers, printed as they come unless ``silently``."""
-    if not silently:
-        console.rule(f"[bold]{name}")
+def _ask(name: str, spec: EngineSpec) -> Answers:
+    """Start one engine, print its answers as they come, return them."""
+    console.rule(f"[bold]{name}")
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with ExitStack() as waiting:
-        bar = waiting.enter_context(Progress(*columns, console=console, transient=True))
-        bar.add_task(name if silently else f"starting {name}", total=None)
+    with ExitStack() as starting:
+        bar = starting.enter_context(Progress(*columns, console=console, transient=True))
+        bar.add_task(f"starting {name}", total=None)
         current = -1
 
         def show(event: Started | Said) -> None:
             nonlocal current
-            if silently:
-                return
-            waiting.close()
+            starting.close()
             if isinstance(event, Started):
                 console.print(f"[dim]started in {event.seconds:.0f} s[/]")
                 return
@@ -114,8 +108,19 @@ def _ask(name: str, spec: EngineSpec, silently: bool = False) -> Answers:
             answers = ask(spec, show)
         except EngineError as error:
             raise CommandError(f"the engine of {name!r} failed: {error}") from None
-    console.print(f"{name}: {_tokens(answers)} tokens" if silently else "")
+    console.print()
     return answers
+
+
+def _answers_in_float32(*specs: EngineSpec) -> list[Answers]:
+    """Answers to the first question. The engines run at once: their speed does not matter here."""
+    console.rule(f"[bold]The first question again, in {EXACT}")
+    exact = [replace(spec, prompts=QUESTIONS[:1], dtype=EXACT) for spec in specs]
+    with console.status("plain vLLM and SSD answer it"), ThreadPoolExecutor() as threads:
+        try:
+            return list(threads.map(lambda spec: ask(spec, lambda event: None), exact))
+        except EngineError as error:
+            raise CommandError(f"an engine in {EXACT} failed: {error}") from None
 
 
 def _table(results: dict[str, Answers]) -> Table:
