@@ -39,27 +39,27 @@ def test_what_came_true_counts_more_than_what_was_stated() -> None:
     rng = np.random.default_rng(0)
     for _ in range(1000):
         calibration.observe(np.array([0.9] * 3, np.float32), rng.random(3) < 0.3)
-    assert float(calibration.of(np.float32([0.9]))[0]) == pytest.approx(0.3, abs=0.05)
+    assert float(calibration.of(np.array([0.9], np.float32))[0]) == pytest.approx(0.3, abs=0.05)
 
 
 def test_near_certainty_and_certainty_are_told_apart() -> None:
     calibration = Calibration()
     for _ in range(500):
-        calibration.observe(np.float32([0.88, 0.9999]), np.array([False, True]))
-    low, high = calibration.of(np.float32([0.88, 0.9999])).tolist()
+        calibration.observe(np.array([0.88, 0.9999], np.float32), np.array([False, True]))
+    low, high = calibration.of(np.array([0.88, 0.9999], np.float32)).tolist()
     assert low < 0.1 < 0.99 < high
 
 
 def test_levels_that_do_not_occur_any_more_keep_what_they_learned() -> None:
     calibration = Calibration()
     for _ in range(3000):
-        calibration.observe(np.float32([0.9]), np.array([True]))
+        calibration.observe(np.array([0.9], np.float32), np.array([True]))
     for _ in range(3000):
-        calibration.observe(np.float32([0.1]), np.array([False]))
+        calibration.observe(np.array([0.1], np.float32), np.array([False]))
     for _ in range(10):
-        calibration.observe(np.float32([0.9]), np.array([False]))
+        calibration.observe(np.array([0.9], np.float32), np.array([False]))
     # Ten surprises among a thousand, not among the few that are remembered.
-    assert float(calibration.of(np.float32([0.9]))[0]) > 0.95
+    assert float(calibration.of(np.array([0.9], np.float32))[0]) > 0.95
 
 
 # ---- outcomes
@@ -71,7 +71,7 @@ def test_the_chance_of_an_outcome_is_that_of_its_k_times_that_of_its_token() -> 
     model = OutcomeModel(3)
     found = model.chances(1, stated([half, other / 2, 0.2], [other, 0.4, 0.1]))
     level = model._others.of
-    shares = level(np.float32([[other, 0.4]]))[0]
+    shares = level(np.array([[other, 0.4]], np.float32))[0]
     assert found[0].tolist() == pytest.approx([0.0, *(half * shares)])
     shares = level(np.float32([[0.4 / (1 - other), 0.1 / (1 - other)]]))[0]
     assert found[1].tolist() == pytest.approx([half * other, *(half * (1 - other) * shares)])
