@@ -52,7 +52,7 @@ def serve(context: typer.Context) -> None:
 
 @app.command()
 def models() -> None:
-    """Print the demonstration's model folders, target then draft; fetch what is missing."""
+    """Print the folders of the demonstration's target and draft, after fetching what is missing."""
     from vllm_ssd.cli.models import demo_models
 
     with errors_in_one_line():
