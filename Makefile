@@ -8,18 +8,18 @@ READY  := $(VENV)/.ready
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-slow lint bench clean
 
-help: ## these lines
+help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 18
 
-setup: $(READY) ## make .venv and the models of the demonstration; nothing to do the second time
+setup: $(READY) ## make .venv and the models of the demonstration, unless they are there
 	@$(BIN)/vllm-ssd models >/dev/null
 
-# Only what decides which packages are installed: tool settings need no new set-up.
+# Only the files that decide what is installed: other changes need no new set-up.
 $(READY): setup.py scripts/setup.sh
 	@scripts/setup.sh $(VENV) $(PYTHON)
 	@touch $@
 
-demo: setup ## plain vLLM, draft_model and SSD answer a few chat prompts side by side
+demo: setup ## plain vLLM, draft_model and SSD answer the same prompts; SSD's text is checked
 	@$(BIN)/vllm-ssd demo
 
 test: setup ## all tests but the slow ones

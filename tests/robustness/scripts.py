@@ -53,6 +53,11 @@ class Script:
         """Process id, which is that of its session too."""
         return self._process.pid
 
+    @property
+    def running(self) -> bool:
+        """Whether its first process has not ended; it may be replacing its program just now."""
+        return self._process.poll() is None
+
     def next_answers(self) -> Any:
         """Its next line of answers."""
         while True:
@@ -78,9 +83,13 @@ class Script:
         """Send a signal to its first process."""
         os.kill(self.pid, number)
 
-    def wait(self, seconds: float) -> None:
-        """Wait until its first process has ended."""
-        self._process.wait(seconds)
+    def wait(self, seconds: float) -> int:
+        """Wait until its first process has ended.
+
+        Returns:
+            Its exit status, minus the signal's number if one ended it.
+        """
+        return self._process.wait(seconds)
 
     def assert_nothing_left(self) -> None:
         """No process of its session, and no file of the plugin's; vLLM leaves sockets of its own.
@@ -97,6 +106,7 @@ class Script:
 
     def end(self) -> None:
         """End whatever is left of it."""
+        self._process.kill()
         for pid in self.processes():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

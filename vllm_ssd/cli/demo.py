@@ -1,9 +1,17 @@
-"""``vllm-ssd demo``: plain vLLM, its ``draft_model`` method and SSD answer the same questions."""
+"""``vllm-ssd demo``: plain vLLM, its ``draft_model`` method and SSD answer the same questions.
+
+In bfloat16 the texts of correct engines may differ, because rounding depends on how many tokens are
+computed at once. So the first question is asked again in float32, where SSD's text has to be plain
+vLLM's, token by token.
+"""
 
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
+from itertools import takewhile
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -23,49 +31,51 @@ QUESTIONS = [
 
 PLAIN, DRAFT_MODEL, SSD = "vLLM", "draft_model", "SSD"
 
+EXACT = "float32"
+"""Rounding errors are small enough in it not to change which token is the most likely one."""
+
 console = Console()
 
 DIFFERS = (
-    "Text that differs: in bfloat16 vLLM's own results depend on the shape of the batch, with "
-    "draft_model as well. In float32 it is identical."
+    "In bfloat16 the text may differ with any speculative method: rounding depends on how many "
+    "tokens are computed at once."
 )
 
 
-def run(
-    max_tokens: int, num_speculative_tokens: int, fan_out: int, enforce_eager: bool = True
-) -> None:
+def run(max_tokens: int, num_speculative_tokens: int, enforce_eager: bool = True) -> None:
     """Run the demonstration and print its table.
 
     Args:
         max_tokens: tokens of an answer.
         num_speculative_tokens: K of both speculative methods.
-        fan_out: SSD's guesses after each number of accepted tokens.
         enforce_eager: do not compile the models: they start faster and run slower.
 
     Raises:
-        CommandError: an engine did not start or failed.
+        CommandError: an engine did not start or failed, or SSD's text differs in float32.
     """
     with console.status("fetching the models"):
         models = demo_models()
-    draft = str(models.draft)
-    speculation = {"model": draft, "num_speculative_tokens": num_speculative_tokens}
+    speculation = {"model": str(models.draft), "num_speculative_tokens": num_speculative_tokens}
     methods: dict[str, dict[str, Any] | None] = {
         PLAIN: None,
         DRAFT_MODEL: {"method": "draft_model", **speculation},
-        SSD: {"method": "ssd", **speculation, "fan_out": fan_out},
+        SSD: {"method": "ssd", **speculation},
+    }
+    specs = {
+        name: EngineSpec(str(models.target), method, QUESTIONS, max_tokens, enforce_eager)
+        for name, method in methods.items()
     }
     console.print(
         f"target [bold]{models.target.name}[/], draft [bold]{models.draft.name}[/], "
-        f"K = {num_speculative_tokens}, fan-out {fan_out}, greedy, one request at a time, "
-        f"{_cores()}"
+        f"K = {num_speculative_tokens}, greedy, one request at a time, {_cores()}"
     )
-    results = {
-        name: _ask(
-            name, EngineSpec(str(models.target), method, QUESTIONS, max_tokens, enforce_eager)
-        )
-        for name, method in methods.items()
-    }
+    results = {name: _ask(name, spec) for name, spec in specs.items()}
+
+    plain, ssd = results[PLAIN], results[SSD]
+    if plain.dtype != EXACT:
+        plain, ssd = _answers_in_float32(specs[PLAIN], specs[SSD])
     console.print(_table(results))
+    console.print(_exactness(plain, ssd))
 
 
 def _cores() -> str:
@@ -86,11 +96,12 @@ def _ask(name: str, spec: EngineSpec) -> Answers:
             nonlocal current
             starting.close()
             if isinstance(event, Started):
-                console.print(f"[dim]up after {event.seconds:.0f} s[/]")
+                console.print(f"[dim]started in {event.seconds:.0f} s[/]")
                 return
             if event.prompt != current:
                 current = event.prompt
-                console.print(f"\n[cyan]{spec.prompts[current]}[/]")
+                between = "\n\n" if current else "\n"
+                console.print(f"{between}[cyan]{spec.prompts[current]}[/]")
             console.print(event.text, end="", highlight=False, markup=False, soft_wrap=True)
 
         try:
@@ -99,6 +110,17 @@ def _ask(name: str, spec: EngineSpec) -> Answers:
             raise CommandError(f"the engine of {name!r} failed: {error}") from None
     console.print()
     return answers
+
+
+def _answers_in_float32(*specs: EngineSpec) -> list[Answers]:
+    """Answers to the first question. The engines run at once: their speed does not matter here."""
+    console.rule(f"[bold]The first question again, in {EXACT}")
+    exact = [replace(spec, prompts=QUESTIONS[:1], dtype=EXACT) for spec in specs]
+    with console.status("plain vLLM and SSD answer it"), ThreadPoolExecutor() as threads:
+        try:
+            return list(threads.map(lambda spec: ask(spec, lambda event: None), exact))
+        except EngineError as error:
+            raise CommandError(f"an engine in {EXACT} failed: {error}") from None
 
 
 def _table(results: dict[str, Answers]) -> Table:
@@ -110,15 +132,16 @@ def _table(results: dict[str, Answers]) -> Table:
     for column in (*columns, "draft round /\nverification", "text"):
         table.add_column(column, justify="right", no_wrap=True)
     plain = results[PLAIN]
-    if any(answers.token_ids != plain.token_ids for answers in results.values()):
+    if plain.dtype != EXACT and any(
+        answers.token_ids != plain.token_ids for answers in results.values()
+    ):
         table.caption = DIFFERS
     for name, answers in results.items():
-        tokens = sum(map(len, answers.token_ids))
-        gaps = tokens - len(answers.token_ids)
+        gaps = _tokens(answers) - len(answers.token_ids)
         same = answers.token_ids == plain.token_ids
         table.add_row(
             name,
-            f"{tokens / answers.seconds:.1f}",
+            f"{_tokens(answers) / answers.seconds:.1f}",
             f"{1e3 * answers.gaps / max(1, gaps):.0f} ms",
             _acceptance_length(answers.metrics),
             _hit_rate(answers.metrics),
@@ -126,6 +149,36 @@ def _table(results: dict[str, Answers]) -> Table:
             "-" if name == PLAIN else "identical" if same else "differs",
         )
     return table
+
+
+def _exactness(plain: Answers, ssd: Answers) -> str:
+    """A line that says that SSD's text is plain vLLM's.
+
+    Args:
+        plain: plain vLLM's answers, in float32.
+        ssd: SSD's to the same questions, in float32.
+
+    Raises:
+        CommandError: it is not.
+    """
+    for question, expected, actual in zip(QUESTIONS, plain.token_ids, ssd.token_ids, strict=False):
+        if actual != expected:
+            pairs = zip(actual, expected, strict=False)
+            same = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
+            raise CommandError(
+                f"in {EXACT} SSD's answer to {question!r} differs from plain vLLM's after "
+                f"{same} tokens; it must not: please report this, with all that was printed"
+            )
+    which = "first answer" if len(plain.token_ids) == 1 else "answers"
+    return (
+        f"In {EXACT}, plain vLLM's {which} and SSD's: [bold green]identical[/], "
+        f"all {_tokens(plain)} tokens."
+    )
+
+
+def _tokens(answers: Answers) -> int:
+    """The number of generated tokens."""
+    return sum(map(len, answers.token_ids))
 
 
 def _acceptance_length(metrics: dict[str, float]) -> str:

@@ -1,4 +1,4 @@
-"""One engine of the demonstration, in a process of its own: answers prompts, streams what it says.
+"""One engine of the demonstration, in a process of its own: answers prompts and streams the text.
 
 A process for each engine, because vLLM's threads, memory and compiled code outlive an engine.
 """
@@ -24,6 +24,8 @@ class EngineSpec:
     prompts: list[str]
     max_tokens: int
     enforce_eager: bool
+    dtype: str | None = None
+    """What the models are computed in; None: the faster of bfloat16 and float32."""
 
 
 class Started(NamedTuple):
@@ -41,9 +43,11 @@ class Said(NamedTuple):
 
 @dataclass
 class Answers:
-    """All answers and what they cost."""
+    """All answers, and the time they took."""
 
     token_ids: list[list[int]]
+    dtype: str = ""
+    """What the target was computed in, as ``EngineSpec.dtype``."""
     seconds: float = 0.0
     """Time in which all answers were generated."""
     gaps: float = 0.0
@@ -59,7 +63,7 @@ class Failed(NamedTuple):
 
 
 class EngineError(RuntimeError):
-    """An engine did not start, or ended too early: its last words."""
+    """An engine did not start or ended too early: the reason and the end of its log."""
 
 
 ENDING_SECONDS = 15.0
@@ -90,19 +94,19 @@ def ask(spec: EngineSpec, listen: Callable[[Started | Said], None]) -> Answers:
             process.join(ENDING_SECONDS)
             return event
         except EOFError:
-            raise EngineError(f"it ended without a word\n{log.read()[-2000:]}") from None
+            raise EngineError(f"its process ended\n{log.read()[-2000:]}") from None
         finally:
             process.kill()
             process.join()
 
 
 def run_engine(spec: EngineSpec, events: Connection, log: str) -> None:
-    """The process's entry point: start the engine and answer, everything goes to ``events``.
+    """Start the engine and answer: what runs in the process of an engine.
 
     Args:
         spec: what to start and what to ask.
-        events: where the answers go.
-        log: file that takes all other output, this process's and its draft's.
+        events: takes what happens, then the answers or the reason why there are none.
+        log: file for all other output, of this process and of its draft's.
     """
     descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
     for standard in (1, 2):
@@ -126,7 +130,7 @@ def _answer(spec: EngineSpec, events: Connection) -> None:
     began = time.perf_counter()
     arguments = EngineArgs(
         model=spec.model,
-        dtype=best_dtype(),
+        dtype=spec.dtype or best_dtype(),
         max_model_len=2048,
         max_num_seqs=8,
         max_num_batched_tokens=512,
@@ -140,14 +144,15 @@ def _answer(spec: EngineSpec, events: Connection) -> None:
         temperature=0.0, max_tokens=spec.max_tokens, output_kind=RequestOutputKind.DELTA
     )
     prompts = [_chat(engine, prompt) for prompt in spec.prompts]
-    # The first request pays for what is set up lazily.
+    # The first request is slower: some things are set up only then.
     engine.add_request("warm-up", prompts[0], SamplingParams(temperature=0.0, max_tokens=4))
     while engine.has_unfinished_requests():
         engine.step()
     before = _metrics(engine)
     events.send(Started(time.perf_counter() - began))
 
-    answers = Answers(token_ids=[[] for _ in prompts])
+    dtype = str(engine.vllm_config.model_config.dtype).removeprefix("torch.")
+    answers = Answers(token_ids=[[] for _ in prompts], dtype=dtype)
     for index, prompt in enumerate(prompts):
         began = time.perf_counter()
         first = last = 0.0

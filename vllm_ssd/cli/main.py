@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import Annotated
 
 import typer
+from typer.core import TyperCommand
 
 from vllm_ssd.cli import CommandError
 
@@ -29,9 +30,29 @@ def errors_in_one_line() -> Iterator[None]:
         raise typer.Exit(1) from None
 
 
+class _Verbatim(TyperCommand):
+    """A command whose arguments are another program's: none is parsed, ``--help`` included."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+        ctx.args = args
+        return args
+
+
+@app.command(cls=_Verbatim)
+def serve(context: typer.Context) -> None:
+    """Run `vllm serve` of the installed vLLM, on CPU with Intel's OpenMP preloaded.
+
+    All arguments are those of `vllm serve`; `vllm-ssd serve --help` lists them.
+    """
+    from vllm_ssd.cli.serve import start
+
+    with errors_in_one_line():
+        start(context.args)
+
+
 @app.command()
 def models() -> None:
-    """Print the demonstration's model folders, target then draft; fetch what is missing."""
+    """Print the folders of the demonstration's target and draft, after fetching what is missing."""
     from vllm_ssd.cli.models import demo_models
 
     with errors_in_one_line():
@@ -45,21 +66,25 @@ def demo(
     num_speculative_tokens: Annotated[
         int,
         typer.Option(
-            "--num-speculative-tokens", "-k", min=1, max=32, help="Tokens drafted at once."
+            "--num-speculative-tokens",
+            "-k",
+            min=1,
+            max=32,
+            help="K, the most tokens drafted at once.",
         ),
     ] = 4,
-    fan_out: Annotated[int, typer.Option(min=1, max=64, help="SSD's guesses after each k.")] = 8,
 ) -> None:
-    """Answer a few chat prompts with plain vLLM, its draft_model method and SSD, side by side.
+    """Answer three chat prompts with plain vLLM, its draft_model method and SSD, side by side.
 
-    The default K and fan-out are the best measured (docs/performance.md).
+    The default K is the best one measured (docs/performance.md). At the end SSD's text is compared
+    with plain vLLM's in float32; if they differ, the exit status is 1.
     """
     from vllm_ssd.cli.env import preload_openmp
 
     preload_openmp()
     with errors_in_one_line():
         import_module("vllm_ssd.cli.demo").run(
-            max_tokens=max_tokens, num_speculative_tokens=num_speculative_tokens, fan_out=fan_out
+            max_tokens=max_tokens, num_speculative_tokens=num_speculative_tokens
         )
 
 

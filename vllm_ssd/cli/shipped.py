@@ -1,7 +1,7 @@
-"""The distilled draft that ships with the package: its own weights, the rest is the target's.
+"""The distilled draft that ships with the package, completed with what it shares with the target.
 
-What a draft shares with its target (the embedding, the tokenizer) is not stored twice: it is taken
-from the target's folder when the draft's is made. ``examples/distill/ship.py`` does the reverse.
+The embedding and the tokenizer are the target's and not stored twice: they are taken
+from its folder when the draft's is made. ``examples/distill/ship.py`` does the reverse.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ TOKENIZER = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model"),
     *("vocab.json", "merges.txt", "chat_template.jinja", "generation_config.json"),
 )
-"""What a draft has in common with its target beside weights, those of them that exist."""
+"""What a draft has in common with its target besides weights, as far as the target has it."""
 
 
 def version(shipped: Path) -> str:
@@ -29,7 +29,7 @@ def version(shipped: Path) -> str:
 
 
 def join(shipped: Path, target: Path, folder: Path) -> None:
-    """Make a whole model folder of shipped weights and the target's.
+    """Make a complete model folder of the shipped weights and the target's.
 
     Args:
         shipped: holds the weights that differ from the target's, configuration and card.
