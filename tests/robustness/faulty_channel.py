@@ -78,8 +78,7 @@ class FaultyChannel:
     def _send_undecodable(self) -> None:
         # The length is right: what is inside it is not.
         payload = self._random.randbytes(self._random.randrange(64))
-        self._channel._outbox += len(payload).to_bytes(4, "little") + payload
-        self._channel.flush()
+        self._channel._append(len(payload).to_bytes(4, "little") + payload)
 
     def _disturb(self, frame: Frame) -> list[Frame | None]:
         """What goes through in place of a frame, late ones that are due included."""

@@ -71,7 +71,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
 
 @pytest.fixture
 def client(clock: Clock) -> DraftClient:
-    setup = Setup({}, 3, [1, 1, 1, 1], 0, 0.7, 1.0, True, 512, 0, b"")
+    setup = Setup({}, 3, [], 0, 8, True, 512)
     return DraftClient(setup, [], TIMEOUT, Stats(), lambda: None)
 
 

@@ -11,8 +11,10 @@ Look-up is by content: the confirmed text is walked down the tree, there is no r
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import NamedTuple
 
 import numpy as np
 
@@ -48,6 +50,21 @@ class Walk:
     """How many tokens of that row the text covers."""
 
 
+class Below(NamedTuple):
+    """What lies below a text (:meth:`SpeculationCache.look_up`)."""
+
+    where: Where
+    row: int
+    """As in :class:`Walk`."""
+    drafted: list[int]
+    """``FOUND``: all that the row holds after the text, an end token included."""
+    ended: bool
+    """``FOUND``: the row ends with the last of them."""
+
+
+NOWHERE = Below(Where.UNKNOWN, -1, [], False)
+
+
 @dataclass(slots=True)
 class Tree:
     """One request's tree, good for all texts that start with its first ``base`` tokens."""
@@ -65,9 +82,9 @@ class Tree:
         """The row forked after ``k`` trunk tokens with first token ``token``; -1 if none."""
         key = (k << 32) | token
         for keys, rows in self.forks:
-            at = np.flatnonzero(keys == key)
-            if at.size:
-                return int(rows[at[0]])
+            known = keys.tolist()  # a few: a list is searched sooner than an array
+            if key in known:
+                return int(rows[known.index(key)])
         return -1
 
 
@@ -170,6 +187,57 @@ class SpeculationCache:
             return Walk(Where.FOUND, row, matched)
         still_open = matched == len(branch) and not self.ended[row]
         return Walk(Where.PENDING if still_open else Where.OFF, tree.trunk, k)
+
+    def look_up(self, handles: list[int], texts: list[list[int]]) -> list[Below]:
+        """Walk the texts of many requests at once, and take what lies below.
+
+        Args:
+            handles: the requests.
+            texts: of each its confirmed tokens from its tree's ``base`` on, as for :meth:`walk`.
+
+        Returns:
+            For each the same as :meth:`walk`, with the tokens found.
+        """
+        trees = [self.trees.get(handle) for handle in handles]
+        trunks = self._rows([tree.trunk for tree in trees if tree is not None])
+        found: list[Below] = []
+        left: list[tuple[int, int]] = []
+        """Texts that leave their trunk at a fork: the index, and after how many tokens."""
+        forks: list[int] = []
+        for tree, text in zip(trees, texts, strict=True):
+            if tree is None:
+                found.append(NOWHERE)
+                continue
+            trunk, ended = next(trunks)
+            k = _common_prefix(trunk, text)
+            if k == len(text):
+                found.append(Below(Where.FOUND, tree.trunk, trunk[k:], ended))
+                continue
+            row = tree.fork_at(k, text[k])
+            if row >= 0:
+                left.append((len(found), k))
+                forks.append(row)
+            still_open = not tree.complete or (k == len(trunk) and not ended)
+            where = Where.PENDING if still_open else Where.OFF
+            found.append(Below(where, tree.trunk, [], False))
+        for (index, k), row, (branch, ended) in zip(left, forks, self._rows(forks), strict=True):
+            rest = texts[index][k:]
+            matched = _common_prefix(branch, rest)
+            if matched == len(rest):
+                found[index] = Below(Where.FOUND, row, branch[matched:], ended)
+            else:
+                still_open = matched == len(branch) and not ended
+                where = Where.PENDING if still_open else Where.OFF
+                found[index] = Below(where, found[index].row, [], False)
+        return found
+
+    def _rows(self, rows: list[int]) -> Iterator[tuple[list[int], bool]]:
+        """Tokens of rows, and whether they have ended; taken from the arrays all at once."""
+        if not rows:
+            return
+        lengths, ended = self.length[rows].tolist(), self.ended[rows].tolist()
+        for tokens, length, end in zip(self.tokens[rows].tolist(), lengths, ended, strict=True):
+            yield tokens[:length], end
 
     def row_tokens(self, row: int) -> list[int]:
         """The tokens of a row."""

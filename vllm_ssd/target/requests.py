@@ -53,7 +53,7 @@ class RequestTable:
     """
 
     def __init__(self, max_length: int) -> None:
-        self._max_length = max_length
+        self.max_length = max_length
         self._tracked: dict[str, Tracked] = {}
         self._next_handle = 0
 
@@ -83,8 +83,8 @@ class RequestTable:
             sampling_params: vLLM's, for ``max_tokens``, ``min_tokens`` and the end tokens.
         """
         # The last token comes from the target itself, so the one before it is the last drafted.
-        longest = prompt_length + (sampling_params.max_tokens or self._max_length)
-        limit = min(longest, self._max_length) - 1
+        longest = prompt_length + (sampling_params.max_tokens or self.max_length)
+        limit = min(longest, self.max_length) - 1
         handle = self._next_handle
         self._next_handle += 1
         ends = end_tokens(sampling_params)

@@ -1,5 +1,9 @@
 """Frames over a local stream socket: sends never block, reads take what is there.
 
+What the socket does not take at once, a thread hands over while the caller goes on with its work: a
+long text reaches the draft while the target computes. The thread exists once it was needed, and
+sleeps while nothing is left over.
+
 End of file and a broken pipe both mean that the other process is gone.
 """
 
@@ -9,6 +13,7 @@ import select
 import socket
 import struct
 import threading
+from contextlib import suppress
 from typing import Generic, TypeVar
 
 import msgspec
@@ -21,6 +26,8 @@ MAX_FRAME_BYTES = 64 << 20
 MAX_PENDING_BYTES = 64 << 20
 """What may wait for a slow reader before the channel counts as full."""
 _READ_BYTES = 256 << 10
+_SEND_BYTES = 64 << 10
+"""Handed to the socket at once: some ten microseconds, for which another thread may have to wait."""
 
 
 class ChannelClosedError(ConnectionError):
@@ -48,6 +55,9 @@ class Channel(Generic[Frame]):
         self._arrived = memoryview(bytearray(_READ_BYTES))
         self._outbox = bytearray()
         self._sending = threading.Lock()
+        self._left_over = threading.Event()
+        self._sender: threading.Thread | None = None
+        self._closed = False
 
     def fileno(self) -> int:
         """The socket's file descriptor, for ``select``."""
@@ -55,10 +65,20 @@ class Channel(Generic[Frame]):
 
     def close(self) -> None:
         """Close this end; the other one sees end of file."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._sender is not None:
+            # Wakes the thread wherever it waits; it must not see the descriptor's next owner.
+            self._left_over.set()
+            with suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
+            if self._sender is not threading.current_thread():  # a finalizer runs anywhere
+                self._sender.join()
         self._socket.close()
 
     def send(self, frame: msgspec.Struct) -> None:
-        """Send without blocking; what the socket does not take now goes with a later call.
+        """Send without blocking; what the socket does not take now goes as soon as it does.
 
         Another thread may receive meanwhile.
 
@@ -74,10 +94,14 @@ class Channel(Generic[Frame]):
         payload = self._encoder.encode(frame)
         if len(payload) > MAX_FRAME_BYTES:
             raise ValueError(f"a frame of {len(payload)} bytes: at most {MAX_FRAME_BYTES}")
+        self._append(_LENGTH.pack(len(payload)) + payload)
+
+    def _append(self, data: bytes) -> None:
+        """Bytes that go after all others."""
         with self._sending:
-            self._outbox += _LENGTH.pack(len(payload))
-            self._outbox += payload
-        self.flush()
+            self._outbox += data
+        if not self.flush():
+            self._let_a_thread_send()
 
     def flush(self) -> bool:
         """Hand over what waits; True when nothing waits any more.
@@ -85,21 +109,45 @@ class Channel(Generic[Frame]):
         Raises:
             ChannelClosedError: the other process is gone.
         """
-        with self._sending:
+        try:
             while self._outbox:
-                try:
-                    sent = self._socket.send(self._outbox)
-                except BlockingIOError:
-                    return False
-                except OSError as error:
-                    raise ChannelClosedError(f"send: {error}") from error
-                del self._outbox[:sent]
-            return True
+                self._send_some()
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            raise ChannelClosedError(f"send: {error}") from error
+        return True
+
+    def _send_some(self) -> None:
+        """Hand over a part of what waits."""
+        with self._sending:
+            with memoryview(self._outbox) as waiting, waiting[:_SEND_BYTES] as part:
+                sent = self._socket.send(part)
+            del self._outbox[:sent]
+
+    def _let_a_thread_send(self) -> None:
+        self._left_over.set()
+        if self._sender is None:
+            sender = threading.Thread(target=self._send_left_over, name="vllm-ssd-send", daemon=True)
+            with suppress(RuntimeError):  # no more threads: it goes with the next call
+                sender.start()
+                self._sender = sender
+
+    def _send_left_over(self) -> None:
+        """The thread: whenever something is left over, hand it over as the other end reads."""
+        poll = select.poll()
+        poll.register(self._socket, select.POLLOUT)
+        while not self._closed:
+            self._left_over.wait()
+            self._left_over.clear()
+            try:
+                while not self._closed and not self.flush():
+                    poll.poll()
+            except ChannelClosedError:
+                return  # whoever sends or receives next is told
 
     def receive(self, timeout: float | None = 0.0) -> list[Frame | None]:
         """The frames that have arrived, in order; ``None`` in place of one that cannot be decoded.
-
-        What waits to be sent is handed over first, as far as the socket takes it.
 
         Args:
             timeout: seconds to wait for the first byte; 0 does not wait, ``None`` waits for ever.
@@ -107,7 +155,6 @@ class Channel(Generic[Frame]):
         Raises:
             ChannelClosedError: end of file, or a length that no frame has.
         """
-        self.flush()
         if timeout != 0.0 and not self._wait(timeout):
             return []
         closed = self._fill()
@@ -117,13 +164,10 @@ class Channel(Generic[Frame]):
         return frames
 
     def _wait(self, timeout: float | None) -> bool:
-        """Wait until something can be read; flushes what waits to be sent meanwhile."""
+        """Wait until something can be read."""
         poll = select.poll()
-        poll.register(self._socket, select.POLLIN | (select.POLLOUT if self._outbox else 0))
-        events = poll.poll(None if timeout is None else timeout * 1000.0)
-        if any(event & select.POLLOUT for _, event in events):
-            self.flush()
-        return any(event & ~select.POLLOUT for _, event in events)
+        poll.register(self._socket, select.POLLIN)
+        return bool(poll.poll(None if timeout is None else timeout * 1000.0))
 
     def _fill(self) -> bool:
         """Read what the socket has; True at end of file."""

@@ -8,6 +8,9 @@ there is one way to recover, whatever went wrong.
 
 from __future__ import annotations
 
+import sys
+from array import array
+
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +26,17 @@ class Message(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 def pack(values: list[int] | NDArray[np.int32]) -> bytes:
-    """Integers as int32 bytes."""
+    """Integers as int32 bytes.
+
+    Raises:
+        OverflowError: one of a list does not fit into 32 bits.
+    """
+    if isinstance(values, list):
+        # Several times as fast as numpy, which looks at each element's type.
+        packed = array("i", values)
+        if sys.byteorder == "big":
+            packed.byteswap()
+        return packed.tobytes()
     return np.asarray(values, dtype="<i4").tobytes()
 
 
