@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_ssd.core.fanout import geometric_fan_out, uniform_fan_out
+from vllm_ssd.core.forks import geometric_fan_out, uniform_fan_out
 
 depths = st.integers(1, 10)
 fan_outs = st.integers(1, 8)

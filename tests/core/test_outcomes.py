@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_ssd.core.arrays import Float32Array
-from vllm_ssd.core.fanout import uniform_fan_out
+from vllm_ssd.core.forks import uniform_fan_out
 from vllm_ssd.core.outcomes import Forecast, OutcomeModel
 
 depths = st.integers(1, 10)

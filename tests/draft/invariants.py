@@ -19,7 +19,8 @@ def paths(cache: SpeculationCache, tree: Tree) -> Paths:
     found: Paths = {(): cache.row_tokens(tree.trunk)}
     for keys, rows in tree.forks:
         for key, row in zip(keys.tolist(), rows.tolist(), strict=True):
-            found[key >> 32, key & 0xFFFFFFFF] = cache.row_tokens(row)
+            if key >= 0:  # not pruned
+                found[key >> 32, key & 0xFFFFFFFF] = cache.row_tokens(row)
     return found
 
 
@@ -29,11 +30,11 @@ def check_always(sim: Simulation) -> None:
         request = sim.requests[handle]
         assert tree.base <= request.told
         check_tree(sim, sim.published.cache, tree, request.text)
-    for handle, request_there in sim.engine.tenancy.requests.items():
-        if (tree_there := sim.rows.cache.trees.get(handle)) is not None:
+    for handle, request_there in sim.engine.allocator.requests.items():
+        if (tree_there := sim.cache.trees.get(handle)) is not None:
             assert request_there.trunk == tree_there.trunk
-            check_tree(sim, sim.rows.cache, tree_there, request_there.text.tolist())
-    assert sim.rows.cache.trees.keys() <= sim.engine.tenancy.requests.keys()
+            check_tree(sim, sim.cache, tree_there, request_there.text.tolist())
+    assert sim.cache.trees.keys() <= sim.engine.allocator.requests.keys()
     check_rows(sim)
     check_blocks(sim)
     if not sim.to_draft and not sim.to_target:
@@ -58,13 +59,13 @@ def check_tree(sim: Simulation, cache: SpeculationCache, tree: Tree, text: list[
 
 def check_trees_agree(sim: Simulation) -> None:
     """The target's copy holds what the draft holds."""
-    theirs, ours = sim.rows.cache, sim.published.cache
+    theirs, ours = sim.cache, sim.published.cache
     assert ours.trees.keys() == theirs.trees.keys()
     for handle, tree in theirs.trees.items():
         copy = ours.trees[handle]
         assert (copy.base, copy.trunk) == (tree.base, tree.trunk)
         assert paths(ours, copy) == paths(theirs, tree)
-        for row in [tree.trunk, *sim.engine.tenancy.requests[handle].forks]:
+        for row in [tree.trunk, *sim.engine.allocator.requests[handle].forks]:
             assert ours.ended[row] == theirs.ended[row]
 
 
@@ -72,7 +73,7 @@ def check_rows(sim: Simulation) -> None:
     """Each row has one owner, and those that decode have blocks of their own to write to."""
     rows, size = sim.rows, sim.sizes.block_size
     owned: list[int] = []
-    for request in sim.engine.tenancy.requests.values():
+    for request in sim.engine.allocator.requests.values():
         if request.trunk == DORMANT:
             assert not request.forks
             assert not request.blocks
@@ -111,8 +112,10 @@ def owners(request: Request) -> list[Any]:
 def check_blocks(sim: Simulation) -> None:
     """Reference counts are the numbers of owners; the rest is free."""
     held: Counter[int] = Counter()
-    for request in sim.engine.tenancy.requests.values():
+    for request in sim.engine.allocator.requests.values():
         held.update(block.block_id for block in owners(request))
+    # A copy that is still to be made holds its source.
+    held.update(source.block_id for source in sim.blocks._copies.values())
     for block in sim.blocks._pool.blocks:
         if not block.is_null:
             assert block.ref_cnt == held[block.block_id]
@@ -125,7 +128,7 @@ def guard_writes(sim: Simulation) -> None:
     def check(written: set[int]) -> None:
         blocks = sim.blocks._pool.blocks
         held: Counter[int] = Counter()
-        for request in sim.engine.tenancy.requests.values():
+        for request in sim.engine.allocator.requests.values():
             held.update(block.block_id for block in owners(request))
         for block_id in written:
             assert held[block_id] == 1
@@ -151,5 +154,5 @@ def check_at_rest(sim: Simulation) -> None:
         for keys, rows in tree.forks:
             for key, row in zip(keys.tolist(), rows.tolist(), strict=True):
                 k = key >> 32
-                if k <= request.verifying:
+                if 0 <= k <= request.verifying:
                     assert ended[row] or length[row] == 1 + min(depth, left - k - 1)

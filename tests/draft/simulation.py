@@ -22,6 +22,7 @@ from vllm_ssd.wire.messages import (
     Finished,
     Forked,
     Planted,
+    Pruned,
     Ready,
     Start,
     Stepped,
@@ -37,8 +38,8 @@ class Sizes(NamedTuple):
     """How big everything is; by default nothing runs short."""
 
     depth: int = 3
-    fan_out: tuple[int, ...] = (2, 2, 2, 2)
-    max_branches: int = 0
+    fan_out: tuple[int, ...] | None = (2, 2, 2, 2)
+    branches: int = 0
     vocab_size: int = 12
     num_blocks: int = 400
     block_size: int = 4
@@ -48,6 +49,12 @@ class Sizes(NamedTuple):
     prefill_chunk_idle: int = 16
     caching: bool = True
     lookahead: bool = False
+
+    @property
+    def max_branches(self) -> int:
+        """As the options make it of the other two."""
+        most = sum(self.fan_out) if self.fan_out else 8
+        return min(self.branches, most) if self.branches else most
 
 
 @dataclass
@@ -71,7 +78,7 @@ class Simulation:
 
     def __init__(self, sizes: Sizes = Sizes()) -> None:  # noqa: B008 (immutable)
         self.sizes = sizes
-        candidates = min(sum(sizes.fan_out) + 1, sizes.vocab_size)
+        candidates = min(sizes.max_branches + 1, sizes.vocab_size)
         model_class = LookaheadToyModel if sizes.lookahead else ToyModel
         self.model = model_class(sizes.num_blocks, sizes.block_size, sizes.vocab_size, candidates)
         self.blocks = KVBlocks(sizes.num_blocks, sizes.block_size, sizes.caching)
@@ -82,10 +89,11 @@ class Simulation:
             self.model,
             self.rows,
             self.blocks,
-            Policy(sizes.depth, sizes.fan_out, sizes.max_branches, 0.7, 1.0),
+            Policy(sizes.depth, sizes.fan_out, sizes.branches, sizes.max_branches),
             sizes.prefill_chunk,
             sizes.prefill_chunk_idle,
         )
+        self.cache = self.engine.trees.cache
         self.published = PublishedTrees(sizes.depth, sizes.vocab_size)
         self.published.start(Ready(sizes.max_rows, sizes.num_blocks, sizes.block_size))
         self.requests: dict[int, TargetRequest] = {}
@@ -228,6 +236,8 @@ class Simulation:
                         self.published.plant(message)
                     case Forked():
                         self.published.fork(message)
+                    case Pruned():
+                        self.published.prune(message)
                     case Stepped():
                         self.published.steps([message])
 

@@ -18,7 +18,7 @@ from hypothesis.stateful import (
 
 from tests.draft.invariants import check_always, check_at_rest, check_blocks, guard_writes
 from tests.draft.simulation import Simulation, Sizes, TargetRequest
-from vllm_ssd.core.fanout import geometric_fan_out
+from vllm_ssd.core.forks import geometric_fan_out
 
 MAX_REQUESTS = 4
 MAX_LENGTH = 48
@@ -35,12 +35,13 @@ def sizes(draw: st.DrawFn) -> Sizes:
     fan_out = draw(
         each.map(lambda count: (count,) * (depth + 1))
         | each.map(lambda count: geometric_fan_out(depth, count, 0.7, 1.0))
+        | st.none()
         | st.lists(st.integers(0, 4), min_size=depth + 1, max_size=depth + 1).filter(any).map(tuple)
     )
     return Sizes(
         depth=depth,
         fan_out=fan_out,
-        max_branches=draw(st.sampled_from([0, 0, 0, 1, 2, 5])),
+        branches=draw(st.sampled_from([0, 0, 0, 1, 2, 5])),
         vocab_size=8,
         num_blocks=draw(st.sampled_from([400, 400, 60, 40, 24, 12, 4])),
         block_size=draw(st.sampled_from([4, 2, 3, 8])),

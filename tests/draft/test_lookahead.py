@@ -101,7 +101,7 @@ def test_what_a_step_computed_for_an_ended_row_is_dropped() -> None:
     drafted = greedy(PROMPT, sizes.vocab_size, 2)
     sim, model = _decoding(sizes, stop=drafted[1:])
     sim.draft_steps()
-    assert sim.rows.cache.ended.any()
+    assert sim.cache.ended.any()
     assert len(model.under_way) == 1, "the step launched before the end token was known"
     before = sim.rows.computed.copy()
     sim.settle()

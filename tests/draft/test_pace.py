@@ -13,7 +13,7 @@ VERIFY_US = 10_000
 
 def branches(step_ms: float, row_ms: float, requests: int = 1, max_branches: int = 0) -> list[int]:
     """Branches of each request in the second round, with a draft of this pace."""
-    sim = Simulation(Sizes(max_branches=max_branches))
+    sim = Simulation(Sizes(branches=max_branches))
     sim.verify_us = VERIFY_US
     for step in range(10_000):  # far more than the steps the toy takes itself
         rows = 1 + step % 24

@@ -7,13 +7,13 @@ caught right here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_ssd.core.arrays import Int32Array
-from vllm_ssd.draft.model import FROM_LAST_STEP, Choices, Done, Sequences, Ticket
+from vllm_ssd.core.arrays import Float32Array, Int32Array
+from vllm_ssd.draft.model import FROM_LAST_STEP, BlockChanges, Choices, Done, Sequences, Ticket
 
 NOTHING = -1
 _LONGEST = 4096
@@ -47,6 +47,14 @@ def _best(hashes: NDArray[np.uint64], vocab_size: int) -> Int32Array:
     return np.argsort(scores, axis=1).astype(np.int32)
 
 
+def stated(first: NDArray[np.float64], count: int) -> Float32Array:
+    """Probabilities of ``count`` choices: that of the first, half of what is left for each next."""
+    others = 0.5 ** np.arange(1.0, count)
+    shares = others / max(others.sum(), 1e-9)
+    rest = (1.0 - first)[:, None] * shares
+    return np.concatenate([first[:, None], rest], axis=1).astype(np.float32)
+
+
 class ToyModel:
     """A :class:`vllm_ssd.draft.model.DraftModel` of numpy arrays.
 
@@ -72,31 +80,40 @@ class ToyModel:
         """The confidence in the first choice for a position."""
         self._size = block_size
         self._num_candidates = num_candidates
+        self._tables: dict[int, Int32Array] = {}
         self._position = np.full(shape, NOTHING, np.int32)
         self._token = np.full(shape, NOTHING, np.int32)
         self._prefix = np.zeros(shape, np.uint64)
 
-    def copy_blocks(self, sources: Sequence[int], destinations: Sequence[int]) -> None:
-        """Copy blocks."""
+    def launch(self, changes: BlockChanges, sequences: Sequences) -> Ticket:
+        """Answer at once."""
+        self._apply(changes)
+        return Done(self._compute(sequences))
+
+    def _apply(self, changes: BlockChanges) -> None:
+        """Copy blocks and update block tables."""
+        sources, destinations = changes.sources.tolist(), changes.destinations.tolist()
         assert len(sources) == len(destinations) == len(set(destinations))
         assert not set(sources) & set(destinations)
         self._may_write(set(destinations))
         for held in (self._position, self._token, self._prefix):
-            held[list(destinations)] = held[list(sources)]
-
-    def launch(self, sequences: Sequences) -> Ticket:
-        """Answer at once."""
-        return Done(self._compute(sequences))
+            held[destinations] = held[sources]
+        for row, table in zip(changes.rows.tolist(), changes.tables, strict=True):
+            self._tables[row] = table
 
     def _compute(self, sequences: Sequences) -> Choices:
         """Write, then read back, then answer."""
-        tables, lens, tokens, positions, rows = sequences
-        assert len(rows) == len(lens) == len(set(rows.tolist()))
+        rows, lens, tokens, positions = sequences
+        assert len(rows) == len(lens) == len(set(rows.tolist())) > 0
         assert (tokens >= 0).all()
-        assert len(tables) == len(lens) > 0
         assert len(tokens) == len(positions) == lens.sum()
         assert (lens > 0).all()
         assert sorted(lens > 1) == (lens > 1).tolist(), "sequences of one query token come first"
+        longest = int(positions.max()) // self._size + 1
+        tables = np.zeros((len(rows), longest), np.int32)
+        for i, row in enumerate(rows.tolist()):
+            known = self._tables[row][:longest]
+            tables[i, : len(known)] = known
 
         owner = np.repeat(np.arange(len(lens)), lens)
         blocks, offsets = tables[owner, positions // self._size], positions % self._size
@@ -114,9 +131,9 @@ class ToyModel:
             hashes[i] = self._read_back(table, first, length)
         self.forwards += 1
         self.sequences.append(len(lens))
-        confidence = [self.confidence_at(int(positions[end - 1]) + 1) for end in ends]
+        first = [self.confidence_at(int(positions[end - 1]) + 1) for end in ends]
         best = _best(hashes, self.vocab_size)[:, : self._num_candidates]
-        return Choices(best, np.array(confidence, np.float32))
+        return Choices(best, stated(np.array(first), best.shape[1]))
 
     def _read_back(self, table: Int32Array, first_new: int, length: int) -> np.uint64:
         """The hash of a sequence's text as its blocks hold it."""
@@ -150,9 +167,10 @@ class LookaheadToyModel(ToyModel):
         self._next_token: dict[int, int] = {}
         """The first choice of the newest launch for each of its rows."""
 
-    def launch(self, sequences: Sequences) -> Ticket:
+    def launch(self, changes: BlockChanges, sequences: Sequences) -> Ticket:
         """Compute; tokens left to the step before are taken from it."""
         assert len(self.under_way) < 2, "more than one step ahead"
+        self._apply(changes)
         tokens = sequences.tokens.copy()
         for i in np.flatnonzero(tokens == FROM_LAST_STEP).tolist():
             assert len(tokens) == len(sequences.rows)

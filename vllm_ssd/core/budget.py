@@ -48,6 +48,7 @@ def worth_of_a_hit(
     depth: int,
     acceptance: float,
     prepared: bool,
+    lookahead: bool = False,
 ) -> Float64Array:
     """How many tokens more a round yields on a hit, with 1, 2, ... branches for every request.
 
@@ -58,8 +59,9 @@ def worth_of_a_hit(
     ``(1 - a^(d+1)) / (1 - a)``, without them 1).
 
     A verification begins and ends somewhere in a step of the draft: of x steps that would fit,
-    x - 1 are completed on average. Unless ``prepared``, the candidates for the guesses come out of
-    a step of their own, with the trunks alone.
+    x - 1 are completed on average. With look-ahead the step launched behind the one under way has
+    to end first as well: x - 2. Unless ``prepared``, the candidates for the guesses come out of a
+    step of their own, with the trunks alone.
 
     Args:
         most: branches per request.
@@ -69,6 +71,7 @@ def worth_of_a_hit(
         depth: K.
         acceptance: a.
         prepared: whether the candidates are known already.
+        lookahead: whether the draft launches a step while another one is under way.
 
     Returns:
         ``[most]``; all the same while the times are not known: then more is better.
@@ -79,6 +82,6 @@ def worth_of_a_hit(
     if not prepared:
         seconds -= float(steps[0])
     # Fractional: what is reached in some rounds and not in others.
-    reached = np.clip(seconds / steps - 1.0, 0.0, depth)
+    reached = np.clip(seconds / steps - 1.0 - lookahead, 0.0, depth)
     worth = np.append(0.0, np.cumsum(acceptance ** np.arange(1.0, depth + 1.0)))
     return np.interp(reached, np.arange(depth + 1.0), worth)

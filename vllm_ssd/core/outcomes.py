@@ -6,136 +6,133 @@ right? The target accepts it as often as it would emit it. Where it is wrong for
 ends, and ``t*`` is one of the draft's other choices there. If all n are right, ``t*`` is the first
 choice after them or, again, another one.
 
-What is learned from the verifications seen:
-
-* how often a first choice is right, by the draft's confidence in it. Most tokens of a text are
-  certain and a few are not; where they stand says more than how many there are;
-* which of the other choices it is, if it is not the first.
-
-Before anything was observed two numbers stand for that: ``acceptance`` a, the chance that a first
-choice is right, whatever the confidence; and ``miss_exponent`` r: of F other choices none is right
-with chance ``(F + 1)^-r`` (arXiv 2603.03251, Def. 11, shifted by one so that no guess means no
-hit).
+The draft states a probability for each of its choices. How often what is stated so comes true is
+learned from the verifications seen (:class:`Calibration`), for first choices and for the others
+apart. Until then the draft is taken at its word.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
-
 import numpy as np
-from numpy.typing import NDArray
 
-from vllm_ssd.core.arrays import Float32Array, Float64Array
-from vllm_ssd.core.forks import apportion
+from vllm_ssd.core.arrays import BoolArray, Float32Array, Float64Array, Int64Array
 
-BINS = 8
-"""Levels of confidence that are told apart."""
 PRIOR = 10.0
-"""How many observations the two numbers given are worth, at each level."""
+"""How many observations the draft's own word is worth, at each level."""
 MEMORY = 1000
 """Observations after which one counts for a third."""
 _DECAY = 1.0 - 1.0 / MEMORY
+_LAST_LEVEL = 16
+_EVEN_ODDS = 8
+"""The level of a probability of one half; there is one for each unit of log-odds."""
+_ALMOST = 1e-6
 
 
+class Calibration:
+    """How often something comes true, by the probability stated for it.
 
-class Forecast(NamedTuple):
-    """The outcomes worth a fork, likeliest first; of one k the draft's better choices first."""
+    Seventeen levels, one for each unit of log-odds: 0.88 and 0.9999 are seven levels apart.
+    """
 
-    accepted: NDArray[np.int64]
-    """``[m]``, k of each."""
-    hit: Float64Array
-    """``[m + 1]``, the chance that the outcome is among the first i of them or the trunk's own:
-    all tokens and the first choice after them."""
+    def __init__(self) -> None:
+        odds = np.arange(_LAST_LEVEL + 1.0) - _EVEN_ODDS
+        self._seen = np.full(_LAST_LEVEL + 1, PRIOR)
+        self._true = PRIOR / (1.0 + np.exp(-odds))
+
+    def observe(self, stated: Float32Array, came_true: BoolArray) -> None:
+        """Take in what was stated and whether it came true, ``[m]`` both."""
+        levels = _levels(stated)
+        seen = np.bincount(levels, minlength=len(self._seen))
+        faded = _DECAY**seen
+        self._seen = self._seen * faded + seen
+        self._true = self._true * faded + np.bincount(
+            levels, weights=came_true, minlength=len(self._seen)
+        )
+
+    def of(self, stated: Float32Array) -> Float64Array:
+        """The chance that each comes true, in the shape of ``stated``."""
+        chances: Float64Array = (self._true / self._seen)[_levels(stated)]
+        return chances
 
 
 class OutcomeModel:
     """Learns how likely the outcomes are.
 
     Args:
-        acceptance: a, to begin with.
-        miss_exponent: r, to begin with.
-        ranks: how many choices beside the first there are at most.
-        fan_out: ``[K + 1]``, how many guesses there may be after each k, the trunk's included.
+        choices: C, how many next tokens the draft names at each position, its first one included.
     """
 
-    def __init__(
-        self, acceptance: float, miss_exponent: float, ranks: int, fan_out: Sequence[int]
-    ) -> None:
-        self._ranks, self._fan_out = ranks, tuple(fan_out)
-        self._seen = np.full(BINS, PRIOR)
-        self._right = np.full(BINS, PRIOR * acceptance)
-        self._all_seen, self._all_right = PRIOR, PRIOR * acceptance
-        missed = np.arange(1.0, ranks + 2.0) ** -miss_exponent
-        # The last one is for tokens that are no choice of the draft.
-        self._by_rank = PRIOR * np.append(missed[:-1] - missed[1:], missed[-1])
-        self._allowed: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
+    def __init__(self, choices: int) -> None:
+        self._first, self._others = Calibration(), Calibration()
+        self._seen, self._right = PRIOR, 0.5 * PRIOR
+        # What the draft states on average stands for positions it has not come to yet.
+        self._usual = np.full(choices, 0.5 / max(1, choices - 1))
+        self._usual[0] = 0.5
 
     @property
     def acceptance(self) -> float:
-        """The chance that a first choice is right, of any confidence."""
-        return self._all_right / self._all_seen
+        """The chance that a first choice is right, whatever the draft states for it."""
+        return self._right / self._seen
 
-    def observe(self, confidence: Float32Array, right: int, rank: int | None = None) -> None:
+    def observe(self, stated: Float32Array, right: int, other: int | None = None) -> None:
         """Take in one outcome.
 
         Args:
-            confidence: ``[right]`` or ``[right + 1]``, the draft's in its first choices.
-            right: how many of them came true; if there is one more, that one did not.
-            rank: of the token that came instead among the other choices, from 0 on; one that is
-                too high if it was none of them, None if they are not known.
+            stated: ``[right, C]`` or ``[right + 1, C]``, the draft's probabilities of its choices
+                where it was verified, best first.
+            right: how many first choices came true; if there is one more, that one did not.
+            other: which of the choices came instead, from 1 on; 0 if it was none of them, None if
+                it is not known.
         """
-        for i, level in enumerate(_levels(confidence).tolist()):
-            came_true = i < right
-            self._seen[level] = self._seen[level] * _DECAY + 1.0
-            self._right[level] = self._right[level] * _DECAY + came_true
-            self._all_seen = self._all_seen * _DECAY + 1.0
-            self._all_right = self._all_right * _DECAY + came_true
-        if rank is not None:
-            self._by_rank *= _DECAY
-            self._by_rank[min(rank, self._ranks)] += 1.0
+        if not len(stated):
+            return
+        came_true = np.arange(len(stated)) < right
+        self._first.observe(stated[:, 0], came_true)
+        faded = _DECAY ** len(stated)
+        self._seen = self._seen * faded + len(stated)
+        self._right = self._right * faded + right
+        self._usual = self._usual * faded + (1.0 - faded) * stated.mean(axis=0)
+        if other is not None and len(stated) > right:
+            shares = _shares(stated[right:])[0]
+            self._others.observe(shares, np.arange(1, len(shares) + 1) == other)
 
-    def forecast(self, verified: int, confidence: Float32Array) -> Forecast:
-        """The outcomes to guess when ``verified`` tokens are being verified.
-
-        When fewer than K are, the guesses of the outcomes that cannot happen are given to those
-        that can: after a prompt (``verified = 0``) the whole budget goes to ``k = 0``.
+    def chances(self, verified: int, stated: Float32Array) -> Float64Array:
+        """How likely each outcome of a verification of ``verified`` tokens is.
 
         Args:
             verified: n.
-            confidence: ``[n]`` or ``[n + 1]``, the draft's in the tokens that are verified and, if
-                that is known, in its first choice after them.
+            stated: ``[m, C]``, the draft's probabilities of its choices at the first positions, as
+                far as they are known (m from 0 to n + 1), best first.
+
+        Returns:
+            ``[n + 1, C]``: that k tokens are accepted and choice c after them follows. Choice 0 is
+            the drafted token for k < n, which cannot follow its own rejection: 0 there.
         """
-        levels = _levels(confidence)
-        right = np.full(verified + 1, self.acceptance)
-        right[: len(levels)] = self._right[levels] / self._seen[levels]
-        reached = np.cumprod(right)  # all up to here are right
-        wrong = 1.0 - right
+        missing = verified + 1 - len(stated)
+        if missing > 0:
+            usual = np.broadcast_to(self._usual.astype(np.float32), (missing, stated.shape[1]))
+            stated = np.concatenate([stated, usual])
+        first = self._first.of(stated[:, 0])
+        reached = np.cumprod(first)  # all up to and including this one are right
+        wrong = 1.0 - first
         wrong[1:] *= reached[:-1]
-        # That a worse choice came true more often than a better one is noise.
-        by_rank = np.sort(self._by_rank[:-1])[::-1] / self._by_rank.sum()
-        k, rank = self._may_be_guessed(verified)
-        chances = wrong[k] * by_rank[rank]
-        order = np.argsort(-chances, kind="stable")
-        hit = np.empty(len(k) + 1)
-        hit[0] = reached[-1]
-        np.cumsum(chances[order], out=hit[1:])
-        hit[1:] += hit[0]
-        return Forecast(k[order], hit)
-
-    def _may_be_guessed(self, verified: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """k and rank of all outcomes that forks may be made for."""
-        found = self._allowed.get(verified)
-        if found is None:
-            possible = self._fan_out[: verified + 1]
-            if sum(possible) == 0:
-                possible = (1,) * (verified + 1)
-            caps = np.array(apportion([float(f) for f in possible], sum(self._fan_out)))
-            caps[verified] -= caps[verified] > 0  # the trunk itself is the first guess after all n
-            k, rank = np.nonzero(np.arange(self._ranks) < caps[:, None])
-            found = self._allowed[verified] = k, rank
-        return found
+        chances = np.empty(stated.shape)
+        chances[:, 0] = 0.0
+        chances[-1, 0] = reached[-1]
+        chances[:, 1:] = wrong[:, None] * self._others.of(_shares(stated))
+        return chances
 
 
-def _levels(confidence: Float32Array) -> NDArray[np.int64]:
-    return np.minimum((confidence * BINS).astype(np.int64), BINS - 1)
+def _shares(stated: Float32Array) -> Float32Array:
+    """``[m, C - 1]``, the others' shares of what the first choice leaves, ``stated: [m, C]``."""
+    left = np.maximum(1.0 - stated[:, :1], _ALMOST)
+    shares: Float32Array = stated[:, 1:] / left
+    return shares
+
+
+def _levels(stated: Float32Array) -> Int64Array:
+    """The level of each probability."""
+    p = np.clip(stated, _ALMOST, 1.0 - _ALMOST)
+    odds = np.log(p / (1.0 - p))
+    levels: Int64Array = np.clip(np.rint(odds) + _EVEN_ODDS, 0, _LAST_LEVEL).astype(np.int64)
+    return levels

@@ -88,6 +88,10 @@ class Tree:
         return -1
 
 
+_PRUNED = -1
+"""In place of the key of a fork that is not there any more."""
+
+
 def fork_keys(k: Int32Array, tokens: Int32Array) -> Int64Array:
     """One int64 for each ``(k, t*)``."""
     return (k.astype(np.int64) << 32) | tokens
@@ -146,6 +150,22 @@ class SpeculationCache:
             tree = self.trees.get(handle)
             if tree is not None and count:
                 tree.forks.append((keys[at : at + count], rows[at : at + count]))
+            at += count
+
+    def prune(self, handles: list[int], counts: list[int], rows: Int32Array) -> None:
+        """Take forks off trees; those of a tree that does not exist any more are passed over.
+
+        Args:
+            handles: the requests.
+            counts: how many forks each loses.
+            rows: ``[forks]``, their rows, grouped by request.
+        """
+        at = 0
+        for handle, count in zip(handles, counts, strict=True):
+            tree = self.trees.get(handle)
+            if tree is not None:
+                for keys, of in tree.forks:
+                    keys[np.isin(of, rows[at : at + count])] = _PRUNED
             at += count
 
     def append(self, rows: Int32Array, tokens: Int32Array) -> None:

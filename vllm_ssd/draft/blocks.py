@@ -1,4 +1,4 @@
-"""KV blocks of the draft: vLLM's own block pool, reached through four verbs.
+"""KV blocks of the draft: vLLM's own block pool, and how branches share its blocks.
 
 Rules (docs/design.md): a block is written only while one owner holds it; only blocks of verified
 tokens enter the prefix cache; block 0 is vLLM's null block and never handed out.
@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from vllm.utils.hashing import sha256
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_utils import (
@@ -20,7 +21,6 @@ from vllm.v1.core.kv_cache_utils import (
 )
 
 from vllm_ssd.core.arrays import Int32Array
-
 
 _KV_GROUP = 0
 """The draft's only KV cache group (full attention)."""
@@ -47,7 +47,21 @@ class KVBlocks:
         self.caching = enable_prefix_caching
         self._hash: Callable[[Any], bytes] = sha256
         init_none_hash(self._hash)
-        self._pool = BlockPool(num_blocks, enable_prefix_caching, block_size)
+        self._num_blocks = num_blocks
+        self._copies: dict[int, KVCacheBlock] = {}
+        """Copies that the next forward must begin with: source by destination. They hold their
+        sources: a block that is given back meanwhile is not reused before it was copied."""
+        self.reset()
+
+    def reset(self) -> None:
+        """All blocks are free, and the prefix cache is empty."""
+        self._pool = BlockPool(self._num_blocks, self.caching, self.block_size)
+        self._copies.clear()
+
+    @property
+    def all_free(self) -> bool:
+        """Whether nobody holds a block."""
+        return self.free_count == self._num_blocks - 1  # vLLM keeps the null block
 
     @property
     def free_count(self) -> int:
@@ -60,7 +74,44 @@ class KVBlocks:
 
     def give_back(self, blocks: Sequence[KVCacheBlock]) -> None:
         """Let go of blocks; the tail of a text is reused before its beginning."""
+        if self._copies:
+            ids = [block.block_id for block in blocks if block.block_id in self._copies]
+            self._pool.free_blocks([self._copies.pop(block_id) for block_id in ids])
         self._pool.free_blocks(reversed(blocks))
+
+    def fork(
+        self, trunk: Sequence[KVCacheBlock], starts: list[int], counts: list[int]
+    ) -> list[list[KVCacheBlock]]:
+        """Blocks for forks off one trunk.
+
+        A fork shares the trunk's blocks that are full where it starts and owns those after them.
+        The one that is partly full there is copied: at most one a fork.
+
+        Args:
+            trunk: the trunk's blocks.
+            starts: the position at which each fork starts.
+            counts: how many blocks each is to own. The caller has checked :attr:`free_count`.
+        """
+        new = self.take(sum(counts))
+        forks, at = [], 0
+        for start, count in zip(starts, counts, strict=True):
+            own = new[at : at + count]
+            at += count
+            forks.append(own)
+            if start % self.block_size:
+                source = trunk[start // self.block_size]
+                # What was not copied yet itself holds what its own source does.
+                self._copies[own[0].block_id] = self._copies.get(source.block_id, source)
+                self._pool.touch([self._copies[own[0].block_id]])
+        return forks
+
+    def take_copies(self) -> tuple[Int32Array, Int32Array]:
+        """Sources and destinations of the copies to make before anything else is written."""
+        copies, self._copies = self._copies, {}
+        sources = list(copies.values())
+        self._pool.free_blocks(sources)
+        ids = np.array([block.block_id for block in sources], np.int32)
+        return ids, np.array(list(copies), np.int32)
 
     def cached_prefix(
         self, tokens: Int32Array, prefix: VerifiedPrefix, first_block: int = 0

@@ -2,31 +2,33 @@
 
 Per request there is a trunk, which follows the confirmed text and the tokens being verified, and
 forks off the trunk, one for each guessed outcome (:mod:`vllm_ssd.draft.rounds`). All rows of all
-requests are decoded together, one token a step, and every step is published at once.
+requests are decoded together, one token a step, and every step is published at once. One round
+reads top to bottom in :meth:`DraftEngine.verified`.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import numpy as np
 
 from vllm_ssd.core.budget import StepTimeModel
+from vllm_ssd.core.tree import row_width
+from vllm_ssd.draft.allocator import Allocator
 from vllm_ssd.draft.blocks import KVBlocks, VerifiedPrefix
 from vllm_ssd.draft.model import DraftModel
 from vllm_ssd.draft.pipeline import Pipeline, Taken
 from vllm_ssd.draft.request import Request
 from vllm_ssd.draft.rounds import Policy, Rounds
 from vllm_ssd.draft.rows import MAX_STOP_TOKENS, Rows
-from vllm_ssd.draft.tenancy import Tenancy
+from vllm_ssd.draft.trees import Trees
 from vllm_ssd.wire.messages import (
     Finished,
     Start,
-    Stepped,
     ToTarget,
     Trimmed,
     Verified,
-    pack,
     unpack,
 )
 
@@ -59,6 +61,7 @@ class DraftEngine:
         policy: which outcomes are guessed.
         prefill_chunk: most prompt tokens per step while other requests decode.
         prefill_chunk_idle: the same while none does.
+        interrupted: whether the target has said something that waits for the step under way.
     """
 
     def __init__(
@@ -69,15 +72,17 @@ class DraftEngine:
         policy: Policy,
         prefill_chunk: int,
         prefill_chunk_idle: int,
+        interrupted: Callable[[], bool] = lambda: False,
     ) -> None:
         self.counters: dict[str, float] = dict.fromkeys(COUNTERS, 0.0)
         self.model = model
-        self.rows = rows
-        self.tenancy = Tenancy(model, rows, blocks, self.counters)
+        self.trees = Trees(len(rows.start), row_width(policy.num_speculative_tokens))
+        self.allocator = Allocator(rows, blocks, self.trees, self.counters)
         self._clock = StepTimeModel()
-        self._rounds = Rounds(self.tenancy, policy, self._clock)
-        self._pipeline = Pipeline(model, self.tenancy, prefill_chunk, prefill_chunk_idle)
-        self._unsent: list[ToTarget] = []
+        self._rounds = Rounds(self.allocator, self.trees, policy, self._clock, model.lookahead)
+        self._pipeline = Pipeline(
+            model, self.allocator, prefill_chunk, prefill_chunk_idle, interrupted
+        )
         self._counted = 0.0
         """When the newest step was counted."""
         self._round_began: float | None = None
@@ -86,18 +91,16 @@ class DraftEngine:
 
     def reset(self) -> None:
         """Forget all requests; the KV of verified prefixes stays in the cache."""
-        self._pipeline.settle()
-        self._unsent.clear()
-        for request in list(self.tenancy.requests.values()):
-            self.tenancy.remove(request)
+        self._pipeline.abandon()
+        self.allocator.reset()
         self._round_began = None
 
     def start(self, message: Start) -> None:
         """A new request, or a known one whose text is announced again."""
         self._settle()
-        known = self.tenancy.requests.get(message.handle)
+        known = self.allocator.requests.get(message.handle)
         if known is not None:
-            self.tenancy.remove(known)
+            self.allocator.remove(known)
         tokens = unpack(message.tokens)
         stop = np.full(MAX_STOP_TOKENS, -1, np.int32)
         ends = message.stop[:MAX_STOP_TOKENS]
@@ -105,17 +108,18 @@ class DraftEngine:
         request = Request(
             message.handle, tokens.copy(), len(tokens), message.limit, stop, VerifiedPrefix()
         )
-        request.last_used = self.tenancy.frame
-        self.tenancy.requests[message.handle] = request
-        self._rounds.begin(request, [])
+        request.last_used = self.allocator.round
+        self.allocator.requests[message.handle] = request
+        self._rounds.plan(request, [])
+        self._rounds.fork([request])
 
     def finished(self, message: Finished) -> None:
         """Free what finished requests hold."""
         self._settle()
         for handle in unpack(message.handles).tolist():
-            request = self.tenancy.requests.get(handle)
+            request = self.allocator.requests.get(handle)
             if request is not None:
-                self.tenancy.remove(request)
+                self.allocator.remove(request)
         self._end_idle_round()
 
     def trimmed(self, message: Trimmed) -> None:
@@ -123,45 +127,54 @@ class DraftEngine:
         self._settle()
         counts = unpack(message.verified_counts).tolist()
         for handle, verified in zip(unpack(message.handles).tolist(), counts, strict=True):
-            request = self.tenancy.requests.get(handle)
+            request = self.allocator.requests.get(handle)
             if request is not None:
                 self._rounds.trim(request, verified)
         self._end_idle_round()
 
     def verified(self, message: Verified) -> None:
-        """Follow what was confirmed and guess what comes next.
+        """One round: a verification has ended, and the next one has begun.
 
         Raises:
             OutOfStepError: the text does not continue what is known of the request.
         """
         self._settle()
-        if self._round_began is not None:
-            self.counters["draft_rounds_cut"] += 1
-            self._end_round(time.perf_counter())
-        self.tenancy.frame += 1
-        handles = unpack(message.handles).tolist()
-        lengths = unpack(message.lengths).tolist()
-        confirmed = unpack(message.confirmed_counts).tolist()
-        proposed = unpack(message.proposed_counts).tolist()
+        self._cut_round()
+        requests, confirmed, proposed = self._unpack(message)
+        self._rounds.begin(len(requests), any(proposed), message.verify_us * 1e-6)
+        # Rows and blocks that the outcomes free are there before any are taken.
+        for request, tokens in zip(requests, confirmed, strict=True):
+            self._rounds.follow(request, tokens)
+        for request, tokens in zip(requests, proposed, strict=True):
+            self._rounds.plan(request, tokens)
+        self._rounds.fork(requests)
+        if self.has_work:
+            self._round_began = time.perf_counter()
+
+    def _unpack(self, message: Verified) -> tuple[list[Request], list[list[int]], list[list[int]]]:
+        """The requests of a verification, their confirmed tokens and what is proposed for each."""
+        requests: list[Request] = []
+        confirmed: list[list[int]] = []
+        proposed: list[list[int]] = []
         tokens = unpack(message.tokens).tolist()
-        self._rounds.next_frame(len(handles), any(proposed), message.verify_us * 1e-6)
-        for handle in handles:
-            # All before the first is followed: none gives way to another of the same frame.
-            if handle in self.tenancy.requests:
-                self.tenancy.requests[handle].last_used = self.tenancy.frame
         at = 0
         for handle, length, n_confirmed, n_proposed in zip(
-            handles, lengths, confirmed, proposed, strict=True
+            unpack(message.handles).tolist(),
+            unpack(message.lengths).tolist(),
+            unpack(message.confirmed_counts).tolist(),
+            unpack(message.proposed_counts).tolist(),
+            strict=True,
         ):
-            request = self.tenancy.requests.get(handle)
+            request = self.allocator.requests.get(handle)
             middle = at + n_confirmed
             end = middle + n_proposed
             if request is None or request.length != length or end > len(tokens):
                 raise OutOfStepError(f"request {handle} at length {length}")
-            self._rounds.follow(request, tokens[at:middle], tokens[middle:end])
+            requests.append(request)
+            confirmed.append(tokens[at:middle])
+            proposed.append(tokens[middle:end])
             at = end
-        if self.has_work:
-            self._round_began = time.perf_counter()
+        return requests, confirmed, proposed
 
     # ---- one step
 
@@ -172,37 +185,30 @@ class DraftEngine:
 
     def publications(self) -> list[ToTarget]:
         """What changed in the trees since the last call."""
-        messages = self._unsent + self.tenancy.publisher.messages()
-        self._unsent = []
-        return messages
+        return self.trees.take_messages()
 
     def step(self) -> list[ToTarget]:
-        """Decode every pending row by one token, prefill some, fork where candidates became known.
+        """Decode every pending row by one token, prefill some, fork where choices became known.
 
         Returns:
             What to publish, in order.
         """
-        messages = self.publications()
-        return messages + self._follow_up(self._pipeline.step())
+        self._follow_up(self._pipeline.step())
+        return self.publications()
 
     def _settle(self) -> None:
-        """Take in the step under way before the target's word changes the rows it works on."""
+        """Finish the step in flight before a message modifies its rows."""
         taken = self._pipeline.settle()
         if taken is not None:
-            self._unsent += self._follow_up(taken)
+            self._follow_up(taken)
 
-    def _follow_up(self, taken: Taken) -> list[ToTarget]:
-        """What to publish of a step; forks where it made candidates known."""
-        messages: list[ToTarget] = []
-        if len(taken.grown):
-            ended = taken.grown[self.rows.cache.ended[taken.grown]]
-            messages.append(Stepped(pack(taken.grown), pack(taken.tokens), pack(ended)))
-        for request in self.tenancy.requests.values():
-            if request.next_k < len(request.forks_wanted):
-                self._rounds.fork(request)
-        messages += self.tenancy.publisher.messages()
+    def _follow_up(self, taken: Taken) -> None:
+        """Grow the trees by a step; fork where it made choices known."""
+        self.trees.step(*taken.grown)
+        self._rounds.fork(
+            [request for request in self.allocator.requests.values() if request.forks_open]
+        )
         self._count(taken)
-        return messages
 
     def _count(self, taken: Taken) -> None:
         now = time.perf_counter()
@@ -225,6 +231,12 @@ class DraftEngine:
     def _end_idle_round(self) -> None:
         """End a round that has lost its last branch, or the time until the next would count."""
         if not self.has_work:
+            self._end_round(time.perf_counter())
+
+    def _cut_round(self) -> None:
+        """The next outcomes cut off a round that is still being drafted."""
+        if self._round_began is not None:
+            self.counters["draft_rounds_cut"] += 1
             self._end_round(time.perf_counter())
 
     def _end_round(self, now: float) -> None:

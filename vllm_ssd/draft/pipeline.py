@@ -10,24 +10,24 @@ No step is ahead while anything else changes the rows: :meth:`Pipeline.settle` c
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vllm_ssd.core.arrays import Int32Array
+from vllm_ssd.draft.allocator import Allocator
 from vllm_ssd.draft.model import FROM_LAST_STEP, Choices, DraftModel, Sequences, Ticket
 from vllm_ssd.draft.request import Request
-from vllm_ssd.draft.tenancy import Tenancy
+from vllm_ssd.draft.rows import Grown
 
 
 class Taken(NamedTuple):
     """What a step came to."""
 
-    grown: Int32Array
-    """``[m]``, the rows that grew."""
-    tokens: Int32Array
-    """``[m]``, the token each grew by."""
+    grown: Grown
+    """The rows that grew, and by what."""
     decoded: int
     """How many rows were decoded."""
     prefilled: int
@@ -73,19 +73,26 @@ class Pipeline:
 
     Args:
         model: the draft model.
-        tenancy: the requests and what they hold.
+        allocator: the requests and what they hold.
         prefill_chunk: most prompt tokens per step while other requests decode.
         prefill_chunk_idle: the same while none does.
+        interrupted: whether the target has said something that waits for the step under way.
     """
 
     def __init__(
-        self, model: DraftModel, tenancy: Tenancy, prefill_chunk: int, prefill_chunk_idle: int
+        self,
+        model: DraftModel,
+        allocator: Allocator,
+        prefill_chunk: int,
+        prefill_chunk_idle: int,
+        interrupted: Callable[[], bool],
     ) -> None:
         self.model_seconds = 0.0
         """Time spent in launches and in waiting for results."""
         self._model = model
-        self._tenancy = tenancy
-        self._rows = tenancy.rows
+        self._allocator = allocator
+        self._rows = allocator.rows
+        self._interrupted = interrupted
         self._prefill_chunk = prefill_chunk
         self._prefill_chunk_idle = prefill_chunk_idle
         self._under_way: _Step | None = None
@@ -93,17 +100,24 @@ class Pipeline:
     @property
     def has_work(self) -> bool:
         """Whether a step is under way or would compute something."""
-        if self._under_way is not None or self._tenancy.catching_up:
+        if self._under_way is not None or self._allocator.catching_up:
             return True
         return bool(self._rows.pending.any())
 
     def step(self) -> Taken:
         """Take in the step under way, or one launched now; by then the next one may be."""
         step = self._under_way or self._launch()
-        # Nothing is launched beside chunks: their trunks join the rows with the result.
-        ahead = self._model.lookahead and not step.chunks
+        # Nothing is launched beside chunks: their trunks join the rows with the result. Nor when
+        # the target has said something, which would have to wait for that step as well.
+        ahead = self._model.lookahead and not step.chunks and not self._interrupted()
         self._under_way = self._launch_after(step) if ahead else None
         return self._take(step)
+
+    def abandon(self) -> None:
+        """Drop the step that is under way, if one is."""
+        step, self._under_way = self._under_way, None
+        if step is not None:
+            step.ticket.result()
 
     def settle(self) -> Taken | None:
         """Take in the step that is under way, if one is; none is then."""
@@ -141,15 +155,15 @@ class Pipeline:
     ) -> _Step:
         sequences = self._sequences(decoding, chunks, grows)
         launched = time.perf_counter()
-        ticket = self._model.launch(sequences)
+        ticket = self._model.launch(self._allocator.take_changes(), sequences)
         self.model_seconds += time.perf_counter() - launched
         return _Step(decoding, chunks, grows is not None, began, ticket)
 
     def _next_chunks(self, decoding: int) -> list[tuple[Request, int]]:
         """Which requests catch up with their text in this step, and by how many tokens."""
-        waiting = list(self._tenancy.catching_up.values())
+        waiting = list(self._allocator.catching_up.values())
         for request in waiting:
-            self._tenancy.leap(request)
+            self._allocator.leap(request)
         missing = [request.length - int(self._rows.computed[request.trunk]) for request in waiting]
         budget = self._prefill_chunk if decoding else self._prefill_chunk_idle
         counts = chunk_sizes(missing, budget)
@@ -172,14 +186,13 @@ class Pipeline:
             grows: ``[n]``, which of the rows the step under way grows by a token; None if no
                 step is under way.
         """
-        rows, size = self._rows, self._tenancy.blocks.block_size
+        rows = self._rows
         tokens, positions = rows.feed_token[decoding], rows.computed[decoding]
         if grows is not None:
             tokens[grows] = FROM_LAST_STEP
             positions += grows
         if not chunks:
-            tables = rows.block_table[decoding, : int(positions.max()) // size + 1]
-            return Sequences(tables, np.ones(len(decoding), np.int32), tokens, positions, decoding)
+            return Sequences(decoding, np.ones(len(decoding), np.int32), tokens, positions)
         all_tokens, all_positions = [tokens], [positions]
         for request, count in chunks:
             start = int(rows.computed[request.trunk])
@@ -187,14 +200,11 @@ class Pipeline:
             all_positions.append(np.arange(start, start + count, dtype=np.int32))
         counts = np.array([count for _, count in chunks], np.int32)
         trunks = np.array([request.trunk for request, _ in chunks], np.int32)
-        positions = np.concatenate(all_positions)
-        all_rows = np.concatenate([decoding, trunks])
         return Sequences(
-            rows.block_table[all_rows, : int(positions.max()) // size + 1],
+            np.concatenate([decoding, trunks]),
             np.concatenate([np.ones(len(decoding), np.int32), counts]),
             np.concatenate(all_tokens),
-            positions,
-            all_rows,
+            np.concatenate(all_positions),
         )
 
     # ---- taking in
@@ -213,9 +223,9 @@ class Pipeline:
         caught_up, their_at = [], []
         for i, (request, count) in enumerate(step.chunks, start=len(decoding)):
             rows.computed[request.trunk] += count
-            self._tenancy.share_verified(request)
+            self._allocator.share_verified(request)
             if int(rows.computed[request.trunk]) == request.length:
-                del self._tenancy.catching_up[request.handle]
+                del self._allocator.catching_up[request.handle]
                 # As if it had only fed its last token, like every row that decodes.
                 rows.computed[request.trunk] -= 1
                 caught_up.append(request.trunk)
@@ -223,7 +233,6 @@ class Pipeline:
         if caught_up:
             fed = np.concatenate([fed, np.array(caught_up, np.int32)])
             at = np.concatenate([at, their_at])
-        taken = Choices(choices.tokens[at], choices.confidence[at])
-        grown, tokens = rows.take_step(fed, taken)
+        grown = rows.take_step(fed, Choices(choices.tokens[at], choices.probabilities[at]))
         prefilled = sum(count for _, count in step.chunks)
-        return Taken(grown, tokens, len(decoding), prefilled, step.began)
+        return Taken(grown, len(decoding), prefilled, step.began)

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 DORMANT = -1
 """Trunk of a request that holds neither rows nor blocks, only its text."""
+UNDECIDED = -1
+"""Forks that are open before the first look at the outcomes of a round."""
 
 
 @dataclass(slots=True)
@@ -42,12 +44,18 @@ class Request:
     """n, how many tokens after ``length`` are being verified."""
     strayed: bool = False
     """Something else is verified than the trunk holds."""
-    forks_wanted: list[int] = field(default_factory=list)
-    """Forks to make after k accepted tokens, for k = 0..n."""
+    drafted: Int32Array = field(default_factory=lambda: np.zeros(0, np.int32))
+    """What the trunk holds after the confirmed text when a round begins."""
+    ended: bool = False
+    """Whether the trunk ends with that."""
+    made: list[tuple[int, int]] = field(default_factory=list)
+    """The outcomes of this round that have a fork: k, and which of the choices t* is."""
+    forks_open: int = 0
+    """Forks that may still be made once more choices are known."""
     next_k: int = 0
-    """Forks are made for all smaller k."""
+    """The choices after fewer accepted tokens have been looked at."""
     last_used: int = 0
-    """When the target last wanted it, in outcome frames."""
+    """The round in which the target last wanted it."""
 
     def append(self, tokens: list[int]) -> None:
         """Confirm more tokens."""

@@ -199,7 +199,7 @@ class DraftServer:
             return
         draft_vocab = unpack(setup.draft_vocab) if setup.draft_vocab else None
         choices = setup.vocab_size if draft_vocab is None else len(draft_vocab)
-        candidates = min(sum(setup.fan_out) + 1, _MAX_CANDIDATES, choices)
+        candidates = min(setup.max_branches + 1, _MAX_CANDIDATES, choices)
         try:
             model.load(message.kv_cache_memory_bytes, candidates, setup.vocab_size, draft_vocab)
         except Exception as error:  # as above
@@ -210,10 +210,9 @@ class DraftServer:
         max_blocks = -(-model.config.model_config.max_model_len // model.block_size)
         policy = Policy(
             setup.num_speculative_tokens,
-            tuple(setup.fan_out),
+            tuple(setup.fan_out) or None,
+            setup.branches,
             setup.max_branches,
-            setup.acceptance,
-            setup.miss_exponent,
         )
         self._engine = DraftEngine(
             model,
@@ -222,6 +221,7 @@ class DraftServer:
             policy,
             prefill_chunk=max(1, (max_tokens - max_rows) // _BUSY_CHUNK_FRACTION),
             prefill_chunk_idle=max_tokens - max_rows,
+            interrupted=self._channel.has_input,
         )
         self._bounds = Bounds(
             setup.vocab_size,

@@ -8,7 +8,6 @@ CUDA graphs were captured over them.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ import torch
 
 from vllm_ssd import compat
 from vllm_ssd.core.arrays import Int32Array
-from vllm_ssd.draft.model import FROM_LAST_STEP, Choices, Done, Sequences, Ticket
+from vllm_ssd.draft.model import FROM_LAST_STEP, BlockChanges, Choices, Done, Sequences, Ticket
 
 
 class VllmDraftModel:
@@ -88,6 +87,8 @@ class VllmDraftModel:
         self.num_blocks, self.block_size = compat.bring_up_kv_cache(self._worker, self.config)
         self._num_candidates = num_candidates
         self._table: Any = self._runner.input_batch.block_table[0]
+        max_blocks = -(-self.config.model_config.max_model_len // self.block_size)
+        self._tables = np.zeros((self.config.scheduler_config.max_num_seqs, max_blocks), np.int32)
         device = self._runner.device
         self.lookahead = device.type == "cuda"
         if self.lookahead:
@@ -98,13 +99,13 @@ class VllmDraftModel:
             self._next_token = torch.zeros(max_rows, dtype=torch.int32, device=device)
             self._row_index = torch.zeros(max_rows, dtype=torch.int64, device=device)
 
-    def copy_blocks(self, sources: Sequence[int], destinations: Sequence[int]) -> None:
-        """Copy KV blocks on the stream of the forwards."""
-        compat.copy_kv_blocks(self._runner.kv_caches, self.num_blocks, sources, destinations)
-
     @torch.inference_mode()
-    def launch(self, sequences: Sequences) -> Ticket:
+    def launch(self, changes: BlockChanges, sequences: Sequences) -> Ticket:
         """One forward; see :class:`vllm_ssd.draft.model.DraftModel`."""
+        if len(changes.sources):
+            sources, destinations = changes.sources.tolist(), changes.destinations.tolist()
+            compat.copy_kv_blocks(self._runner.kv_caches, self.num_blocks, sources, destinations)
+        self._tables[changes.rows, : changes.tables.shape[1]] = changes.tables
         rows = None
         if self.lookahead:
             rows = _fill(self._row_index, sequences.rows, len(sequences.rows))
@@ -113,7 +114,7 @@ class VllmDraftModel:
         values, best = torch.topk(logits, self._num_candidates, dim=-1)
         tokens = best.to(torch.int32) if self._token_ids is None else self._token_ids[best]
         # Over the few that were chosen: as good a measure as over all, and nearly free.
-        confidence = values.float().softmax(-1)[:, 0].nan_to_num()
+        confidence = values.float().softmax(-1).nan_to_num()
         if rows is None:
             return Done(Choices(tokens.cpu().numpy(), confidence.cpu().numpy()))
         self._next_token[rows] = tokens[:, 0]
@@ -152,7 +153,8 @@ class VllmDraftModel:
         lens = np.zeros(rows, np.int32)
         lens[:count] = sequences.positions[starts[1 : count + 1] - 1] + 1
         starts_cpu, lens_cpu = torch.from_numpy(starts), torch.from_numpy(lens)
-        used = sequences.block_tables.shape[1]
+        block_tables = self._tables[sequences.rows, : int(lens.max() - 1) // self.block_size + 1]
+        used = block_tables.shape[1]
 
         # A padded vocabulary of the target may have ids that this embedding has not.
         tokens = np.minimum(sequences.tokens, self._last_token)
@@ -164,7 +166,7 @@ class VllmDraftModel:
         query_start_loc = _fill(runner.query_start_loc.gpu, starts, rows + 1)
         seq_lens = _fill(runner.seq_lens, lens, rows)
         tables = self._table.block_table.gpu[:rows]
-        _copy(tables[:count, :used], sequences.block_tables)
+        _copy(tables[:count, :used], block_tables)
         slots = _fill(self._table.slot_mapping.gpu, self._slots(sequences), padded)
         slots[total:] = -1  # padding writes no KV
 
@@ -206,7 +208,7 @@ class VllmDraftModel:
         """KV slot of each query token, ``[T]``."""
         size = self.block_size
         rows = np.repeat(np.arange(len(sequences.query_lens)), sequences.query_lens)
-        blocks = sequences.block_tables[rows, sequences.positions // size].astype(np.int64)
+        blocks = self._tables[sequences.rows[rows], sequences.positions // size].astype(np.int64)
         return blocks * size + sequences.positions % size
 
     def shutdown(self) -> None:

@@ -23,6 +23,7 @@ from vllm_ssd.wire.messages import (
     Forked,
     Lost,
     Planted,
+    Pruned,
     Ready,
     Report,
     Setup,
@@ -329,6 +330,8 @@ class DraftClient:
                 self.published.plant(message)
             case Forked():
                 self.published.fork(message)
+            case Pruned():
+                self.published.prune(message)
             case Report():
                 before = self._counters_before
                 self.draft_counters = {

@@ -9,7 +9,7 @@ import numpy as np
 
 from vllm_ssd.core.arrays import Int32Array
 from vllm_ssd.core.tree import SpeculationCache, row_width
-from vllm_ssd.wire.messages import MAX_ROWS, Forked, Planted, Ready, Stepped, unpack
+from vllm_ssd.wire.messages import MAX_ROWS, Forked, Planted, Pruned, Ready, Stepped, unpack
 
 
 class PublishedTrees:
@@ -115,6 +115,13 @@ class PublishedTrees:
             tree = self.cache.trees.get(handle)
             if tree is not None:
                 tree.complete = bool(complete)
+
+    def prune(self, message: Pruned) -> None:
+        """Trees have lost forks."""
+        handles, counts = unpack(message.handles).tolist(), unpack(message.counts).tolist()
+        rows = unpack(message.rows)
+        _check_counts(counts, len(rows))
+        self.cache.prune(handles, counts, rows)
 
     def _check_tokens(self, tokens: Int32Array) -> None:
         if not _all_below(tokens, self._vocab_size):

@@ -163,6 +163,12 @@ class Channel(Generic[Frame]):
             raise ChannelClosedError("the other process closed the connection")
         return frames
 
+    def has_input(self) -> bool:
+        """Whether something has arrived that was not received yet."""
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        return bool(poll.poll(0))
+
     def _wait(self, timeout: float | None) -> bool:
         """Wait until something can be read."""
         poll = select.poll()

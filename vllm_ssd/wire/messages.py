@@ -161,6 +161,14 @@ class Forked(Message, frozen=True):
     rows: bytes
 
 
+class Pruned(Message, frozen=True):
+    """Forks taken off trees (:meth:`SpeculationCache.prune`), grouped by request."""
+
+    handles: bytes
+    counts: bytes
+    rows: bytes
+
+
 class Stepped(Message, frozen=True):
     """One decode step: each row grows by one token (:meth:`SpeculationCache.append`)."""
 
@@ -185,7 +193,7 @@ class Lost(Message, frozen=True):
 
 
 ToDraft = Setup | Allocate | Start | Verified | Trimmed | Finished
-ToTarget = Ready | Failed | Planted | Forked | Stepped | Report | Alive | Lost
+ToTarget = Ready | Failed | Planted | Forked | Pruned | Stepped | Report | Alive | Lost
 
 
 class DraftBound(msgspec.Struct, frozen=True, array_like=True):

@@ -30,11 +30,11 @@ def settle(sim: Simulation) -> None:
 
 
 def trunk_blocks(sim: Simulation, request: TargetRequest) -> list[int]:
-    return [block.block_id for block in sim.engine.tenancy.requests[request.handle].blocks]
+    return [block.block_id for block in sim.engine.allocator.requests[request.handle].blocks]
 
 
 def holds_nothing(sim: Simulation, request: TargetRequest) -> bool:
-    return sim.engine.tenancy.requests[request.handle].trunk == DORMANT
+    return sim.engine.allocator.requests[request.handle].trunk == DORMANT
 
 
 def prefilled(sim: Simulation) -> float:
@@ -198,7 +198,7 @@ def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:
     sim.draft_steps(3)
     sim.target_receives(9)
     assert sim.published.cache.below(sim.walk(short), 1) == sim.greedy(short, 1)
-    assert sim.engine.tenancy.catching_up
+    assert sim.engine.allocator.catching_up
     settle(sim)
 
 

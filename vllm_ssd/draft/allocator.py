@@ -1,44 +1,63 @@
-"""Who holds rows and KV blocks, and who gives way when they run short.
+"""Who holds rows and KV blocks, and who loses them when they run short.
 
-Short of either, the draft narrows (forks go first), then requests that the target has not wanted
-lately lose their KV and are prefilled again when they come back; it never fails.
+Short of either, the least likely forks of all requests go first, then requests that the target has
+not wanted lately lose their KV and are prefilled again when they come back. It never fails.
 """
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 
-from vllm_ssd.core.arrays import Int32Array
+from vllm_ssd.core.arrays import Float64Array, Int32Array
 from vllm_ssd.draft.blocks import KVBlocks
-from vllm_ssd.draft.model import DraftModel
-from vllm_ssd.draft.publisher import Publisher
+from vllm_ssd.draft.model import BlockChanges
 from vllm_ssd.draft.request import DORMANT, Request
 from vllm_ssd.draft.rows import Rows
+from vllm_ssd.draft.trees import Trees
+
+logger = logging.getLogger("vllm.vllm_ssd.draft")
 
 
-class Tenancy:
+class Allocator:
     """Requests, and what each of them holds.
 
     Args:
-        model: copies the one block a fork shares in part.
         rows: the rows of the batch.
         blocks: the blocks of the KV cache.
+        trees: told of trees and forks that are withdrawn.
         counters: counters to keep.
     """
 
     def __init__(
-        self, model: DraftModel, rows: Rows, blocks: KVBlocks, counters: dict[str, float]
+        self, rows: Rows, blocks: KVBlocks, trees: Trees, counters: dict[str, float]
     ) -> None:
         self.rows = rows
         self.blocks = blocks
-        self.publisher = Publisher(rows.cache)
         self.requests: dict[int, Request] = {}
         self.catching_up: dict[int, Request] = {}
         """Requests whose trunk has more than one confirmed token to compute."""
-        self.frame = 0
-        """Frames of outcomes so far: the clock of :attr:`Request.last_used`."""
-        self._model = model
+        self.round = 0
+        """Rounds so far: the clock of :attr:`Request.last_used`."""
+        self._trees = trees
         self._counters = counters
+
+    def reset(self) -> None:
+        """Forget all requests. The KV of verified prefixes stays in the cache."""
+        for request in list(self.requests.values()):
+            self.release(request)
+        self.requests.clear()
+        self.catching_up.clear()
+        self._trees.clear()
+        self.rows.reset()
+        if not self.blocks.all_free:  # an error came between taking them and noting who has them
+            logger.warning("ssd draft: an error has lost KV blocks; emptying the prefix cache")
+            self.blocks.reset()
+
+    def take_changes(self) -> BlockChanges:
+        """What has happened to blocks and block tables since the last call."""
+        return BlockChanges(*self.blocks.take_copies(), *self.rows.take_changed())
 
     # ---- trunks
 
@@ -51,10 +70,9 @@ class Tenancy:
         text = request.text[: request.length]
         request.blocks = self.blocks.cached_prefix(text, request.prefix)
         request.shared_blocks = len(request.blocks)
-        ids = [block.block_id for block in request.blocks]
-        self.rows.block_table[trunk, : len(ids)] = ids
+        self.rows.set_blocks(trunk, 0, [block.block_id for block in request.blocks])
         self.rows.stop[trunk] = request.stop
-        self.cut_back(request, len(ids) * self.blocks.block_size)
+        self.cut_back(request, len(request.blocks) * self.blocks.block_size)
         return True
 
     def release(self, request: Request) -> None:
@@ -66,20 +84,22 @@ class Tenancy:
         self.blocks.give_back(request.blocks)
         request.blocks = []
         request.trunk = DORMANT
-        request.forks_wanted = []
+        request.forks_open = 0
         self.catching_up.pop(request.handle, None)
-        self.publisher.withdraw(request.handle)
+        self._trees.withdraw(request.handle)
 
     def remove(self, request: Request) -> None:
         """A request is over."""
         self.release(request)
-        self.publisher.forget(request.handle)
+        self._trees.forget(request.handle)
         del self.requests[request.handle]
 
     def cut_back(self, request: Request, computed: int) -> None:
         """Keep ``computed`` positions of the trunk; the confirmed tokens after them come next."""
         rows, trunk = self.rows, request.trunk
         rows.restart(trunk, request.length, computed)
+        request.drafted = request.text[:0]
+        request.ended = False
         if request.length - computed == 1:
             rows.feed_token[trunk] = request.text[computed]
             rows.pending[trunk] = True
@@ -94,13 +114,13 @@ class Tenancy:
             return True
         short = self.blocks.free_count < missing
         if short and missing > self._within_reach(request):
-            return False  # nobody is to give way in vain
+            return False  # evict nobody if that would not free enough blocks
         while self.blocks.free_count < missing:
             if not self._make_room(request):
                 return False
         new = self.blocks.take(missing)
         first = len(request.blocks)
-        self.rows.block_table[request.trunk, first : first + missing] = [b.block_id for b in new]
+        self.rows.set_blocks(request.trunk, first, [block.block_id for block in new])
         request.blocks += new
         return True
 
@@ -115,7 +135,7 @@ class Tenancy:
         self.blocks.give_back(request.blocks[first:end])
         request.blocks[first:end] = found
         request.shared_blocks = end
-        self.rows.block_table[request.trunk, first:end] = [block.block_id for block in found]
+        self.rows.set_blocks(request.trunk, 0, [block.block_id for block in request.blocks])
         self.rows.computed[request.trunk] = end * self.blocks.block_size
 
     def share_verified(self, request: Request) -> None:
@@ -129,60 +149,62 @@ class Tenancy:
 
     # ---- forks
 
-    def add_forks(
-        self, request: Request, k: Int32Array, tokens: Int32Array, room: Int32Array
-    ) -> list[int]:
-        """Fork the trunk while rows and blocks last.
+    def affordable(self, starts: Int32Array, room: Int32Array) -> int:
+        """How many forks there are rows and blocks for, the first ones of those given.
 
-        A fork shares the trunk's blocks that are full where it starts and owns a copy of the one
-        that is partly full, so at most one block is copied.
+        Args:
+            starts: ``[forks]``, the position at which each one starts.
+            room: ``[forks]``, how many tokens it may grow by after its first.
+        """
+        needed = np.cumsum(self._own_counts(starts, room))
+        blocks_for = int(np.searchsorted(needed, self.blocks.free_count, "right"))
+        count = min(self.rows.free_count, blocks_for)
+        self._counters["draft_narrowed"] += max(0, len(starts) - count)
+        return count
+
+    def add_forks(
+        self,
+        request: Request,
+        starts: Int32Array,
+        tokens: Int32Array,
+        room: Int32Array,
+        chances: Float64Array,
+    ) -> list[int]:
+        """Fork the trunk; rows and blocks are there (:meth:`affordable`).
 
         Args:
             request: whose trunk.
-            k: ``[forks]``, after how many tokens beyond the confirmed text each one starts.
-            tokens: ``[forks]``, its first token.
+            starts: ``[forks]``, the position of each one's first token.
+            tokens: ``[forks]``, that token.
             room: ``[forks]``, how many more tokens it may grow by.
+            chances: ``[forks]``, how likely its outcome is.
 
         Returns:
-            The rows made, for the first entries of ``k``.
+            The rows of the forks.
         """
-        rows, size = self.rows, self.blocks.block_size
-        starts = request.length + k
-        first = starts // size
-        counts = (starts + room) // size - first + 1
-        too_many = np.flatnonzero(np.cumsum(counts) > self.blocks.free_count)
-        affordable = int(too_many[0]) if too_many.size else len(k)
-        count = min(rows.free_count, affordable)
-        self._counters["draft_narrowed"] += max(0, len(k) - count)
-        count = min(count, len(k))
-        if count == 0:
-            return []
-        made = rows.take(count)
+        rows = self.rows
+        made = rows.take(len(starts))
         index = np.array(made, np.int32)
         rows.block_table[index] = rows.block_table[request.trunk]
-        blocks = self.blocks.take(int(counts[:count].sum()))
-        sources, destinations, at = [], [], 0
-        for row, start, block, own_count in zip(
-            made, starts.tolist(), first.tolist(), counts.tolist(), strict=False
-        ):
-            own = blocks[at : at + own_count]
-            at += own_count
+        start_list, counts = starts.tolist(), self._own_counts(starts, room).tolist()
+        owned = self.blocks.fork(request.blocks, start_list, counts)
+        for row, start, own in zip(made, start_list, owned, strict=True):
             request.forks[row] = own
-            rows.block_table[row, block : block + own_count] = [b.block_id for b in own]
-            if start % size:
-                sources.append(request.blocks[block].block_id)
-                destinations.append(own[0].block_id)
-        if sources:
-            self._model.copy_blocks(sources, destinations)
-        rows.start[index] = starts[:count]
-        rows.computed[index] = starts[:count]
-        rows.feed_token[index] = tokens[:count]
-        rows.room[index] = room[:count]
+            rows.set_blocks(row, start // self.blocks.block_size, [b.block_id for b in own])
+        rows.start[index] = rows.computed[index] = starts
+        rows.feed_token[index] = tokens
+        rows.room[index] = room
         rows.stop[index] = request.stop
+        rows.chance[index] = chances
         rows.pending[index] = True
-        rows.cache.add_forks([request.handle], [count], k[:count], tokens[:count], index)
-        self._counters["draft_forks"] += count
+        self._counters["draft_forks"] += len(made)
         return made
+
+    def _own_counts(self, starts: Int32Array, room: Int32Array) -> Int32Array:
+        """How many blocks forks have to own: those from their first token on."""
+        size = self.blocks.block_size
+        counts: Int32Array = (starts + room) // size - starts // size + 1
+        return counts
 
     def adopt(self, request: Request, row: int) -> None:
         """Make a fork the trunk: its own blocks replace the trunk's from its start on."""
@@ -194,28 +216,39 @@ class Tenancy:
         request.trunk = row
 
     def drop_forks(self, request: Request) -> None:
-        """Free all forks of a request."""
+        """Free all forks of a request, whose tree goes as well."""
         for own in request.forks.values():
             self.blocks.give_back(own)
         self.rows.give_back(list(request.forks))
         request.forks.clear()
 
+    def prune(self, request: Request, forks: list[int]) -> None:
+        """Free some forks of a request and take them off its tree.
+
+        Args:
+            request: whose.
+            forks: their rows.
+        """
+        for row in forks:
+            self.blocks.give_back(request.forks.pop(row))
+        self.rows.give_back(forks)
+        self._trees.prune(request.handle, forks)
+
     # ---- shortage
 
     def _make_room(self, wanting: Request) -> bool:
-        """Free something: forks first, then the request that was not wanted for longest.
+        """Free something: the least likely fork, then the request not wanted for longest.
 
-        Requests the target wanted in this very frame keep their trunk: taking turns among them
+        Requests the target wanted in this very round keep their trunk: taking turns among them
         would draft for none.
         """
-        for request in self.requests.values():
-            if request.forks:
-                self._counters["draft_narrowed"] += len(request.forks)
-                self.drop_forks(request)
-                request.forks_wanted = []
-                self.publisher.plant(request)
-                self.publisher.fork(request, [], [], [])
-                return True
+        forks = [(request, row) for request in self.requests.values() for row in request.forks]
+        if forks:
+            chances = self.rows.chance[[row for _, row in forks]]
+            request, row = forks[int(np.argmin(chances))]
+            self._counters["draft_narrowed"] += 1
+            self.prune(request, [row])
+            return True
         idle = self._idle(wanting)
         if not idle:
             return False
@@ -230,11 +263,11 @@ class Tenancy:
             for request in self.requests.values()
             if request is not wanting
             and request.trunk != DORMANT
-            and request.last_used < self.frame
+            and request.last_used < self.round
         ]
 
     def _within_reach(self, wanting: Request) -> int:
-        """The most blocks that can be had, everybody else giving way; shared ones count twice."""
+        """The most blocks that can be had if all others lose theirs; shared ones count twice."""
         forks = sum(
             len(own) for request in self.requests.values() for own in request.forks.values()
         )
