@@ -54,16 +54,17 @@ class FaultyChannel:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._channel, name)
 
-    def send(self, frame: DraftBound) -> None:
+    def send(self, *frames: DraftBound) -> None:
         """As :meth:`Channel.send`."""
         if self._direction != "to draft":
-            self._channel.send(frame)
+            self._channel.send(*frames)
             return
-        for passed in self._disturb(frame):
-            if passed is None:
-                self._send_undecodable()
-            else:
-                self._channel.send(passed)
+        for frame in frames:
+            for passed in self._disturb(frame):
+                if passed is None:
+                    self._send_undecodable()
+                else:
+                    self._channel.send(passed)
 
     def receive(self, timeout: float | None = 0.0) -> list[TargetBound | None]:
         """As :meth:`Channel.receive`."""

@@ -88,6 +88,8 @@ class Tree:
         return -1
 
 
+_MANY = 4
+"""From so many rows on they are taken from the arrays all at once."""
 _PRUNED = -1
 """In place of the key of a fork that is not there any more."""
 
@@ -123,6 +125,45 @@ class SpeculationCache:
         self.ended[trunk] = ended
         tree = self.trees[handle] = Tree(base, trunk)
         return tree
+
+    def plant_all(
+        self,
+        handles: list[int],
+        bases: list[int],
+        trunks: list[int],
+        counts: list[int],
+        tokens: Int32Array,
+        ended: list[int],
+    ) -> None:
+        """Start the next trees of many requests (:meth:`plant`).
+
+        Args:
+            handles: the requests.
+            bases: of each the first position of its trunk.
+            trunks: its row.
+            counts: how many tokens the trunk has so far.
+            tokens: ``[sum(counts)]``, these.
+            ended: nonzero where the trunk ends with them.
+
+        Raises:
+            IndexError: a row does not exist, or is shorter than its tokens.
+        """
+        if len(handles) < _MANY:
+            at = 0
+            for handle, base, trunk, count, end in zip(
+                handles, bases, trunks, counts, ended, strict=True
+            ):
+                self.plant(handle, base, trunk, tokens[at : at + count], bool(end))
+                at += count
+            return
+        lengths = np.array(counts)
+        self.length[trunks] = lengths
+        self.ended[trunks] = np.array(ended, np.bool_)
+        first = np.cumsum(lengths) - lengths
+        columns = np.arange(len(tokens)) - np.repeat(first, lengths)
+        self.tokens[np.repeat(trunks, lengths), columns] = tokens
+        for handle, base, trunk in zip(handles, bases, trunks, strict=True):
+            self.trees[handle] = Tree(base, trunk)
 
     def add_forks(
         self,
@@ -252,12 +293,12 @@ class SpeculationCache:
         return found
 
     def _rows(self, rows: list[int]) -> Iterator[tuple[list[int], bool]]:
-        """Tokens of rows, and whether they have ended; taken from the arrays all at once."""
-        if not rows:
-            return
-        lengths, ended = self.length[rows].tolist(), self.ended[rows].tolist()
-        for tokens, length, end in zip(self.tokens[rows].tolist(), lengths, ended, strict=True):
-            yield tokens[:length], end
+        """Tokens of rows, and whether they have ended."""
+        if len(rows) < _MANY:
+            return iter([(self.row_tokens(row), bool(self.ended[row])) for row in rows])
+        tokens, lengths = self.tokens[rows].tolist(), self.length[rows].tolist()
+        cut = [of_row[:length] for of_row, length in zip(tokens, lengths, strict=True)]
+        return zip(cut, self.ended[rows].tolist(), strict=True)
 
     def row_tokens(self, row: int) -> list[int]:
         """The tokens of a row."""

@@ -216,12 +216,10 @@ class DraftClient:
 
         What is small goes first, in a frame of its own: it is not to wait for long texts.
         """
-        epoch = self.epoch
-        texts = [[message] for message in messages if isinstance(message, Start)]
-        small = [message for message in messages if not isinstance(message, Start)]
-        for frame in [small, *texts]:
-            if self.up and frame and self.epoch == epoch:
-                self._put(frame)
+        if self.up and messages:
+            small = [message for message in messages if not isinstance(message, Start)]
+            texts = [[message] for message in messages if isinstance(message, Start)]
+            self._put(*([small] if small else []), *texts)
 
     def poll(self, timeout: float = 0.0) -> None:
         """Apply what has arrived.
@@ -272,11 +270,15 @@ class DraftClient:
         self.published.clear()
         self._forget_requests()
 
-    def _put(self, messages: list[ToDraft]) -> None:
+    def _put(self, *frames: list[ToDraft]) -> None:
         if self.process is None:
             return
+        numbered = [
+            DraftBound(self.epoch, number, messages)
+            for number, messages in enumerate(frames, self._number)
+        ]
         try:
-            self.process.channel.send(DraftBound(self.epoch, self._number, messages))
+            self.process.channel.send(*numbered)
         except ChannelFullError as error:
             # Nothing sent in this epoch: there is nothing to be out of step with.
             if self._number:
@@ -285,10 +287,11 @@ class DraftClient:
         except ChannelClosedError as error:
             self._lose(str(error))
             return
-        self._number += 1
-        for message in messages:
-            if isinstance(message, Start):
-                self.published.announce(message.handle)
+        self._number += len(frames)
+        for messages in frames:
+            for message in messages:
+                if isinstance(message, Start):
+                    self.published.announce(message.handle)
         if self._unanswered_since is None:
             self._unanswered_since = time.monotonic()
 

@@ -60,10 +60,12 @@ def choose(
     look_ups: list[LookUp] = []
     unknown: list[int] = []
     verifications = drafted = accepted = 0
-    for row, tokens in enumerate(batch.sampled):
+    find = requests.get
+    rows = zip(batch.req_ids, batch.sampled, batch.lengths, strict=False)
+    for row, (req_id, tokens, length) in enumerate(rows):
         if not tokens:
             continue
-        request, length = requests.get(batch.req_ids[row]), batch.lengths[row]
+        request = find(req_id)
         if request is None or length <= request.length:
             unknown.append(row)
             continue

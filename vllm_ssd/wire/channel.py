@@ -77,26 +77,32 @@ class Channel(Generic[Frame]):
                 self._sender.join()
         self._socket.close()
 
-    def send(self, frame: msgspec.Struct) -> None:
+    def send(self, *frames: msgspec.Struct) -> None:
         """Send without blocking; what the socket does not take now goes as soon as it does.
 
         Another thread may receive meanwhile.
 
         Raises:
-            ValueError: the frame is longer than the other end takes.
-            ChannelFullError: too much waits already; nothing of this frame was sent.
+            ValueError: a frame is longer than the other end takes.
+            ChannelFullError: too much waits already.
             ChannelClosedError: the other process is gone.
+
+        After the first two nothing of these frames was sent.
         """
         if len(self._outbox) > MAX_PENDING_BYTES:
             self.flush()
             if len(self._outbox) > MAX_PENDING_BYTES:
                 raise ChannelFullError(f"{len(self._outbox)} bytes wait for the reader")
-        payload = self._encoder.encode(frame)
-        if len(payload) > MAX_FRAME_BYTES:
-            raise ValueError(f"a frame of {len(payload)} bytes: at most {MAX_FRAME_BYTES}")
-        self._append(_LENGTH.pack(len(payload)) + payload)
+        data = bytearray()
+        for frame in frames:
+            payload = self._encoder.encode(frame)
+            if len(payload) > MAX_FRAME_BYTES:
+                raise ValueError(f"a frame of {len(payload)} bytes: at most {MAX_FRAME_BYTES}")
+            data += _LENGTH.pack(len(payload))
+            data += payload
+        self._append(data)
 
-    def _append(self, data: bytes) -> None:
+    def _append(self, data: bytes | bytearray) -> None:
         """Bytes that go after all others."""
         with self._sending:
             self._outbox += data

@@ -49,6 +49,18 @@ def unpack(data: bytes) -> NDArray[np.int32]:
     return np.frombuffer(data, dtype="<i4")
 
 
+def unpack_list(data: bytes) -> list[int]:
+    """The reverse of :func:`pack`, as a list: for a few numbers much faster than an array.
+
+    Raises:
+        ValueError: the length is not a multiple of four bytes.
+    """
+    unpacked = array("i", data)
+    if sys.byteorder == "big":
+        unpacked.byteswap()
+    return unpacked.tolist()
+
+
 # ---- target to draft
 
 
