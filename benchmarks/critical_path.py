@@ -127,6 +127,8 @@ def measure(requests: int, branches: int, context: int) -> tuple[list[float], Dr
         for i, name in enumerate(names)
     ]
     client.send(list(announced))
+    while not client.process.channel.flush():
+        draft.turn()
     proposals: list[list[int]] = [[] for _ in names]
     seconds: list[float] = []
     for _ in range(ROUNDS):

@@ -8,14 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_ssd.core.budget import StepTimeModel, worth_of_a_hit
+from vllm_ssd.core.forks import best_count, likeliest_forks
 from vllm_ssd.core.outcomes import OutcomeModel
 
 DEPTH = 6
 ACCEPTANCE = 0.7
-FORECAST = OutcomeModel(ACCEPTANCE, 1.0, 3, (3,) * (DEPTH + 1)).forecast(
-    DEPTH, np.full(DEPTH, 0.5, np.float32)
-)
-ALL = len(FORECAST.hit)
+CHANCES = OutcomeModel(4).chances(DEPTH, np.full((DEPTH + 1, 4), [0.6, 0.2, 0.1, 0.1], np.float32))
+FORKS = likeliest_forks(CHANCES, 100)
+ALL = 1 + len(FORKS.k)
 
 
 def clock(base: float, per_row: float) -> StepTimeModel:
@@ -32,7 +32,7 @@ def affordable(
 ) -> int:
     """The best number of branches."""
     worth = worth_of_a_hit(ALL, model, seconds, requests, DEPTH, ACCEPTANCE, prepared)
-    return 1 + int(np.argmax(FORECAST.hit * worth))
+    return 1 + best_count(FORKS, float(CHANCES[-1, 0]), worth)
 
 
 def predicted(model: StepTimeModel, rows: float) -> float:
@@ -97,6 +97,13 @@ def test_a_branch_that_is_cut_off_is_worth_what_it_reached() -> None:
     assert worth.tolist() == pytest.approx([0.5 + 0.25 + 0.125 + 0.0625, 0.5 + 0.125], rel=1e-3)
 
 
+def test_a_step_launched_ahead_is_one_more_that_an_outcome_waits_for() -> None:
+    model = clock(0.01, 0.0)
+    behind = worth_of_a_hit(1, model, 0.05, 1, DEPTH, 0.5, prepared=True, lookahead=True)
+    # Five steps fit. One ends too late and one was launched behind it: three are completed.
+    assert behind.tolist() == pytest.approx([0.5 + 0.25 + 0.125], rel=1e-3)
+
+
 def test_a_fast_draft_gets_every_branch() -> None:
     assert affordable(clock(1e-5, 1e-6), seconds=0.1) == ALL
 
@@ -115,7 +122,7 @@ def test_a_slow_draft_gets_few_branches_rather_than_shallow_ones() -> None:
 
 def test_without_candidates_there_is_time_for_fewer_branches() -> None:
     model = clock(0.002, 0.001)
-    assert affordable(model, 0.03, prepared=False) < affordable(model, 0.03)
+    assert affordable(model, 0.04, prepared=False) < affordable(model, 0.04)
 
 
 def test_a_draft_too_slow_for_one_token_still_gets_a_branch() -> None:

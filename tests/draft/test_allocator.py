@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -171,7 +172,7 @@ def test_all_branches_of_all_requests_are_one_batch() -> None:
     sim.settle()
     # The branches' first tokens are known; K forwards, and one for the candidates after them.
     assert sim.model.forwards - before <= sim.sizes.depth + 2
-    assert max(sim.model.sequences) == 3 * sum(sim.sizes.fan_out)
+    assert max(sim.model.sequences) == 3 * sim.sizes.max_branches
 
 
 @given(
@@ -277,6 +278,89 @@ def test_forks_give_way_to_a_new_request() -> None:
     # Both trunks serve.
     assert hit(sim, first) == sim.greedy(first, 3)
     assert hit(sim, second) == sim.greedy(second, 3)
+
+
+def guessed(sim: Simulation, request: TargetRequest) -> list[tuple[int, ...]]:
+    """The outcomes of a request that have a fork in the target's tree."""
+    cache = sim.published.cache
+    return [key for key in paths(cache, cache.trees[request.handle]) if key]
+
+
+def test_short_of_rows_the_likeliest_outcomes_of_all_requests_are_guessed() -> None:
+    sim = simulation(max_rows=12)
+    sim.model.confidence_at = lambda position: 0.97 if position < 20 else 0.4
+    sure, doubtful = sim.start(PROMPT), sim.start(PROMPT * 3)
+    settle(sim)
+    hit_together(sim, [sure, doubtful])
+    settle(sim)
+    assert sure.proposed
+    assert doubtful.proposed
+    assert len(guessed(sim, doubtful)) > len(guessed(sim, sure)) + 3
+
+
+def test_short_of_rows_the_least_likely_forks_of_all_requests_go_first() -> None:
+    sim = simulation(max_rows=9)
+    first = sim.start(PROMPT)
+    settle(sim)
+    [there] = sim.engine.allocator.requests.values()
+    by_chance = sorted(there.forks, key=lambda row: float(sim.rows.chance[row]))
+    sim.start(PROMPT[::-1])
+    settle(sim)
+    # The row that was free is the new trunk's; two more would be taken from the unlikeliest.
+    sim.start(PROMPT[2:])
+    sim.start(PROMPT[3:])
+    settle(sim)
+    assert set(there.forks) == set(by_chance[2:])
+    # The others are still in the target's tree, and serve.
+    assert sim.verify(first, 0, sim.best(PROMPT)[1]) == sim.greedy(first, 3)
+
+
+def test_a_hit_is_followed_before_another_request_takes_blocks() -> None:
+    sim = simulation(num_blocks=30, block_size=2, max_rows=16)
+    hitting = sim.start(PROMPT[::-1])
+    settle(sim)
+    wanting = sim.start(PROMPT * 2)
+    settle(sim)
+    there = sim.engine.allocator.requests[hitting.handle]
+    unlikeliest = min(there.forks, key=lambda row: float(sim.rows.chance[row]))
+    # One outcome is a miss and needs blocks; the other is the fork that would be given up first.
+    sim.confirm(wanting, 0, sim.best(wanting.text)[-1])
+    sim.confirm(hitting, 0, int(sim.cache.tokens[unlikeliest, 0]))
+    sim.propose([wanting, hitting])
+    sim.deliver()
+    assert len(hitting.proposed) == 3
+    assert there.drafted.tolist() == hitting.proposed, "the hit branch is the trunk"
+    settle(sim)
+
+
+def test_an_error_between_taking_rows_and_blocks_and_noting_them_loses_nothing() -> None:
+    sim = simulation()
+    request = sim.start(PROMPT)
+    sim.deliver()
+    broken, sim.rows.set_blocks = sim.rows.set_blocks, None  # type: ignore[assignment]
+    with pytest.raises(TypeError):  # the trunk is there, its forks take rows and blocks
+        sim.draft_steps(9)
+    sim.rows.set_blocks = broken  # type: ignore[method-assign]
+    sim.resync()
+    assert sim.rows.free_count >= sim.sizes.max_rows - 1
+    settle(sim)
+    (request,) = sim.requests.values()
+    assert hit(sim, request) == sim.greedy(request, 3)
+    settle(sim)
+
+
+def test_a_block_that_is_still_to_be_copied_is_not_reused() -> None:
+    sim = simulation(num_blocks=400, block_size=4)
+    request = sim.start(PROMPT)
+    settle(sim)
+    # Two rounds arrive with no forward between them: a fork is forked before it was copied.
+    for _ in range(2):
+        sim.confirm(request, 0, sim.best(request.text)[1])
+        sim.propose([request])
+        sim.deliver()
+        check_always(sim)
+    settle(sim)
+    assert sim.verify(request, 0, sim.best(request.text)[1])
 
 
 def test_the_request_not_wanted_for_longest_is_evicted_and_comes_back() -> None:

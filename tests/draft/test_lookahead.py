@@ -145,3 +145,13 @@ def test_the_trees_are_those_without_lookahead() -> None:
             sim.finish([request for request in sim.requests.values() if request.over])
     assert ahead.engine.counters["draft_forks"] == plain.engine.counters["draft_forks"] > 0
     assert all(sim.published.cache.trees for sim in both)
+
+
+def test_nothing_is_launched_ahead_of_what_the_target_has_said() -> None:
+    sim, model = _decoding()
+    sim.engine._pipeline._interrupted = lambda: True
+    sim.draft_steps()
+    assert not model.under_way
+    sim.engine._pipeline._interrupted = lambda: False
+    sim.draft_steps()
+    assert len(model.under_way) == 1

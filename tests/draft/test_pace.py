@@ -31,7 +31,7 @@ def branches(step_ms: float, row_ms: float, requests: int = 1, max_branches: int
 
 
 def test_a_fast_draft_drafts_every_outcome() -> None:
-    assert branches(step_ms=0.1, row_ms=0.01) == [sum(Sizes().fan_out)]
+    assert branches(step_ms=0.1, row_ms=0.01) == [Sizes().max_branches]
 
 
 def test_a_slow_draft_drafts_the_likeliest_outcomes_only() -> None:

@@ -137,7 +137,7 @@ def test_the_target_may_be_two_rounds_ahead_of_the_draft() -> None:
 def test_after_a_prompt_the_whole_budget_is_at_k_0() -> None:
     sim, request = at_rest()
     # The trunk is the first choice; the forks are the next ones, best first.
-    budget = sum(sim.sizes.fan_out)
+    budget = sim.sizes.max_branches
     assert forks_of(sim, request) == {0: sim.best(PROMPT)[1:budget]}
 
 
@@ -145,7 +145,7 @@ def test_after_an_empty_proposal_the_whole_budget_is_at_k_0() -> None:
     sim, request = verified_once()
     assert sim.verify(request, 0, sim.best(request.text)[-1]) == []
     sim.settle()
-    budget = sum(sim.sizes.fan_out)
+    budget = sim.sizes.max_branches
     assert forks_of(sim, request) == {0: sim.best(request.text)[1:budget]}
 
 
@@ -167,7 +167,7 @@ def test_end_tokens_are_not_guessed() -> None:
     sim.settle()
     guessed = forks_of(sim, request)[0]
     best = [token for token in sim.best(PROMPT) if token != stop]
-    assert guessed == best[1 : sum(sim.sizes.fan_out)]
+    assert guessed == best[1 : sim.sizes.max_branches]
 
 
 def test_branches_bounds_the_rows_likeliest_outcomes_first() -> None:

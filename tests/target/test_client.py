@@ -88,7 +88,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
 
 @pytest.fixture
 def client(clock: Clock) -> DraftClient:
-    setup = Setup({}, 3, [], 0, 8, True, 512)
+    setup = Setup({}, 3, [1, 1, 1, 1], 0, 4, True, 512, 0, b"")
     return DraftClient(setup, [], TIMEOUT, Stats(), lambda: None)
 
 
