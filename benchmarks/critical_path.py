@@ -127,6 +127,7 @@ def measure(requests: int, branches: int, context: int) -> tuple[list[float], Dr
         for i, name in enumerate(names)
     ]
     client.send(list(announced))
+    assert client.process is not None
     while not client.process.channel.flush():
         draft.turn()
     proposals: list[list[int]] = [[] for _ in names]

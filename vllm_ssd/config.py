@@ -102,7 +102,8 @@ class SSDConfig(BaseModel):
     """Do not compile the draft model. Default: as the target."""
 
     draft_startup_timeout_s: float = Field(default=600.0, gt=0.0, le=86_400.0)
-    """How long the draft may take to come up: at start once the target is, and at each restart."""
+    """How long the draft may take to load: at start once the target has, or at once where it has a
+    device of its own; and at each restart."""
 
     pad_misses: bool | Literal["auto"] = "auto"
     """Fill short proposals up to K tokens. ``"auto"``: where the target has FULL CUDA graphs for

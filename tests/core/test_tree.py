@@ -156,9 +156,7 @@ class Grown(NamedTuple):
 grown = st.builds(
     Grown,
     st.lists(tokens, max_size=5),
-    st.dictionaries(
-        st.tuples(st.integers(0, 5), tokens), st.lists(tokens, max_size=3), max_size=5
-    ),
+    st.dictionaries(st.tuples(st.integers(0, 5), tokens), st.lists(tokens, max_size=3), max_size=5),
     st.sets(st.integers(0, 5)),
     st.sets(st.integers(1, 5), max_size=2),
     st.booleans(),

@@ -170,7 +170,7 @@ def test_what_is_small_goes_before_texts_and_each_text_by_itself(
     draft = bring_up(client, clock)
     draft.hears()
     texts = [Start(handle, bytes(40_000), 100, []) for handle in range(2)]
-    small = [Finished(bytes(4)), Verified(b"", b"", b"", b"", b"", 0)]
+    small: list[ToDraft] = [Finished(bytes(4)), Verified(b"", b"", b"", b"", b"", 0)]
     client.send([texts[0], small[0], texts[1], small[1]])
     assert draft.hears() == [small, [texts[0]], [texts[1]]]
 
@@ -225,9 +225,7 @@ def test_a_draft_put_to_sleep_stays_away_until_it_is_woken(
     assert lose(client, clock) == client_module.FIRST_BACKOFF_SECONDS
 
 
-def test_waking_a_draft_that_does_not_sleep_does_nothing(
-    client: DraftClient, clock: Clock
-) -> None:
+def test_waking_a_draft_that_does_not_sleep_does_nothing(client: DraftClient, clock: Clock) -> None:
     client.launch()
     client.allocate(1 << 20)
     bring_up(client, clock)

@@ -26,9 +26,7 @@ class Line:
         self.published = PublishedTrees(3, 100)
 
 
-def step(
-    new: tuple[str, ...] = (), finished: tuple[str, ...] = (), **drafts: list[int]
-) -> Any:
+def step(new: tuple[str, ...] = (), finished: tuple[str, ...] = (), **drafts: list[int]) -> Any:
     """A step as the scheduler describes it; of running requests, the drafts to verify."""
     return SimpleNamespace(
         finished_req_ids=set(finished),
@@ -46,6 +44,13 @@ def step(
         num_scheduled_tokens={req_id: len(of) + 1 for req_id, of in drafts.items()},
         scheduled_spec_decode_tokens={req_id: of for req_id, of in drafts.items() if of},
     )
+
+
+def trimmed_to(notices: Notices, a_step: Any) -> list[int]:
+    """How many drafts of each request the step verifies, as the draft is told."""
+    (message,) = notices.scheduled(a_step)
+    assert isinstance(message, Trimmed)
+    return unpack_list(message.verified_counts)
 
 
 @pytest.fixture
@@ -82,16 +87,12 @@ def test_the_draft_is_told_how_many_of_its_tokens_are_verified(
     assert request is not None
     request.proposed, request.verifying = [1, 2, 3], 3
     assert notices.scheduled(step(a=[1, 2, 3])) == []
-    (trimmed,) = notices.scheduled(step(a=[1]))
-    assert isinstance(trimmed, Trimmed)
-    assert unpack_list(trimmed.verified_counts) == [1]
+    assert trimmed_to(notices, step(a=[1])) == [1]
     # Place holders are no drafts, padding is nobody's; a preempted request verifies nothing.
     assert notices.scheduled(step(a=[1, -1, -1])) == []
-    assert [unpack_list(m.verified_counts) for m in notices.scheduled(step(a=[1, 2, 3, 3]))] == [
-        [3]
-    ]
+    assert trimmed_to(notices, step(a=[1, 2, 3, 3])) == [3]
     assert notices.scheduled(step()) == []
-    assert [unpack_list(m.verified_counts) for m in notices.scheduled(step(a=[]))] == [[0]]
+    assert trimmed_to(notices, step(a=[])) == [0]
 
 
 def test_long_texts_take_turns(notices: Notices, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -217,9 +217,13 @@ class DraftClient:
         What is small goes first, in a frame of its own: it is not to wait for long texts.
         """
         if self.up and messages:
-            small = [message for message in messages if not isinstance(message, Start)]
-            texts = [[message] for message in messages if isinstance(message, Start)]
-            self._put(*([small] if small else []), *texts)
+            frames: list[list[ToDraft]] = [[]]
+            for message in messages:
+                if isinstance(message, Start):
+                    frames.append([message])
+                else:
+                    frames[0].append(message)
+            self._put(*(frame for frame in frames if frame))
 
     def poll(self, timeout: float = 0.0) -> None:
         """Apply what has arrived.

@@ -134,7 +134,8 @@ class SSDProposer:
     def _round(self, batch: Batch, began: float) -> Sequence[LookUp]:
         """One round: look up, wait, answer, tell. The look-ups, answered."""
         client, notices, stats = self.client, self._notices, self.stats
-        assert client is not None and notices is not None
+        assert client is not None
+        assert notices is not None
         client.poll()
         if not client.up:
             stats.missed("draft_down", sum(1 for tokens in batch.sampled if tokens))

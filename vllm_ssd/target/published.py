@@ -9,7 +9,16 @@ import numpy as np
 
 from vllm_ssd.core.arrays import Int32Array
 from vllm_ssd.core.tree import SpeculationCache, row_width
-from vllm_ssd.wire.messages import MAX_ROWS, Forked, Planted, Pruned, Ready, Stepped, unpack, unpack_list
+from vllm_ssd.wire.messages import (
+    MAX_ROWS,
+    Forked,
+    Planted,
+    Pruned,
+    Ready,
+    Stepped,
+    unpack,
+    unpack_list,
+)
 
 
 class PublishedTrees:
@@ -95,9 +104,7 @@ class PublishedTrees:
                 self.cache.trees.pop(handle, None)
             self.withdrawn |= self._announced.intersection(gone)
             kept = [tree for tree in trees if tree[2] >= 0]
-            handles, bases, trunks, counts, ended = (
-                [tree[i] for tree in kept] for i in range(5)
-            )
+            handles, bases, trunks, counts, ended = ([tree[i] for tree in kept] for i in range(5))
         self.withdrawn.difference_update(handles)
         self.cache.plant_all(handles, bases, trunks, counts, tokens, ended)
         # Those are over. Their rows count all the same: they grow until the draft knows.

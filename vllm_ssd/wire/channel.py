@@ -27,7 +27,7 @@ MAX_PENDING_BYTES = 64 << 20
 """What may wait for a slow reader before the channel counts as full."""
 _READ_BYTES = 256 << 10
 _SEND_BYTES = 64 << 10
-"""Handed to the socket at once: some ten microseconds, for which another thread may have to wait."""
+"""Handed to the socket at once: another thread waits for that, some ten microseconds."""
 
 
 class ChannelClosedError(ConnectionError):
@@ -134,7 +134,9 @@ class Channel(Generic[Frame]):
     def _let_a_thread_send(self) -> None:
         self._left_over.set()
         if self._sender is None:
-            sender = threading.Thread(target=self._send_left_over, name="vllm-ssd-send", daemon=True)
+            sender = threading.Thread(
+                target=self._send_left_over, name="vllm-ssd-send", daemon=True
+            )
             with suppress(RuntimeError):  # no more threads: it goes with the next call
                 sender.start()
                 self._sender = sender
