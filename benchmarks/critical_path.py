@@ -21,8 +21,8 @@ from rich.table import Table
 
 from vllm_ssd.draft.blocks import KVBlocks
 from vllm_ssd.draft.engine import DraftEngine
+from vllm_ssd.draft.forking import Policy
 from vllm_ssd.draft.model import BlockChanges, Choices, Done, Sequences
-from vllm_ssd.draft.rounds import Policy
 from vllm_ssd.draft.rows import Rows
 from vllm_ssd.target.client import DraftClient
 from vllm_ssd.target.proposer import SSDProposer

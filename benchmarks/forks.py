@@ -17,7 +17,7 @@ import argparse
 import gzip
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,8 +27,8 @@ from rich.progress import track
 from rich.table import Table
 
 from vllm_ssd.cli.models import demo_models
-from vllm_ssd.core.arrays import Float32Array, Int32Array
-from vllm_ssd.core.forks import apportion, caps_for, geometric_fan_out, likeliest_forks
+from vllm_ssd.core.arrays import Float32Array, Int32Array, Int64Array
+from vllm_ssd.core.forks import Forks, apportion, caps_for, choose_forks, geometric_fan_out
 from vllm_ssd.core.outcomes import OutcomeModel
 from vllm_ssd.draft_vocab import FILE as VOCAB_FILE
 
@@ -49,10 +49,10 @@ class Draft(NamedTuple):
     """``[L, K + 1, C]``, the draft's probabilities of these."""
 
 
-# ---- how forks are chosen: the chances of all outcomes and caps for each k
+# ---- how forks are chosen: chances of all outcomes and caps for each k
 
 Knows = Callable[[Float32Array], Float32Array]
-"""What of the draft's probabilities ``[m, C]`` an outcome model is shown."""
+"""What of the draft's probabilities ``[..., C]`` an outcome model is shown."""
 
 HALVES = 0.5 ** np.arange(1.0, CHOICES)
 
@@ -64,8 +64,8 @@ def everything(stated: Float32Array) -> Float32Array:
 
 def first_choice(stated: Float32Array) -> Float32Array:
     """The first choice's probability; the others share what is left, half of it for each next."""
-    others = (1.0 - stated[:, :1]) * (HALVES / HALVES.sum())
-    return np.concatenate([stated[:, :1], others.astype(np.float32)], axis=1)
+    others = (1.0 - stated[..., :1]) * (HALVES / HALVES.sum())
+    return np.concatenate([stated[..., :1], others.astype(np.float32)], axis=-1)
 
 
 def nothing(stated: Float32Array) -> Float32Array:
@@ -85,22 +85,21 @@ class Learned:
         self._knows, self._fan_out = knows, fan_out
         self._model = OutcomeModel(CHOICES)
 
-    def outcomes(self, stated: Float32Array, branches: int) -> set[tuple[int, int]]:
-        """The outcomes that get a branch, ``(k, choice)``, for n = len(stated) - 1."""
-        verified = len(stated) - 1
-        chances = self._model.chances(verified, self._knows(stated))
-        caps = None if self._fan_out is None else caps_for(self._fan_out, verified)
-        forks = likeliest_forks(chances, branches - 1, caps)
-        guessed = set(zip(forks.k.tolist(), forks.choice.tolist(), strict=True))
-        return guessed | {(verified, 0)}
+    def forks(self, verified: Int64Array, stated: Float32Array, branches: int) -> Forks:
+        """The outcomes that get a fork, for B answers.
 
-    def learn(self, stated: Float32Array, accepted: int, choice: int | None) -> None:
-        """Take in how a verification ended."""
-        seen = self._knows(stated[: accepted + 1])
-        if choice == 0:
-            self._model.observe(seen, accepted + 1)
-        else:
-            self._model.observe(seen, accepted, choice or 0)
+        Args:
+            verified: ``[B]``, n of each.
+            stated: ``[B, K + 1, C]``, the draft's probabilities.
+            branches: of each, the trunk being one.
+        """
+        chances = self._model.chances(verified, verified + 1, self._knows(stated))
+        caps = None if self._fan_out is None else caps_of(self._fan_out, verified)
+        return choose_forks(chances, np.full(len(verified), branches - 1), caps=caps)
+
+    def learn(self, stated: Float32Array, came: Int64Array) -> None:
+        """Take in which choice came at positions that were verified, ``[m, C]`` and ``[m]``."""
+        self._model.observe(self._knows(stated), came)
 
 
 class Fixed:
@@ -110,31 +109,42 @@ class Fixed:
         weights: ``[K + 1]``, in proportion to which the branches are split over k.
     """
 
-    def __init__(self, weights: tuple[float, ...]) -> None:
+    def __init__(self, weights: Sequence[float]) -> None:
         self._weights = weights
 
-    def outcomes(self, stated: Float32Array, branches: int) -> set[tuple[int, int]]:
-        """As :meth:`Learned.outcomes`."""
-        verified = len(stated) - 1
-        fan_out = caps_for(apportion(self._weights, branches), verified)
-        guessed = {(k, c) for k, f in enumerate(fan_out[:-1]) for c in range(1, f + 1)}
-        return guessed | {(verified, c) for c in range(max(1, fan_out[-1]))}
+    def forks(self, verified: Int64Array, stated: Float32Array, branches: int) -> Forks:
+        """As :meth:`Learned.forks`."""
+        caps = caps_of(apportion(self._weights, branches), verified)
+        # All that the caps allow; which of them is the likelier makes no difference.
+        chances = np.ones(stated.shape)
+        chances[np.arange(stated.shape[1]) > verified[:, None]] = 0.0
+        return choose_forks(chances, np.full(len(verified), branches - 1), caps=caps)
 
-    def learn(self, stated: Float32Array, accepted: int, choice: int | None) -> None:
+    def learn(self, stated: Float32Array, came: Int64Array) -> None:
         """Nothing is."""
+
+
+def caps_of(fan_out: Sequence[int], verified: Int64Array) -> Int64Array:
+    """Forks for each k, ``[B, K + 1]``; the trunk is the first guess after all n tokens."""
+    caps = np.zeros((len(verified), len(fan_out)), np.int64)
+    for row, n in zip(caps, verified.tolist(), strict=True):
+        row[: n + 1] = caps_for(fan_out, n)
+        row[n] = max(0, row[n] - 1)
+    return caps
 
 
 def policies(k: int) -> dict[str, Callable[[], Learned | Fixed]]:
     """All ways to choose, by name; made anew for each number of branches."""
     geometric = geometric_fan_out(k, 1000, 0.7, 1.0)
+    three = (3,) * (k + 1)
     return {
         "uniform": lambda: Fixed((1.0,) * (k + 1)),
         "geometric": lambda: Fixed(geometric),
         "learned, without probabilities": lambda: Learned(nothing),
-        "learned, first choice's probability": lambda: Learned(first_choice),
-        "the same, at most 3 after each k": lambda: Learned(first_choice, (3,) * (k + 1)),
+        "learned, the first choice's": lambda: Learned(first_choice),
+        "the same, at most 3 after each k": lambda: Learned(first_choice, three),
         "learned, all probabilities": lambda: Learned(everything),
-        "the same, at most 3 after each k ": lambda: Learned(everything, (3,) * (k + 1)),
+        "all, at most 3 after each k": lambda: Learned(everything, three),
     }
 
 
@@ -142,30 +152,38 @@ def policies(k: int) -> dict[str, Callable[[], Learned | Fixed]]:
 
 
 def hit_rate(drafts: list[Draft], policy: Learned | Fixed, branches: int) -> tuple[float, float]:
-    """Share of the look-ups that hit, and tokens of a verification."""
+    """Share of the look-ups that hit, and tokens of a verification.
+
+    All answers are verified side by side, a round of each after the other's.
+    """
+    depth = drafts[0].choices.shape[1] - 1
+    at = np.zeros(len(drafts), np.int64)
+    verified = np.zeros(len(drafts), np.int64)
     look_ups = hits = tokens = 0
-    for answer, choices, stated in drafts:
-        at = verified = 0
-        depth = choices.shape[1] - 1
-        while at < len(answer):
-            tree = stated[at, : verified + 1]
-            guessed = policy.outcomes(tree, branches)
-            accepted = 0
-            while (
-                accepted < verified
-                and at + accepted < len(answer) - 1
-                and choices[at, accepted, 0] == answer[at + accepted]
-            ):
-                accepted += 1
-            found = np.flatnonzero(choices[at, accepted] == answer[at + accepted])
-            choice = int(found[0]) if found.size else None
-            hit = (accepted, choice) in guessed
-            policy.learn(tree, accepted, choice)
-            at += accepted + 1
+    live = np.arange(len(drafts))
+    while len(live):
+        stated = np.stack([drafts[i].stated[at[i]] for i in live])
+        forks = policy.forks(verified[live], stated, branches)
+        guessed = set(map(tuple, np.stack(forks[:3], axis=1).tolist()))
+        seen: list[Float32Array] = []
+        came: list[int] = []
+        for row, i in enumerate(live.tolist()):
+            answer, choices, _ = drafts[i]
+            n, left = int(verified[i]), answer[at[i] :]
+            right = choices[at[i], :n, 0][: len(left) - 1] == left[: min(n, len(left) - 1)]
+            accepted = int(np.argmin(np.append(right, False)))
+            found = np.flatnonzero(choices[at[i], accepted] == left[accepted])
+            choice = int(found[0]) if found.size else -1
+            hit = (row, accepted, choice) in guessed or (accepted == n and choice == 0)
+            seen.append(stated[row, : accepted + 1])
+            came += [0] * accepted + [choice]
+            at[i] += accepted + 1
+            verified[i] = depth if hit else 0
             look_ups += 1
             hits += hit
             tokens += accepted + 1
-            verified = depth if hit else 0
+        policy.learn(np.concatenate(seen), np.array(came))
+        live = np.array([i for i in live.tolist() if at[i] < len(drafts[i].answer)], np.int64)
     return hits / look_ups, tokens / look_ups
 
 

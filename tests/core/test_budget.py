@@ -8,14 +8,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_ssd.core.budget import StepTimeModel, worth_of_a_hit
-from vllm_ssd.core.forks import best_count, likeliest_forks
+from vllm_ssd.core.forks import choose_forks
 from vllm_ssd.core.outcomes import OutcomeModel
 
 DEPTH = 6
 ACCEPTANCE = 0.7
-CHANCES = OutcomeModel(4).chances(DEPTH, np.full((DEPTH + 1, 4), [0.6, 0.2, 0.1, 0.1], np.float32))
-FORKS = likeliest_forks(CHANCES, 100)
-ALL = 1 + len(FORKS.k)
+CHANCES = OutcomeModel(4).chances(
+    np.array([DEPTH]),
+    np.array([DEPTH + 1]),
+    np.full((1, DEPTH + 1, 4), [0.6, 0.2, 0.1, 0.1], np.float32),
+)
+ALL = 1 + 3 * (DEPTH + 1)
 
 
 def clock(base: float, per_row: float) -> StepTimeModel:
@@ -32,7 +35,7 @@ def affordable(
 ) -> int:
     """The best number of branches."""
     worth = worth_of_a_hit(ALL, model, seconds, requests, DEPTH, ACCEPTANCE, prepared)
-    return 1 + best_count(FORKS, float(CHANCES[-1, 0]), worth)
+    return 1 + len(choose_forks(CHANCES, np.array([ALL]), worth[None]).k)
 
 
 def predicted(model: StepTimeModel, rows: float) -> float:

@@ -8,13 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_ssd.core.arrays import Float64Array
-from vllm_ssd.core.forks import (
-    Forks,
-    best_count,
-    caps_for,
-    geometric_fan_out,
-    likeliest_forks,
-)
+from vllm_ssd.core.forks import caps_for, choose_forks, geometric_fan_out
 
 depths = st.integers(1, 10)
 fan_outs = st.integers(1, 8)
@@ -34,7 +28,12 @@ chance_tables = st.integers(1, 7).flatmap(
 )
 
 
-def outcomes(forks: Forks) -> list[tuple[int, int]]:
+def forks_of(
+    chances: Float64Array, most: int = 100, caps: list[int] | None = None
+) -> list[tuple[int, int]]:
+    """The outcomes of one request that get a fork, likeliest first."""
+    each = None if caps is None else np.array([caps])
+    forks = choose_forks(chances[None], np.array([most]), caps=each)
     return list(zip(forks.k.tolist(), forks.choice.tolist(), strict=True))
 
 
@@ -45,30 +44,40 @@ def outcomes(forks: Forks) -> list[tuple[int, int]]:
 def test_forks_are_the_likeliest_outcomes_whatever_their_k(
     chances: Float64Array, most: int
 ) -> None:
-    forks = likeliest_forks(chances, most)
+    found = forks_of(chances, most)
     by_hand = sorted(
         (float(chance) for row in chances for chance in row[1:] if chance), reverse=True
     )
-    assert forks.chance.tolist() == by_hand[:most]
-    assert [chances[outcome] for outcome in outcomes(forks)] == forks.chance.tolist()
-    assert len(set(outcomes(forks))) == len(outcomes(forks))
+    assert [chances[outcome] for outcome in found] == by_hand[:most]
+    assert len(set(found)) == len(found)
 
 
 @given(chance_tables, st.data())
-def test_caps_bound_the_guesses_after_each_k(chances: Float64Array, data: st.DataObject) -> None:
-    last = len(chances) - 1
-    caps = data.draw(st.lists(st.integers(0, 4), min_size=last + 1, max_size=last + 1))
-    found = outcomes(likeliest_forks(chances, 100, caps))
+def test_caps_bound_the_forks_for_each_k(chances: Float64Array, data: st.DataObject) -> None:
+    size = len(chances)
+    caps = data.draw(st.lists(st.integers(0, 4), min_size=size, max_size=size))
+    found = forks_of(chances, caps=caps)
     for k, cap in enumerate(caps):
-        # The trunk's own outcome is the first guess after all tokens.
-        allowed = max(0, cap - (k == last))
         possible = [choice for choice in range(1, chances.shape[1]) if chances[k, choice]]
-        assert sorted(choice for at, choice in found if at == k) == possible[:allowed]
+        assert sorted(choice for at, choice in found if at == k) == possible[:cap]
 
 
 def test_the_trunks_own_outcome_gets_no_fork() -> None:
-    chances = np.array([[0.0, 0.2], [0.7, 0.1]])
-    assert outcomes(likeliest_forks(chances, 9)) == [(0, 1), (1, 1)]
+    assert forks_of(np.array([[0.0, 0.2], [0.7, 0.1]])) == [(0, 1), (1, 1)]
+
+
+@given(st.lists(st.integers(0, 8), min_size=1, max_size=5), st.data())
+def test_requests_are_chosen_for_apart(most: list[int], data: st.DataObject) -> None:
+    shape = data.draw(st.tuples(st.integers(1, 4), st.integers(2, 5)))
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    chances = rng.random((len(most), *shape))
+    together = choose_forks(chances, np.array(most))
+    assert (np.diff(together.request) >= 0).all()
+    for i, count in enumerate(most):
+        of_one = together.where(together.request == i)
+        found = list(zip(of_one.k.tolist(), of_one.choice.tolist(), strict=True))
+        assert found == forks_of(chances[i], count)
+        assert of_one.chance.tolist() == [chances[i][outcome] for outcome in found]
 
 
 # ---- how many
@@ -78,12 +87,15 @@ def test_the_trunks_own_outcome_gets_no_fork() -> None:
 def test_the_number_of_forks_has_the_most_expected_tokens(
     chances: Float64Array, worth: list[float], own: float
 ) -> None:
-    forks = likeliest_forks(chances, 100)
-    count = best_count(forks, own, np.array(worth))
+    worth.sort(reverse=True)  # more branches are never deeper
+    chances[:, 0] = 0.0
+    chances[-1, 0] = own
+    by_chance = [chances[outcome] for outcome in forks_of(chances)]
+    forks = choose_forks(chances[None], np.array([100]), np.array([worth]))
     expected = [
-        (own + forks.chance[:i].sum()) * worth[i] for i in range(min(len(worth), len(forks.k) + 1))
+        (own + sum(by_chance[:i])) * worth[i] for i in range(min(len(worth), len(by_chance) + 1))
     ]
-    assert expected[count] == pytest.approx(max(expected))
+    assert expected[len(forks.k)] == pytest.approx(max(expected))
 
 
 # ---- the caps of the paper

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_ssd.core.arrays import Float32Array
+from vllm_ssd.core.arrays import Float32Array, Float64Array
 from vllm_ssd.core.outcomes import Calibration, OutcomeModel
 
 probabilities = st.floats(0.0, 1.0, width=32)
@@ -65,98 +65,110 @@ def test_levels_that_do_not_occur_any_more_keep_what_they_learned() -> None:
 # ---- outcomes
 
 
+def chances(model: OutcomeModel, *rows: list[float], verified: int | None = None) -> Float64Array:
+    """Of one verification, ``[n + 1, C]``; all choices given are known."""
+    n = len(rows) - 1 if verified is None else verified
+    padded = np.zeros((1, n + 1, len(rows[0])), np.float32)
+    padded[0, : len(rows)] = stated(*rows)
+    return model.chances(np.array([n]), np.array([len(rows)]), padded)[0]
+
+
+def observe(model: OutcomeModel, *pairs: tuple[list[float], int]) -> None:
+    """What was stated at each position and which choice came."""
+    model.observe(stated(*[row for row, _ in pairs]), np.array([came for _, came in pairs]))
+
+
 def test_the_chance_of_an_outcome_is_that_of_its_k_times_that_of_its_token() -> None:
-    # Probabilities in the middle of their levels.
-    half, other = 0.5, 1.0 / (1.0 + np.e)
+    # Probabilities in the middle of their levels, all of them.
+    half, low = 0.5, 1.0 / (1.0 + np.e)
+    found = chances(OutcomeModel(3), [half, half * low, half * half], [low, 0.2, 0.2])
+    assert found[0].tolist() == pytest.approx([0.0, half * low, half * half])
+    shares = Calibration().of(stated([0.2 / (1 - low)]))[0, 0]
+    miss = half * (1 - low) * shares
+    assert found[1].tolist() == pytest.approx([half * low, miss, miss])
+
+
+def test_verifications_of_different_lengths_are_told_apart() -> None:
     model = OutcomeModel(3)
-    found = model.chances(1, stated([half, other / 2, 0.2], [other, 0.4, 0.1]))
-    level = model._others.of
-    shares = level(np.array([[other, 0.4]], np.float32))[0]
-    assert found[0].tolist() == pytest.approx([0.0, *(half * shares)])
-    shares = level(np.float32([[0.4 / (1 - other), 0.1 / (1 - other)]]))[0]
-    assert found[1].tolist() == pytest.approx([half * other, *(half * (1 - other) * shares)])
+    rows = stated(position(0.9), position(0.6), position(0.3))
+    both = np.stack([rows, rows])
+    found = model.chances(np.array([2, 0]), np.array([3, 1]), both)
+    assert found[0] == pytest.approx(chances(model, *[position(p) for p in (0.9, 0.6, 0.3)]))
+    assert found[1, :1] == pytest.approx(chances(model, position(0.9)))
+    assert (found[1, 1:] == 0.0).all()
 
 
 def test_acceptance_follows_what_came_true() -> None:
     model = OutcomeModel(3)
     for _ in range(2000):
-        model.observe(stated(*[position(0.5)] * 4), right=3, other=1)
+        observe(model, *[(position(0.5), came) for came in (0, 0, 0, 1)])
     assert model.acceptance == pytest.approx(0.75, abs=0.02)
     for _ in range(20000):
-        model.observe(stated(position(0.5)), right=0)
+        observe(model, (position(0.5), -1))
     assert model.acceptance < 0.01
 
 
 def test_forks_belong_where_the_draft_is_wrong_not_where_it_says_so() -> None:
     model = OutcomeModel(3)
-    doubtful = stated(position(0.95), position(0.2))
-    before = model.chances(1, doubtful)
+    doubtful = (position(0.95), position(0.2))
+    before = chances(model, *doubtful)
     assert before[1, 1] > before[0, 1]
     # It is wrong where it is sure, and right where it is not.
     for _ in range(3000):
-        model.observe(stated(position(0.95)), right=0, other=1)
-        model.observe(stated(position(0.2)), right=1)
-    after = model.chances(1, doubtful)
+        observe(model, (position(0.95), 1), (position(0.2), 0))
+    after = chances(model, *doubtful)
     assert after[0, 1] > after[1, 1]
 
 
 def test_the_drafts_own_probabilities_rank_the_other_choices_of_all_positions() -> None:
     # The same doubt at both positions; one has a runner-up, the other has none.
-    found = OutcomeModel(3).chances(1, stated([0.5, 0.45, 0.05], [0.5, 0.25, 0.25]))
-    reached = 0.5
-    assert found[0, 1] * reached > found[1, 1] > found[0, 2] * reached
+    found = chances(OutcomeModel(3), [0.5, 0.45, 0.05], [0.5, 0.25, 0.25])
+    assert found[0, 1] * 0.5 > found[1, 1] > found[0, 2] * 0.5
 
 
 def test_a_choice_that_keeps_coming_is_believed_more() -> None:
     model = OutcomeModel(4)
     for _ in range(3000):
-        model.observe(stated(position(0.5, 4)), right=0, other=3)
-    found = model.chances(0, stated(position(0.5, 4)))[0]
+        observe(model, (position(0.5, 4), 3))
+    found = chances(model, position(0.5, 4))[0]
     assert found[3] > 5 * found[1]
     assert found[3] == pytest.approx(1.0, abs=0.02)
 
 
 def test_a_token_that_was_no_choice_makes_every_guess_less_likely() -> None:
     model = OutcomeModel(3)
-    before = model.chances(0, stated(position(0.5)))[0, 1:].sum()
+    before = chances(model, position(0.5))[0, 1:].sum()
     for _ in range(500):
-        model.observe(stated(position(0.5)), right=0, other=0)
-        model.observe(stated(position(0.5)), right=1)
-    assert model.chances(0, stated(position(0.5)))[0, 1:].sum() < before / 3
+        observe(model, (position(0.5), -1), (position(0.5), 0))
+    assert chances(model, position(0.5))[0, 1:].sum() < before / 3
 
 
 def test_what_is_not_known_yet_is_what_the_draft_usually_states() -> None:
     model = OutcomeModel(3)
     for _ in range(3000):
-        model.observe(stated(position(0.9)), right=1)
-    unknown, known = (
-        model.chances(1, stated(position(0.9))),
-        model.chances(1, stated(position(0.9), position(0.9))),
-    )
-    assert unknown == pytest.approx(known, abs=0.02)
+        observe(model, (position(0.9), 0))
+    unknown = chances(model, position(0.9), verified=1)
+    assert unknown == pytest.approx(chances(model, position(0.9), position(0.9)), abs=0.02)
 
 
 @given(
     st.lists(
-        st.tuples(st.lists(probabilities, max_size=7), st.integers(0, 3), st.booleans()),
-        max_size=20,
+        st.tuples(st.lists(probabilities, min_size=1, max_size=7), st.integers(-1, 3)), max_size=20
     ),
     st.integers(0, 6),
-    st.lists(probabilities, max_size=7),
+    st.lists(probabilities, min_size=1, max_size=7),
 )
 def test_whatever_was_observed_no_outcome_is_more_than_certain(
-    observed: list[tuple[list[float], int, bool]], verified: int, firsts: list[float]
+    observed: list[tuple[list[float], int]], verified: int, firsts: list[float]
 ) -> None:
     model = OutcomeModel(4)
-    for seen, other, wrong in observed:
-        rows = np.array([position(p, 4) for p in seen], np.float32).reshape(-1, 4)
-        model.observe(rows, len(seen) - wrong if seen else 0, other if wrong else None)
-    known = np.array([position(p, 4) for p in firsts[: verified + 1]], np.float32).reshape(-1, 4)
-    found = model.chances(verified, known)
+    for seen, last in observed:
+        observe(model, *[(position(p, 4), 0) for p in seen[:-1]], (position(seen[-1], 4), last))
+    known = [position(p, 4) for p in firsts[: verified + 1]]
+    found = chances(model, *known, verified=verified)
     assert found.shape == (verified + 1, 4)
     assert (found >= 0.0).all()
     assert (found[:-1, 0] == 0.0).all()
-    assert found.max() <= 1.0 + 1e-9
     # Each k ends in one way at most, so far as the draft's choices go.
     assert found[:, 1:].max(axis=1).sum() + found[-1, 0] <= 1.0 + 1e-9
     assert 0.0 < model.acceptance < 1.0

@@ -15,7 +15,7 @@ from tests.draft.toy_model import LookaheadToyModel, ToyModel, best_tokens, gree
 from vllm_ssd.core.tree import Walk, Where
 from vllm_ssd.draft.blocks import KVBlocks
 from vllm_ssd.draft.engine import DraftEngine
-from vllm_ssd.draft.rounds import Policy
+from vllm_ssd.draft.forking import Policy
 from vllm_ssd.draft.rows import Rows
 from vllm_ssd.target.published import PublishedTrees
 from vllm_ssd.wire.messages import (

@@ -131,9 +131,9 @@ class ToyModel:
             hashes[i] = self._read_back(table, first, length)
         self.forwards += 1
         self.sequences.append(len(lens))
-        first = [self.confidence_at(int(positions[end - 1]) + 1) for end in ends]
+        firsts = [self.confidence_at(int(positions[end - 1]) + 1) for end in ends]
         best = _best(hashes, self.vocab_size)[:, : self._num_candidates]
-        return Choices(best, stated(np.array(first), best.shape[1]))
+        return Choices(best, stated(np.array(firsts), best.shape[1]))
 
     def _read_back(self, table: Int32Array, first_new: int, length: int) -> np.uint64:
         """The hash of a sequence's text as its blocks hold it."""

@@ -6,6 +6,9 @@ import numpy as np
 
 from vllm_ssd.core.arrays import Float64Array
 
+_SMOOTHING = 0.2
+"""Weight of the newest verification time."""
+
 
 class StepTimeModel:
     """Seconds of one draft step as a straight line over its rows, fitted while it runs.
@@ -85,3 +88,49 @@ def worth_of_a_hit(
     reached = np.clip(seconds / steps - 1.0 - lookahead, 0.0, depth)
     worth = np.append(0.0, np.cumsum(acceptance ** np.arange(1.0, depth + 1.0)))
     return np.interp(reached, np.arange(depth + 1.0), worth)
+
+
+class RoundTimes:
+    """What steps and verifications take at the moment, as far as it was measured.
+
+    Args:
+        depth: K.
+        lookahead: whether the draft launches a step while another one is under way.
+    """
+
+    def __init__(self, depth: int, lookahead: bool) -> None:
+        self.steps = StepTimeModel()
+        self._depth, self._lookahead = depth, lookahead
+        self._batch = 1
+        """Requests that are drafted for."""
+        self._verifying = False
+        """Whether any drafted token is being verified, beside the one that is certain."""
+        self._verify_seconds = {False: 0.0, True: 0.0}
+        """How long that takes, smoothed: a step without drafts is a good deal shorter."""
+        self._worth: Float64Array | None = None
+        """In this round."""
+
+    def begin_round(self, batch: int, verifying: bool, verify_seconds: float) -> None:
+        """A verification has ended and the next one has begun.
+
+        Args:
+            batch: requests in it.
+            verifying: whether drafted tokens are verified now.
+            verify_seconds: how long the last one took; 0.0 if that is not known.
+        """
+        if verify_seconds:
+            before = self._verify_seconds[self._verifying] or verify_seconds
+            self._verify_seconds[self._verifying] = before + _SMOOTHING * (verify_seconds - before)
+        self._batch, self._verifying = batch, verifying
+        self._worth = None
+
+    def worth_of_a_hit(self, most: int, acceptance: float) -> Float64Array:
+        """``[2, most]``: without and with the choices known already (:func:`worth_of_a_hit`)."""
+        if self._worth is None:
+            seconds = self._verify_seconds[self._verifying]
+            seconds = seconds or self._verify_seconds[not self._verifying]
+            shared = (most, self.steps, seconds, self._batch, self._depth, acceptance)
+            self._worth = np.stack(
+                [worth_of_a_hit(*shared, prepared, self._lookahead) for prepared in (False, True)]
+            )
+        return self._worth

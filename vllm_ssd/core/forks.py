@@ -11,12 +11,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vllm_ssd.core.arrays import Float64Array, Int64Array
+from vllm_ssd.core.arrays import BoolArray, Float64Array, Int64Array
 
 
 class Forks(NamedTuple):
-    """Outcomes worth a fork, likeliest first; arrays of one length m."""
+    """Outcomes that get a fork, ``[m]`` all: by request, the likeliest of each first."""
 
+    request: Int64Array
+    """Which of the B requests."""
     k: Int64Array
     """How many tokens are accepted."""
     choice: Int64Array
@@ -24,45 +26,49 @@ class Forks(NamedTuple):
     chance: Float64Array
     """That of this outcome."""
 
-    def first(self, count: int) -> Forks:
-        """The likeliest ``count``."""
-        return Forks(self.k[:count], self.choice[:count], self.chance[:count])
+    def where(self, kept: BoolArray | Int64Array) -> Forks:
+        """Some of them."""
+        return Forks(self.request[kept], self.k[kept], self.choice[kept], self.chance[kept])
 
 
-def likeliest_forks(chances: Float64Array, most: int, caps: Sequence[int] | None = None) -> Forks:
-    """The outcomes to guess beside the trunk's own (all n tokens and the first choice after them).
+def choose_forks(
+    chances: Float64Array,
+    most: Int64Array,
+    worth_of_a_hit: Float64Array | None = None,
+    caps: Int64Array | None = None,
+) -> Forks:
+    """The likeliest outcomes beside the trunk's own (all n tokens and the first choice after them).
+
+    How many of them has most expected tokens in the next round: ``p_hit * worth_of_a_hit``, where
+    p_hit is the chance of the outcomes guessed, the trunk's own among them.
 
     Args:
-        chances: ``[n + 1, C]``, of each outcome (:meth:`OutcomeModel.chances`); 0 where no fork is
-            to be made.
-        most: forks in all.
-        caps: ``[n + 1]``, the most guesses after each k, the trunk's own among those of k = n; None
-            for no such cap.
+        chances: ``[B, K + 1, C]``, of each outcome (:meth:`OutcomeModel.chances`); 0 where no fork
+            is to be made.
+        most: ``[B]``, forks of each request.
+        worth_of_a_hit: ``[B, branches]``, tokens that a hit yields with 1, 2, ... branches
+            (:func:`vllm_ssd.core.budget.worth_of_a_hit`); None for as many forks as there may be.
+        caps: ``[B, K + 1]``, the most forks for each k; None for no such cap.
     """
-    worth = chances[:, 1:]
+    of_forks = chances[..., 1:]
     if caps is not None:
-        own = np.arange(len(chances)) == len(chances) - 1
-        guesses = np.maximum(np.asarray(caps) - own, 0)
-        worth = np.where(np.cumsum(worth > 0.0, axis=1) <= guesses[:, None], worth, 0.0)
-    flat = worth.ravel()
-    order = np.argsort(-flat, kind="stable")[:most]
-    order = order[flat[order] > 0.0]
-    k, choice = np.divmod(order, worth.shape[1])
-    return Forks(k, choice + 1, flat[order])
-
-
-def best_count(forks: Forks, own: float, worth_of_a_hit: Float64Array) -> int:
-    """How many of the likeliest forks to make: the number with most expected tokens.
-
-    Args:
-        forks: likeliest first.
-        own: the chance of the trunk's own outcome.
-        worth_of_a_hit: ``[branches]``, tokens that a hit yields with 1, 2, ... branches
-            (:func:`vllm_ssd.core.budget.worth_of_a_hit`).
-    """
-    hit = own + np.append(0.0, np.cumsum(forks.chance))
-    hit = hit[: len(worth_of_a_hit)]
-    return int(np.argmax(hit * worth_of_a_hit[: len(hit)]))
+        of_forks = np.where(np.cumsum(of_forks > 0.0, axis=2) <= caps[..., None], of_forks, 0.0)
+    flat = of_forks.reshape(len(chances), -1)
+    order = np.argsort(-flat, axis=1, kind="stable")[:, : int(most.max(initial=0))]
+    chance = np.take_along_axis(flat, order, axis=1)
+    count = most
+    if worth_of_a_hit is not None:
+        # Rows of the trunks: only for k = n is there anything at choice 0.
+        hit = np.empty((len(chances), order.shape[1] + 1))
+        hit[:, 0] = chances[..., 0].sum(axis=1)
+        np.cumsum(chance, axis=1, out=hit[:, 1:])
+        hit[:, 1:] += hit[:, :1]
+        width = min(hit.shape[1], worth_of_a_hit.shape[1])
+        best = np.argmax(hit[:, :width] * worth_of_a_hit[:, :width], axis=1)
+        count = np.minimum(most, best)
+    request, rank = np.nonzero((np.arange(order.shape[1]) < count[:, None]) & (chance > 0.0))
+    k, choice = np.divmod(order[request, rank], of_forks.shape[2])
+    return Forks(request, k, choice + 1, chance[request, rank])
 
 
 def caps_for(fan_out: Sequence[int], verified: int) -> tuple[int, ...]:

@@ -22,36 +22,32 @@ PRIOR = 10.0
 MEMORY = 1000
 """Observations after which one counts for a third."""
 _DECAY = 1.0 - 1.0 / MEMORY
-_LAST_LEVEL = 16
-_EVEN_ODDS = 8
-"""The level of a probability of one half; there is one for each unit of log-odds."""
-_ALMOST = 1e-6
+_ODDS = np.arange(-8.0, 9.0)
+"""The log-odds of each level: 0.88 and 0.9999 are seven levels apart."""
+_EDGES = (1.0 / (1.0 + np.exp(0.5 - _ODDS[1:]))).astype(np.float32)
+"""Probabilities at which one level ends and the next begins."""
+_ALMOST_CERTAIN = np.float32(1.0 - 1e-6)
 
 
 class Calibration:
-    """How often something comes true, by the probability stated for it.
-
-    Seventeen levels, one for each unit of log-odds: 0.88 and 0.9999 are seven levels apart.
-    """
+    """How often something comes true, by the probability stated for it, in levels of log-odds."""
 
     def __init__(self) -> None:
-        odds = np.arange(_LAST_LEVEL + 1.0) - _EVEN_ODDS
-        self._seen = np.full(_LAST_LEVEL + 1, PRIOR)
-        self._true = PRIOR / (1.0 + np.exp(-odds))
+        self._seen = np.full(len(_ODDS), PRIOR)
+        self._true = PRIOR / (1.0 + np.exp(-_ODDS))
 
     def observe(self, stated: Float32Array, came_true: BoolArray) -> None:
-        """Take in what was stated and whether it came true, ``[m]`` both."""
-        levels = _levels(stated)
-        seen = np.bincount(levels, minlength=len(self._seen))
+        """Take in what was stated and whether it came true, in one shape."""
+        levels, hits = np.searchsorted(_EDGES, stated.ravel()), came_true.ravel()
+        seen = np.bincount(levels, minlength=len(_ODDS))
+        true = np.bincount(levels[hits], minlength=len(_ODDS))
         faded = _DECAY**seen
         self._seen = self._seen * faded + seen
-        self._true = self._true * faded + np.bincount(
-            levels, weights=came_true, minlength=len(self._seen)
-        )
+        self._true = self._true * faded + true
 
     def of(self, stated: Float32Array) -> Float64Array:
         """The chance that each comes true, in the shape of ``stated``."""
-        chances: Float64Array = (self._true / self._seen)[_levels(stated)]
+        chances: Float64Array = (self._true / self._seen)[np.searchsorted(_EDGES, stated)]
         return chances
 
 
@@ -74,65 +70,59 @@ class OutcomeModel:
         """The chance that a first choice is right, whatever the draft states for it."""
         return self._right / self._seen
 
-    def observe(self, stated: Float32Array, right: int, other: int | None = None) -> None:
-        """Take in one outcome.
+    def observe(self, stated: Float32Array, came: Int64Array) -> None:
+        """Take in which choice the target made at positions that were verified.
 
         Args:
-            stated: ``[right, C]`` or ``[right + 1, C]``, the draft's probabilities of its choices
-                where it was verified, best first.
-            right: how many first choices came true; if there is one more, that one did not.
-            other: which of the choices came instead, from 1 on; 0 if it was none of them, None if
-                it is not known.
+            stated: ``[m, C]``, the draft's probabilities of its choices, best first.
+            came: ``[m]``, which of the choices it was; -1 for none of them.
         """
-        if not len(stated):
+        count = len(stated)
+        if not count:
             return
-        came_true = np.arange(len(stated)) < right
-        self._first.observe(stated[:, 0], came_true)
-        faded = _DECAY ** len(stated)
-        self._seen = self._seen * faded + len(stated)
-        self._right = self._right * faded + right
+        right = came == 0
+        self._first.observe(stated[:, 0], right)
+        faded = _DECAY**count
+        self._seen = self._seen * faded + count
+        self._right = self._right * faded + np.count_nonzero(right)
         self._usual = self._usual * faded + (1.0 - faded) * stated.mean(axis=0)
-        if other is not None and len(stated) > right:
-            shares = _shares(stated[right:])[0]
-            self._others.observe(shares, np.arange(1, len(shares) + 1) == other)
+        wrong = ~right
+        if wrong.any():
+            others = np.arange(1, stated.shape[1]) == came[wrong, None]
+            self._others.observe(_shares(stated[wrong]), others)
 
-    def chances(self, verified: int, stated: Float32Array) -> Float64Array:
-        """How likely each outcome of a verification of ``verified`` tokens is.
+    def chances(
+        self, verified: Int64Array, known: Int64Array, stated: Float32Array
+    ) -> Float64Array:
+        """How likely each outcome of each of B verifications is.
 
         Args:
-            verified: n.
-            stated: ``[m, C]``, the draft's probabilities of its choices at the first positions, as
-                far as they are known (m from 0 to n + 1), best first.
+            verified: ``[B]``, n of each, at most K.
+            known: ``[B]``, at how many positions, from the first on, the choices are known.
+            stated: ``[B, K + 1, C]``, the draft's probabilities of its choices, best first.
 
         Returns:
-            ``[n + 1, C]``: that k tokens are accepted and choice c after them follows. Choice 0 is
-            the drafted token for k < n, which cannot follow its own rejection: 0 there.
+            ``[B, K + 1, C]``: that k tokens are accepted and choice c after them follows. It is 0
+            for k > n, and for k < n at choice 0: a token cannot follow its own rejection.
         """
-        missing = verified + 1 - len(stated)
-        if missing > 0:
-            usual = np.broadcast_to(self._usual.astype(np.float32), (missing, stated.shape[1]))
-            stated = np.concatenate([stated, usual])
-        first = self._first.of(stated[:, 0])
-        reached = np.cumprod(first)  # all up to and including this one are right
+        k = np.arange(stated.shape[1])
+        unknown = k >= known[:, None]
+        if unknown.any():
+            stated = stated.copy()
+            stated[unknown] = self._usual
+        first = self._first.of(stated[..., 0])
+        reached = np.cumprod(first, axis=1)  # all up to and including this one are right
         wrong = 1.0 - first
-        wrong[1:] *= reached[:-1]
+        wrong[:, 1:] *= reached[:, :-1]
+        wrong[k > verified[:, None]] = 0.0
         chances = np.empty(stated.shape)
-        chances[:, 0] = 0.0
-        chances[-1, 0] = reached[-1]
-        chances[:, 1:] = wrong[:, None] * self._others.of(_shares(stated))
+        np.multiply(wrong[..., None], self._others.of(_shares(stated)), out=chances[..., 1:])
+        chances[..., 0] = np.where(k == verified[:, None], reached, 0.0)
         return chances
 
 
 def _shares(stated: Float32Array) -> Float32Array:
-    """``[m, C - 1]``, the others' shares of what the first choice leaves, ``stated: [m, C]``."""
-    left = np.maximum(1.0 - stated[:, :1], _ALMOST)
-    shares: Float32Array = stated[:, 1:] / left
+    """``[..., C - 1]``: the others' shares of what the first choice leaves them."""
+    left = np.float32(1.0) - np.minimum(stated[..., :1], _ALMOST_CERTAIN)
+    shares: Float32Array = stated[..., 1:] / left
     return shares
-
-
-def _levels(stated: Float32Array) -> Int64Array:
-    """The level of each probability."""
-    p = np.clip(stated, _ALMOST, 1.0 - _ALMOST)
-    odds = np.log(p / (1.0 - p))
-    levels: Int64Array = np.clip(np.rint(odds) + _EVEN_ODDS, 0, _LAST_LEVEL).astype(np.int64)
-    return levels

@@ -7,6 +7,7 @@ not wanted lately lose their KV and are prefilled again when they come back. It 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -164,16 +165,16 @@ class Allocator:
 
     def add_forks(
         self,
-        request: Request,
+        owners: Sequence[Request],
         starts: Int32Array,
         tokens: Int32Array,
         room: Int32Array,
         chances: Float64Array,
-    ) -> list[int]:
-        """Fork the trunk; rows and blocks are there (:meth:`affordable`).
+    ) -> Int32Array:
+        """Fork trunks; rows and blocks are there (:meth:`affordable`).
 
         Args:
-            request: whose trunk.
+            owners: whose trunk each fork leaves.
             starts: ``[forks]``, the position of each one's first token.
             tokens: ``[forks]``, that token.
             room: ``[forks]``, how many more tokens it may grow by.
@@ -182,21 +183,21 @@ class Allocator:
         Returns:
             The rows of the forks.
         """
-        rows = self.rows
-        made = rows.take(len(starts))
-        index = np.array(made, np.int32)
-        rows.block_table[index] = rows.block_table[request.trunk]
-        start_list, counts = starts.tolist(), self._own_counts(starts, room).tolist()
-        owned = self.blocks.fork(request.blocks, start_list, counts)
-        for row, start, own in zip(made, start_list, owned, strict=True):
+        rows, size = self.rows, self.blocks.block_size
+        made = np.array(rows.take(len(starts)), np.int32)
+        trunks = np.array([request.trunk for request in owners], np.int32)
+        rows.block_table[made] = rows.block_table[trunks]
+        at, counts = starts.tolist(), self._own_counts(starts, room).tolist()
+        owned = self.blocks.fork([request.blocks for request in owners], at, counts)
+        for request, row, start, own in zip(owners, made.tolist(), at, owned, strict=True):
             request.forks[row] = own
-            rows.set_blocks(row, start // self.blocks.block_size, [b.block_id for b in own])
-        rows.start[index] = rows.computed[index] = starts
-        rows.feed_token[index] = tokens
-        rows.room[index] = room
-        rows.stop[index] = request.stop
-        rows.chance[index] = chances
-        rows.pending[index] = True
+            rows.set_blocks(row, start // size, [block.block_id for block in own])
+        rows.start[made] = rows.computed[made] = starts
+        rows.feed_token[made] = tokens
+        rows.room[made] = room
+        rows.stop[made] = rows.stop[trunks]
+        rows.chance[made] = chances
+        rows.pending[made] = True
         self._counters["draft_forks"] += len(made)
         return made
 

@@ -80,21 +80,21 @@ class KVBlocks:
         self._pool.free_blocks(reversed(blocks))
 
     def fork(
-        self, trunk: Sequence[KVCacheBlock], starts: list[int], counts: list[int]
+        self, trunks: list[list[KVCacheBlock]], starts: list[int], counts: list[int]
     ) -> list[list[KVCacheBlock]]:
-        """Blocks for forks off one trunk.
+        """Blocks for forks off trunks.
 
         A fork shares the trunk's blocks that are full where it starts and owns those after them.
         The one that is partly full there is copied: at most one a fork.
 
         Args:
-            trunk: the trunk's blocks.
+            trunks: the blocks of the trunk that each fork leaves.
             starts: the position at which each fork starts.
             counts: how many blocks each is to own. The caller has checked :attr:`free_count`.
         """
         new = self.take(sum(counts))
         forks, at = [], 0
-        for start, count in zip(starts, counts, strict=True):
+        for trunk, start, count in zip(trunks, starts, counts, strict=True):
             own = new[at : at + count]
             at += count
             forks.append(own)

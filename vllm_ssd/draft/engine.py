@@ -13,14 +13,16 @@ from collections.abc import Callable
 
 import numpy as np
 
-from vllm_ssd.core.budget import StepTimeModel
+from vllm_ssd.core.budget import RoundTimes
+from vllm_ssd.core.outcomes import OutcomeModel
 from vllm_ssd.core.tree import row_width
 from vllm_ssd.draft.allocator import Allocator
 from vllm_ssd.draft.blocks import KVBlocks, VerifiedPrefix
+from vllm_ssd.draft.forking import Forking, Policy
 from vllm_ssd.draft.model import DraftModel
 from vllm_ssd.draft.pipeline import Pipeline, Taken
 from vllm_ssd.draft.request import Request
-from vllm_ssd.draft.rounds import Policy, Rounds
+from vllm_ssd.draft.rounds import Rounds
 from vllm_ssd.draft.rows import MAX_STOP_TOKENS, Rows
 from vllm_ssd.draft.trees import Trees
 from vllm_ssd.wire.messages import (
@@ -78,8 +80,10 @@ class DraftEngine:
         self.model = model
         self.trees = Trees(len(rows.start), row_width(policy.num_speculative_tokens))
         self.allocator = Allocator(rows, blocks, self.trees, self.counters)
-        self._clock = StepTimeModel()
-        self._rounds = Rounds(self.allocator, self.trees, policy, self._clock, model.lookahead)
+        self._times = RoundTimes(policy.num_speculative_tokens, model.lookahead)
+        outcomes = OutcomeModel(rows.choices.shape[-1])
+        self._rounds = Rounds(self.allocator, self.trees, policy.num_speculative_tokens, outcomes)
+        self._forking = Forking(self.allocator, self.trees, policy, outcomes, self._times)
         self._pipeline = Pipeline(
             model, self.allocator, prefill_chunk, prefill_chunk_idle, interrupted
         )
@@ -110,8 +114,8 @@ class DraftEngine:
         )
         request.last_used = self.allocator.round
         self.allocator.requests[message.handle] = request
-        self._rounds.plan(request, [])
-        self._rounds.fork([request])
+        self._rounds.plan([request], [[]])
+        self._forking.fork([request])
 
     def finished(self, message: Finished) -> None:
         """Free what finished requests hold."""
@@ -130,6 +134,7 @@ class DraftEngine:
             request = self.allocator.requests.get(handle)
             if request is not None:
                 self._rounds.trim(request, verified)
+                self._forking.fork([request])
         self._end_idle_round()
 
     def verified(self, message: Verified) -> None:
@@ -141,13 +146,10 @@ class DraftEngine:
         self._settle()
         self._cut_round()
         requests, confirmed, proposed = self._unpack(message)
-        self._rounds.begin(len(requests), any(proposed), message.verify_us * 1e-6)
-        # Rows and blocks that the outcomes free are there before any are taken.
-        for request, tokens in zip(requests, confirmed, strict=True):
-            self._rounds.follow(request, tokens)
-        for request, tokens in zip(requests, proposed, strict=True):
-            self._rounds.plan(request, tokens)
-        self._rounds.fork(requests)
+        self._times.begin_round(len(requests), any(proposed), message.verify_us * 1e-6)
+        self._rounds.follow(requests, confirmed)
+        self._rounds.plan(requests, proposed)
+        self._forking.fork(requests)
         if self.has_work:
             self._round_began = time.perf_counter()
 
@@ -204,10 +206,8 @@ class DraftEngine:
 
     def _follow_up(self, taken: Taken) -> None:
         """Grow the trees by a step; fork where it made choices known."""
-        self.trees.step(*taken.grown)
-        self._rounds.fork(
-            [request for request in self.allocator.requests.values() if request.forks_open]
-        )
+        self.trees.step(taken.grown)
+        self._forking.fork(self.allocator.requests.values())
         self._count(taken)
 
     def _count(self, taken: Taken) -> None:
@@ -216,7 +216,7 @@ class DraftEngine:
         seconds = now - max(taken.began, self._counted)
         self._counted = now
         if not taken.prefilled:
-            self._clock.observe(taken.decoded, seconds)
+            self._times.steps.observe(taken.decoded, seconds)
         counters = self.counters
         counters["draft_steps"] += 1
         counters["draft_rows"] += taken.decoded

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from vllm_ssd.draft.blocks import KVBlocks
 from vllm_ssd.draft.engine import DraftEngine, OutOfStepError
-from vllm_ssd.draft.rounds import Policy
+from vllm_ssd.draft.forking import Policy
 from vllm_ssd.draft.rows import Rows
 from vllm_ssd.draft.validation import Bounds, check
 from vllm_ssd.draft.vllm_model import VllmDraftModel
