@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vllm_ssd.core import tree as tree_module
 from vllm_ssd.core.arrays import Int32Array
 from vllm_ssd.core.tree import SpeculationCache, Where
 
@@ -187,7 +188,8 @@ def cache_of(trees: list[Grown | None]) -> SpeculationCache:
 def test_looking_many_up_at_once_finds_what_each_walk_finds(trees: list[Grown | None]) -> None:
     cache = cache_of(trees)
     texts = [[1] if tree is None else tree.text for tree in trees]
-    found = cache.look_up(list(range(len(trees))), texts)
+    found = cache.look_up_many(list(range(len(trees))), texts)
+    assert found == cache.look_up(list(range(len(trees))), texts)
     assert len(found) == len(trees)
     for handle, (text, below) in enumerate(zip(texts, found, strict=True)):
         walk = cache.walk(handle, text)
@@ -202,14 +204,16 @@ def test_trees_planted_together_are_those_planted_one_by_one(trees: list[Grown])
     one_by_one, together = (SpeculationCache(max_rows=8, width=8) for _ in range(2))
     for row, tree in enumerate(trees):
         one_by_one.plant(row, BASE + row, row, ints(*tree.trunk), 0 in tree.ended)
-    together.plant_all(
-        list(range(len(trees))),
-        [BASE + row for row in range(len(trees))],
-        list(range(len(trees))),
-        [len(tree.trunk) for tree in trees],
-        ints(*(token for tree in trees for token in tree.trunk)),
-        [int(0 in tree.ended) for tree in trees],
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tree_module, "_MANY", 1)
+        together.plant_all(
+            list(range(len(trees))),
+            [BASE + row for row in range(len(trees))],
+            list(range(len(trees))),
+            [len(tree.trunk) for tree in trees],
+            ints(*(token for tree in trees for token in tree.trunk)),
+            [int(0 in tree.ended) for tree in trees],
+        )
     assert together.trees == one_by_one.trees
     for name in ("tokens", "length", "ended"):
         assert np.array_equal(getattr(together, name), getattr(one_by_one, name))

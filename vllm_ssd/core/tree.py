@@ -11,7 +11,6 @@ Look-up is by content: the confirmed text is walked down the tree, there is no r
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
@@ -88,13 +87,13 @@ class Tree:
         return -1
 
 
-_MANY = 4
-"""From so many rows on they are taken from the arrays all at once."""
+_MANY = 48
+"""From so many requests on operations on arrays of them all are faster than one after another."""
 _PRUNED = -1
 """In place of the key of a fork that is not there any more."""
 
 
-def fork_keys(k: Int32Array, tokens: Int32Array) -> Int64Array:
+def fork_keys(k: Int32Array | Int64Array, tokens: Int32Array) -> Int64Array:
     """One int64 for each ``(k, t*)``."""
     return (k.astype(np.int64) << 32) | tokens
 
@@ -250,55 +249,90 @@ class SpeculationCache:
         return Walk(Where.PENDING if still_open else Where.OFF, tree.trunk, k)
 
     def look_up(self, handles: list[int], texts: list[list[int]]) -> list[Below]:
-        """Walk the texts of many requests at once, and take what lies below.
+        """Walk the texts of several requests, and take what lies below.
 
         Args:
             handles: the requests.
             texts: of each its confirmed tokens from its tree's ``base`` on, as for :meth:`walk`.
 
         Returns:
-            For each the same as :meth:`walk`, with the tokens found.
+            For each what :meth:`walk` says, with the tokens found.
         """
-        trees = [self.trees.get(handle) for handle in handles]
-        trunks = self._rows([tree.trunk for tree in trees if tree is not None])
+        if len(handles) >= _MANY:
+            return self.look_up_many(handles, texts)
         found: list[Below] = []
-        left: list[tuple[int, int]] = []
-        """Texts that leave their trunk at a fork: the index, and after how many tokens."""
-        forks: list[int] = []
-        for tree, text in zip(trees, texts, strict=True):
-            if tree is None:
-                found.append(NOWHERE)
-                continue
-            trunk, ended = next(trunks)
-            k = _common_prefix(trunk, text)
-            if k == len(text):
-                found.append(Below(Where.FOUND, tree.trunk, trunk[k:], ended))
-                continue
-            row = tree.fork_at(k, text[k])
-            if row >= 0:
-                left.append((len(found), k))
-                forks.append(row)
-            still_open = not tree.complete or (k == len(trunk) and not ended)
-            where = Where.PENDING if still_open else Where.OFF
-            found.append(Below(where, tree.trunk, [], False))
-        for (index, k), row, (branch, ended) in zip(left, forks, self._rows(forks), strict=True):
-            rest = texts[index][k:]
-            matched = _common_prefix(branch, rest)
-            if matched == len(rest):
-                found[index] = Below(Where.FOUND, row, branch[matched:], ended)
+        for handle, text in zip(handles, texts, strict=True):
+            walk = self.walk(handle, text)
+            if walk.where is Where.FOUND:
+                drafted = self.row_tokens(walk.row)[walk.offset :]
+                found.append(Below(walk.where, walk.row, drafted, bool(self.ended[walk.row])))
             else:
-                still_open = matched == len(branch) and not ended
-                where = Where.PENDING if still_open else Where.OFF
-                found[index] = Below(where, found[index].row, [], False)
+                found.append(Below(walk.where, walk.row, [], False))
         return found
 
-    def _rows(self, rows: list[int]) -> Iterator[tuple[list[int], bool]]:
-        """Tokens of rows, and whether they have ended."""
-        if len(rows) < _MANY:
-            return iter([(self.row_tokens(row), bool(self.ended[row])) for row in rows])
-        tokens, lengths = self.tokens[rows].tolist(), self.length[rows].tolist()
-        cut = [of_row[:length] for of_row, length in zip(tokens, lengths, strict=True)]
-        return zip(cut, self.ended[rows].tolist(), strict=True)
+    def look_up_many(self, handles: list[int], texts: list[list[int]]) -> list[Below]:
+        """The same as :meth:`look_up`, by operations on arrays that hold all requests."""
+        found = [NOWHERE] * len(handles)
+        known = [i for i, handle in enumerate(handles) if handle in self.trees]
+        if not known:
+            return found
+        trees = [self.trees[handles[i]] for i in known]
+        sizes = np.array([len(texts[i]) for i in known])
+        new = np.full((len(known), int(sizes.max()) + 1), -1, np.int32)
+        flat = [token for i in known for token in texts[i]]
+        new[np.arange(new.shape[1]) < sizes[:, None]] = flat
+
+        # Down the trunks; and where a text leaves its trunk, down the fork that begins there.
+        trunks = np.array([tree.trunk for tree in trees])
+        kept = self._agree(trunks, new, sizes)
+        left = np.flatnonzero(kept < sizes)
+        k = kept[left]
+        rows, offsets = trunks.copy(), kept.copy()
+        forks = _forks_at([trees[i] for i in left], fork_keys(k, new[left, k]))
+        at_fork, fork_rows = left[forks >= 0], forks[forks >= 0]
+        shift = kept[at_fork][:, None] + np.arange(new.shape[1])
+        rests = np.take_along_axis(new[at_fork], np.minimum(shift, new.shape[1] - 1), axis=1)
+        rows[at_fork] = fork_rows
+        offsets[at_fork] = self._agree(fork_rows, rests, sizes[at_fork] - kept[at_fork])
+
+        lengths, ended = self.length[rows], self.ended[rows]
+        goal = sizes.copy()
+        goal[at_fork] -= kept[at_fork]
+        complete = offsets == goal
+        # At the end of a row that still grows; or where a fork may still be made.
+        still_open = (offsets == lengths) & ~ended
+        no_fork = left[forks < 0]
+        complete[no_fork] = False
+        more_to_come = np.array([not tree.complete for tree in trees])
+        still_open[no_fork] |= more_to_come[no_fork]
+        for i, trunk, row, tokens, offset, length, end, hit, pending in zip(
+            known,
+            trunks.tolist(),
+            rows.tolist(),
+            self.tokens[rows].tolist(),
+            offsets.tolist(),
+            lengths.tolist(),
+            ended.tolist(),
+            complete.tolist(),
+            still_open.tolist(),
+            strict=True,
+        ):
+            if hit:
+                found[i] = Below(Where.FOUND, row, tokens[offset:length], end)
+            else:
+                where = Where.PENDING if pending else Where.OFF
+                found[i] = Below(where, trunk, [], False)
+        return found
+
+    def _agree(self, rows: Int64Array, texts: Int32Array, sizes: Int64Array) -> Int64Array:
+        """How many leading tokens of each text (``[n, width]``, its ``size`` first ones count)
+        are those of its row; ``[n]``."""
+        width = min(texts.shape[1], self.tokens.shape[1])
+        known = np.minimum(sizes, self.length[rows])
+        same = np.zeros((len(rows), width + 1), np.bool_)
+        same[:, :width] = self.tokens[rows, :width] == texts[:, :width]
+        same[:, :width] &= np.arange(width) < known[:, None]
+        return same.argmin(axis=1)
 
     def row_tokens(self, row: int) -> list[int]:
         """The tokens of a row."""
@@ -316,6 +350,21 @@ class SpeculationCache:
         end = max(walk.offset, min(length, walk.offset + limit))
         tokens: list[int] = self.tokens[walk.row, walk.offset : end].tolist()
         return tokens
+
+
+def _forks_at(trees: list[Tree], keys: Int64Array) -> Int64Array:
+    """For each tree the row of its fork with that key (:meth:`Tree.fork_at`), or -1; ``[n]``."""
+    found = np.full(len(trees), -1, np.int64)
+    batches = [(i, batch) for i, tree in enumerate(trees) for batch in tree.forks]
+    if batches:
+        counts = [len(rows) for _, (_, rows) in batches]
+        owners = np.repeat([i for i, _ in batches], counts)
+        have = np.concatenate([of for _, (of, _) in batches])
+        rows = np.concatenate([rows for _, (_, rows) in batches])
+        # Backwards: of two forks with one key the first one counts.
+        hits = np.flatnonzero(have == keys[owners])[::-1]
+        found[owners[hits]] = rows[hits]
+    return found
 
 
 def _common_prefix(a: list[int], b: list[int]) -> int:
