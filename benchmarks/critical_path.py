@@ -1,7 +1,7 @@
 """The two host-side costs of SSD: ``propose()`` on hits, and the draft's own Python per step.
 
 The real proposer, client, cache and draft engine, talking over a real socket pair; only the draft
-model is replaced by a table look-up, so that every look-up is a hit and no model time is measured.
+model is replaced by a table look-up, so that look-ups hit and no model time is measured.
 The draft's turn is taken between two proposals and not timed as part of them.
 
     python benchmarks/critical_path.py
@@ -40,8 +40,19 @@ from vllm_ssd.wire.messages import (
 
 VOCABULARY = 49_152
 DEPTH = 6
-CASES = ((1, 24, 100), (1, 24, 8_000), (32, 24, 100), (32, 24, 8_000), (64, 16, 100), (256, 4, 100))
-"""Requests, branches of each (1,024 rows at most in all), and the length of their texts."""
+CASES = (
+    (1, 24, 100, 0.0),
+    (1, 24, 8_000, 0.0),
+    (32, 24, 100, 0.0),
+    (32, 24, 8_000, 0.0),
+    (64, 16, 100, 0.0),
+    (256, 4, 100, 0.0),
+    (1, 24, 100, 0.8),
+    (32, 24, 100, 0.8),
+    (256, 4, 100, 0.8),
+)
+"""Requests, branches of each (1,024 rows at most in all), the length of their texts, and how many
+verifications reject a token: then the target's is the draft's second choice."""
 CANDIDATES = 25
 ROUNDS = 200
 BLOCK = 32
@@ -61,9 +72,9 @@ class TableModel:
         return Done(Choices(top.astype(np.int32), np.repeat(self._shares, len(last), axis=0)))
 
 
-def successor(token: int) -> int:
-    """The token the model, and so the pretended target, puts after ``token``."""
-    return (token * 31 + 7) % VOCABULARY
+def successor(token: int, choice: int = 0) -> int:
+    """The token the model, and so the pretended target, puts after ``token``; or another choice."""
+    return (token * 31 + choice * 101 + 7) % VOCABULARY
 
 
 class Draft:
@@ -108,13 +119,16 @@ class Draft:
         self._number += 1
 
 
-def measure(requests: int, branches: int, context: int) -> tuple[list[float], DraftEngine, float]:
+def measure(
+    requests: int, branches: int, context: int, rejected: float
+) -> tuple[list[float], DraftEngine, float]:
     """Seconds of each ``propose()``, the draft engine, and the share of look-ups that hit."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     proposer, client = _proposer(ours, branches, context)
     texts = np.zeros((requests, context + 4096), np.int32)
     lengths = np.full(requests, context, np.int32)
-    texts[:, :context] = np.random.default_rng(0).integers(3, VOCABULARY, (requests, context))
+    chance = np.random.default_rng(0)
+    texts[:, :context] = chance.integers(3, VOCABULARY, (requests, context))
     draft = Draft(theirs, requests, branches, context)
     client.poll(1.0)
     names = [f"request-{i}" for i in range(requests)]
@@ -136,9 +150,11 @@ def measure(requests: int, branches: int, context: int) -> tuple[list[float], Dr
         draft.turn()
         sampled = []
         for i, proposal in enumerate(proposals):
-            # Everything proposed is accepted, and the target's next token is the draft's.
-            last = proposal[-1] if proposal else int(texts[i, lengths[i] - 1])
-            tokens = [*proposal, successor(last)]
+            rejects = chance.random() < rejected
+            # Else everything is accepted, and the target's next token is the draft's.
+            accepted = proposal[: int(chance.integers(DEPTH))] if rejects else proposal
+            last = accepted[-1] if accepted else int(texts[i, lengths[i] - 1])
+            tokens = [*accepted, successor(last, choice=int(rejects))]
             texts[i, lengths[i] : lengths[i] + len(tokens)] = tokens
             lengths[i] += len(tokens)
             sampled.append(tokens)
@@ -167,18 +183,28 @@ def _proposer(
 def main() -> None:
     """Print both tables."""
     table = Table(title=f"propose(), K = {DEPTH}, {ROUNDS} rounds")
-    for column in ("requests", "branches", "context", "hit rate", "10 %", "median", "99 %"):
+    for column in (
+        "requests",
+        "branches",
+        "context",
+        "rejected",
+        "hit rate",
+        "10 %",
+        "median",
+        "99 %",
+    ):
         table.add_column(column, justify="right")
     steps = Table(title="the draft's Python per step, beyond the model's forward")
     for column in ("rows", "context", "mean"):
         steps.add_column(column, justify="right")
-    for requests, branches, context in CASES:
-        seconds, engine, hit_rate = measure(requests, branches, context)
+    for requests, branches, context, rejected in CASES:
+        seconds, engine, hit_rate = measure(requests, branches, context, rejected)
         microseconds = sorted(1e6 * s for s in seconds[20:])
         table.add_row(
             str(requests),
             str(branches),
             str(context),
+            f"{rejected:.0%}",
             f"{hit_rate:.1%}",
             f"{microseconds[len(microseconds) // 10]:.0f} µs",
             f"{statistics.median(microseconds):.0f} µs",
@@ -190,7 +216,7 @@ def main() -> None:
             str(context),
             f"{1e3 * counters['draft_python_seconds'] / counters['draft_steps']:.2f} ms",
         )
-    console = Console()
+    console = Console(width=110)
     console.print(table)
     console.print(steps)
 
