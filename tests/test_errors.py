@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from vllm.config import ModelConfig, MultiModalConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from tests.tiny_models import TinyModels
 from vllm_ssd import compat
 from vllm_ssd.plugin import PROPOSER, WORKER
-from vllm_ssd.preflight import check_engine
+from vllm_ssd.preflight import check_draft, check_engine
 from vllm_ssd.target.draft_setup import plan_draft
 
 DELETED = object()
@@ -70,6 +72,17 @@ def refusal(models: TinyModels, engine: dict[str, Any] | None = None, **options:
         ({"draft_vocab": 513}, ["'draft_vocab' = 513", "has only 512 tokens", "lower it"]),
         ({"draft_vocab": "/no/list"}, ["'draft_vocab' = '/no/list'", "no such file", "a number"]),
         ({"draft_quantization": "zip"}, ["'draft_quantization' = 'zip'", "Must be one of"]),
+        (
+            {"draft_hf_overrides": {"architectures": ["Nope"]}},
+            ["['Nope'] are not supported for now; give the folder"],
+        ),
+        (
+            {"model": "nobody/nothing", "draft_revision": "v9"},
+            ["'nobody/nothing'", "that has revision 'v9'"],
+        ),
+        ({"draft_load_format": "zip"}, ["'draft_load_format' = 'zip'", "not supported", "--load"]),
+        ({"acceptance": 0.8}, ["'acceptance' is gone", "leave it out"]),
+        ({"fan_out": {"geometric": 99}}, ["'geometric': input should be less than or equal"]),
     ],
 )
 def test_wrong_option_is_named_with_its_value_and_the_mend(
@@ -87,8 +100,8 @@ def test_a_draft_kv_cache_that_holds_no_whole_text_is_refused(tiny_pair: TinyMod
         model=str(tiny_pair.target),
         draft_kv_cache_memory_bytes=1 << 20,
     )
-    assert "'draft_kv_cache_memory_bytes' = 1048576 holds 512 tokens" in sentence
-    assert "fewer than a text of 1000; raise it to 2097152, or lower draft_max_model" in sentence
+    assert "'draft_kv_cache_memory_bytes' = 1048576 holds 480 tokens" in sentence
+    assert "fewer than a text of 1000; raise it to 2162688, or lower draft_max_model" in sentence
 
 
 def test_a_draft_in_the_home_folder_is_found_by_the_draft_process(
@@ -109,6 +122,11 @@ def test_a_draft_in_the_home_folder_is_found_by_the_draft_process(
             ["distributed_executor_backend = 'external_launcher'", "use 'mp'"],
         ),
         ({"data_parallel_size": 2}, ["data_parallel_size = 2", "one server per rank"]),
+        ({"prefill_context_parallel_size": 2}, ["prefill_context_parallel_size = 2", "tensor_"]),
+        (
+            {"worker_cls": "vllm.v1.worker.cpu_worker.CPUWorker"},
+            ["worker_cls = 'vllm.v1.worker.cpu_worker.CPUWorker' is not SSDWorker", WORKER],
+        ),
         ({"async_scheduling": True}, ["async_scheduling = True", "leave it unset"]),
     ],
 )
@@ -215,6 +233,93 @@ def test_draft_without_its_window_is_fine(tiny_pair: TinyModels, tmp_path: Path)
     draft = _copy(tiny_pair.draft, tmp_path)
     _edit(draft / "config.json", lambda file: file.update(_mistral(window=None)))
     configure(tiny_pair, model=str(draft))
+
+
+def test_draft_with_three_positions_a_token_is_refused(
+    tiny_pair: TinyModels, tmp_path: Path
+) -> None:
+    draft = _copy(tiny_pair.draft, tmp_path)
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
+    _edit(draft / "config.json", lambda file: file.update(rope_parameters=rope))
+    sentence = refusal(tiny_pair, model=str(draft))
+    assert "reads more than text (multimodal, M-RoPE)" in sentence
+    assert "choose a draft model for text alone" in sentence
+
+
+def test_multimodal_draft_is_refused(tiny_pair: TinyModels) -> None:
+    draft = ModelConfig(model=str(tiny_pair.draft))
+    check_draft(draft)
+    draft.multimodal_config = MultiModalConfig()
+    with pytest.raises(ValueError, match=r"^ssd: option 'model' = .* reads more than text"):
+        check_draft(draft)
+
+
+def test_draft_that_does_not_generate_is_refused(tiny_pair: TinyModels) -> None:
+    draft = ModelConfig(model=str(tiny_pair.draft), runner="pooling")
+    with pytest.raises(ValueError, match=r"^ssd: option 'model' = .* does not generate text"):
+        check_draft(draft)
+
+
+# ---- vLLM's --spec-... options
+
+
+def on_command_line(models: TinyModels, *arguments: str) -> Any:
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
+    given = ["--model", str(models.target), "--dtype", "float32", *arguments]
+    return EngineArgs.from_cli_args(parser.parse_args(given)).create_engine_config()
+
+
+def test_spec_model_and_spec_tokens_complete_the_speculative_config(tiny_pair: TinyModels) -> None:
+    options = ["--spec-model", str(tiny_pair.draft), "--spec-tokens", "3"]
+    config = on_command_line(tiny_pair, "--speculative-config", '{"method": "ssd"}', *options)
+    assert check_engine(config).config.num_speculative_tokens == 3
+    assert check_engine(config).draft.model == str(tiny_pair.draft)
+    assert config.parallel_config.worker_cls == WORKER
+
+
+def test_spec_method_works_where_vllm_lets_it_pass(tiny_pair: TinyModels) -> None:
+    arguments = EngineArgs(
+        model=str(tiny_pair.target),
+        dtype="float32",
+        spec_method="ssd",
+        spec_model=str(tiny_pair.draft),
+        spec_tokens=3,
+        speculative_config={"fan-out": 2},
+    )
+    for _ in range(2):
+        assert check_engine(arguments.create_engine_config()).config.fan_out == 2
+
+
+def test_spec_method_on_the_command_line_is_refused_by_name(
+    tiny_pair: TinyModels, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        on_command_line(tiny_pair, "--spec-method", "ssd")
+    assert "argument --spec-method" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "said"),
+    [
+        ("spec_tokens", 4, "--spec-tokens = 4, but the speculative config has"),
+        ("spec_model", "other", "--spec-model = 'other', but the speculative config has 'model'"),
+        ("spec_method", "ngram", "--spec-method = 'ngram', but the speculative config has"),
+    ],
+)
+def test_what_is_said_twice_is_refused(
+    tiny_pair: TinyModels, flag: str, value: Any, said: str
+) -> None:
+    sentence = refusal(tiny_pair, {flag: value})
+    assert said in sentence
+    assert "leave one of them out" in sentence
+
+
+def test_automatic_model_length_on_the_command_line_is_fine(tiny_pair: TinyModels) -> None:
+    options = json.dumps(
+        {"method": "ssd", "model": str(tiny_pair.draft), "num_speculative_tokens": 3}
+    )
+    config = on_command_line(tiny_pair, "--max-model-len", "auto", "--speculative-config", options)
+    assert plan_draft(check_engine(config), config).fits_length
 
 
 # ---- vLLM's plain spelling

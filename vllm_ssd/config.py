@@ -6,6 +6,7 @@ from difflib import get_close_matches
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
 
 from vllm_ssd.core.forks import geometric_fan_out
 
@@ -21,15 +22,28 @@ often (docs/performance.md), and each is a row of the draft's batch."""
 
 _NEEDS = {
     "model": "needs a folder or a hub name",
-    "fan_out": f"needs 'auto', an integer from 0 to {MAX_FAN_OUT}, or a list of "
-    "num_speculative_tokens + 1 of them, not all 0; or {'geometric': an integer}",
+    "fan_out": f"needs 'auto', an integer from 1 to {MAX_FAN_OUT}, a list of "
+    f"num_speculative_tokens + 1 integers from 0 to {MAX_FAN_OUT}, not all 0, or "
+    "{'geometric': an integer}",
     "branches": f"needs an integer from 1 to {MAX_BRANCHES}, or 'auto'",
     "draft_device": "needs 'auto', 'cpu', 'cuda' or 'cuda:<index>'",
     "draft_cpu_cores": "needs a list of core numbers",
     "pad_misses": "needs true, false or 'auto'",
     "draft_vocab": "needs a number of tokens, 0 for all, or a file of token ids by frequency",
+    "draft_hf_overrides": "needs a dictionary of fields of the draft model's config.json",
 }
 """What an option takes, where pydantic's own words would not say it."""
+
+_LEARNED = "it is learned from the verifications; leave it out"
+_GONE = {
+    "fan_out_policy": "the split by Theorem 12 is fan_out = {'geometric': F} now, the uniform one "
+    "fan_out = F",
+    "acceptance": f"{_LEARNED} (only the geometric fan-out assumes one: fan_out = "
+    "{'geometric': F, 'acceptance': a})",
+    "miss_exponent": f"{_LEARNED} (only the geometric fan-out assumes one: fan_out = "
+    "{'geometric': F, 'miss_exponent': r})",
+}
+"""Options of earlier versions, and what took their place."""
 
 
 class GeometricFanOut(BaseModel):
@@ -73,8 +87,10 @@ class SSDConfig(BaseModel):
     """How long one proposal (the whole batch) may wait for the branch that came true."""
 
     draft_device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
-    """Where the draft runs: ``"cpu"``, ``"cuda:1"``, ...; ``"auto"``: the target's kind of device,
-    on CUDA the first one the target does not use, else the target's own."""
+    """Where the draft runs: ``"auto"``, ``"cpu"``, ``"cuda"`` (as auto) or ``"cuda:<index>"``, the
+    index counting the devices that the engine's process sees (``CUDA_VISIBLE_DEVICES``). Auto: the
+    target's kind of device; on CUDA the first one that the target does not use, of
+    ``--device-ids`` if that is given, else the target's own."""
 
     draft_cpu_cores: list[int] | None = Field(default=None, min_length=1)
     """Cores of a draft on CPU. Default: those the target leaves free, else the last one."""
@@ -90,6 +106,19 @@ class SSDConfig(BaseModel):
     frequent first (``#`` starts a comment); or how many, of those the draft's folder lists in
     ``draft_vocab.txt``, else of the lowest ids; 0 for all. The target's end tokens are always
     among them. Default: all that ``draft_vocab.txt`` lists, if there is one, else all tokens."""
+
+    draft_revision: str | None = Field(default=None, min_length=1)
+    """Branch, tag or commit of a draft from the hub. Default: its main branch."""
+
+    draft_code_revision: str | None = Field(default=None, min_length=1)
+    """The same for the code of a draft that needs ``--trust-remote-code``."""
+
+    draft_hf_overrides: dict[str, Any] | None = None
+    """As vLLM's ``hf_overrides``, a dictionary, for the draft model."""
+
+    draft_load_format: str = Field(default="auto", min_length=1)
+    """As vLLM's ``load_format``, for the draft model. It does not follow the target's, which may
+    suit the target's files alone."""
 
     draft_max_model_len: int | None = Field(default=None, ge=2)
     """Longest text the draft follows. Default: the target's, at most what the draft supports."""
@@ -187,10 +216,14 @@ class SSDConfig(BaseModel):
 def _explain(error: ValidationError, options: dict[str, Any]) -> str:
     """Pydantic's findings as one sentence an option, for the person who wrote them."""
     sentences: dict[str, str] = {}
+    inner: dict[str, list[str]] = {}
     for finding in error.errors():
         # A union reports each of its members; the option's name comes first in all of them.
         name = str(finding["loc"][0]) if finding["loc"] else ""
         message = finding["msg"].removeprefix("Value error, ")
+        if finding["loc"][1:2] == ("GeometricFanOut",) and isinstance(options[name], dict):
+            inner.setdefault(name, []).append(_explain_geometric(finding))
+            continue
         if finding["type"] == "extra_forbidden":
             sentence = _unknown(name)
         elif finding["type"] == "missing":
@@ -201,10 +234,25 @@ def _explain(error: ValidationError, options: dict[str, Any]) -> str:
         else:
             sentence = message
         sentences.setdefault(name, sentence)
+    # For a dictionary this is more exact than what the union's other members say.
+    for name, found in inner.items():
+        sentences[name] = f"option {name!r} = {options[name]!r}: {' and '.join(found)}"
     return "ssd: " + "; ".join(sentences.values())
 
 
+def _explain_geometric(finding: ErrorDetails) -> str:
+    """What is wrong with one entry of ``fan_out = {"geometric": ...}``."""
+    entry = str(finding["loc"][-1])
+    if finding["type"] == "missing":
+        return f"{entry!r} is missing (an integer from 1 to {MAX_FAN_OUT})"
+    if finding["type"] == "extra_forbidden":
+        return f"it has no {entry!r}, only {', '.join(map(repr, GeometricFanOut.model_fields))}"
+    return f"{entry!r}: {finding['msg'][0].lower()}{finding['msg'][1:]}"
+
+
 def _unknown(name: str) -> str:
+    if name in _GONE:
+        return f"option {name!r} is gone: {_GONE[name]}"
     similar = get_close_matches(name, SSDConfig.model_fields, n=1)
     hint = f" (did you mean {similar[0]!r}?)" if similar else ""
     return f"unknown option {name!r}{hint}; the options are {', '.join(SSDConfig.model_fields)}"

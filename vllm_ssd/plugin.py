@@ -13,6 +13,9 @@ METHOD = "ssd"
 PROPOSER = "vllm_ssd.target.proposer.SSDProposer"
 WORKER = "vllm_ssd.target.worker.SSDWorker"
 
+_FLAGS = {"method": "method", "model": "model", "num_speculative_tokens": "tokens"}
+"""What vLLM's ``--spec-...`` options set in the speculative config."""
+
 
 def register() -> None:
     """Called by vLLM in each of its processes (``vllm.general_plugins``)."""
@@ -27,7 +30,7 @@ def register() -> None:
     def create_speculative_config(
         self: EngineArgs, target_model_config: Any, target_parallel_config: Any
     ) -> Any:
-        options = self.speculative_config
+        options = _gather(self)
         if isinstance(options, dict):
             if options.get("method") == METHOD:
                 _rewrite(self, options, target_model_config, target_parallel_config)
@@ -41,14 +44,38 @@ def register() -> None:
     EngineArgs.create_speculative_config = create_speculative_config
 
 
+def _gather(engine_args: Any) -> Any:
+    """The speculative config, with what ``--spec-model`` and the like say if its method is ours.
+
+    vLLM itself adds them once we have read it.
+
+    Raises:
+        ValueError: both say the same thing.
+    """
+    options = engine_args.speculative_config or {}
+    flags = {name: getattr(engine_args, f"spec_{flag}", None) for name, flag in _FLAGS.items()}
+    given = {name: value for name, value in flags.items() if value is not None}
+    if not isinstance(options, dict) or METHOD not in (options.get("method"), given.get("method")):
+        return engine_args.speculative_config
+    options = {name.replace("-", "_"): value for name, value in options.items()}
+    for name, value in given.items():
+        if name in options:
+            raise ValueError(
+                f"ssd: --spec-{_FLAGS[name]} = {value!r}, but the speculative config has {name!r} "
+                f"= {options[name]!r} already; leave one of them out"
+            )
+        setattr(engine_args, f"spec_{_FLAGS[name]}", None)  # or vLLM would find it twice
+    return {**options, **given}
+
+
 def _rewrite(engine_args: Any, options: dict[str, Any], target: Any, parallel: Any) -> None:
     """Check the options and put vLLM's official spelling in their place."""
     from vllm_ssd.affinity import available_cores
     from vllm_ssd.config import ADDITIONAL_CONFIG_KEY, SSDConfig
-    from vllm_ssd.preflight import check, check_cores
+    from vllm_ssd.preflight import absolute_paths, check, check_cores
 
     own = {name: value for name, value in options.items() if name != "method"}
-    config = SSDConfig.parse(own)
+    config = absolute_paths(SSDConfig.parse(own))
     # Here, not in the workers: vLLM binds those to their own cores.
     check_cores(config.draft_cpu_cores, available_cores())
     check(config, target, parallel, engine_args.async_scheduling)
@@ -64,5 +91,16 @@ def _rewrite(engine_args: Any, options: dict[str, Any], target: Any, parallel: A
 
 
 def _use_our_worker(parallel: Any) -> None:
-    if parallel.worker_cls == "auto":
+    """Have vLLM start our worker, or one derived from it that the user has chosen."""
+    if parallel.worker_cls in ("auto", WORKER):
         parallel.worker_cls = WORKER
+        return
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+
+    from vllm_ssd.target.worker import SSDWorker
+
+    if not issubclass(resolve_obj_by_qualname(parallel.worker_cls), SSDWorker):
+        raise ValueError(
+            f"ssd: worker_cls = {parallel.worker_cls!r} is not SSDWorker; leave it out, or derive "
+            f"it from {WORKER}"
+        )

@@ -2,29 +2,56 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from pydantic import ValidationError
+from typing import TYPE_CHECKING, NamedTuple
 
 from vllm_ssd import compat
 from vllm_ssd.config import ADDITIONAL_CONFIG_KEY, SSDConfig
+from vllm_ssd.core.arrays import Int32Array
 from vllm_ssd.draft_vocab import select_draft_vocab
+from vllm_ssd.target.draft_config import (
+    absolute_folder,
+    draft_model_config,
+    first_line,
+    fits_length,
+)
+from vllm_ssd.target.memory import block_size, check_kv_cache, draft_kv_bytes_per_token
+from vllm_ssd.target.placement import count_devices, device_index
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig, VllmConfig
 
-_BLOCK_TOKENS = 32
-"""Of a KV block, at most: a size is rounded up to whole ones."""
+
+class Checked(NamedTuple):
+    """What the checks have found; the draft's set-up goes on from it."""
+
+    config: SSDConfig
+    draft: ModelConfig
+    """vLLM's configuration of the draft model."""
+    draft_vocab: Int32Array | None
+    """``[N]``, the tokens its head is computed for; None for all."""
 
 
-def check_engine(vllm_config: VllmConfig) -> SSDConfig:
-    """Check a finished vLLM configuration that uses the plugin; the options in it.
+def check_engine(vllm_config: VllmConfig) -> Checked:
+    """Check a finished vLLM configuration that uses the plugin.
 
     Raises:
         ValueError: something in it cannot work.
         RuntimeError: this vLLM is not supported.
+    """
+    return check(
+        engine_options(vllm_config),
+        vllm_config.model_config,
+        vllm_config.parallel_config,
+        async_scheduling=False,  # vLLM itself has refused it for custom_class by now
+    )
+
+
+def engine_options(vllm_config: VllmConfig) -> SSDConfig:
+    """The options in a finished vLLM configuration that uses the plugin.
+
+    Raises:
+        ValueError: there are none, or they are wrong.
     """
     options = (vllm_config.additional_config or {}).get(ADDITIONAL_CONFIG_KEY)
     if not isinstance(options, dict):
@@ -40,12 +67,6 @@ def check_engine(vllm_config: VllmConfig) -> SSDConfig:
             f"ssd: option 'num_speculative_tokens' = {config.num_speculative_tokens} differs from "
             f"the speculative config's {known}; set both to the same number"
         )
-    check(
-        config,
-        vllm_config.model_config,
-        vllm_config.parallel_config,
-        async_scheduling=False,  # vLLM itself has refused it for custom_class by now
-    )
     return config
 
 
@@ -54,21 +75,38 @@ def check(
     target: ModelConfig,
     parallel: ParallelConfig,
     async_scheduling: bool | None,
-) -> None:
+) -> Checked:
     """Check the options against the target and the machine. Raises as :func:`check_engine`."""
+    from vllm.platforms import current_platform
+
     compat.check_vllm_version()
     compat.check_hooks()
+    # Ray's workers may be on other machines.
+    on_cpu = current_platform.is_cpu()
+    count = None if on_cpu or parallel.use_ray else current_platform.device_count()
+    check_device(config.draft_device, current_platform.device_name, count)
     _check_parallelism(parallel)
     _check_runner(async_scheduling)
-    resolve_draft_device(config, parallel)
     draft = draft_model_config(config, target)
-    check_attention(draft)
-    if config.draft_kv_cache_memory_bytes is not None:
+    check_load_format(config.draft_load_format, draft)
+    check_draft(draft)
+    if config.draft_kv_cache_memory_bytes is not None and not fits_length(config, target):
         check_kv_cache(
-            config.draft_kv_cache_memory_bytes, kv_bytes_per_token(draft), draft.max_model_len
+            config.draft_kv_cache_memory_bytes,
+            draft_kv_bytes_per_token(draft),
+            draft.max_model_len,
+            block_size(on_cpu),
         )
-    check_vocabulary(target, draft)
-    select_draft_vocab(config, target, draft)
+    check_vocabulary(config, target, draft)
+    return Checked(config, draft, select_draft_vocab(config, target, draft))
+
+
+def absolute_paths(config: SSDConfig) -> SSDConfig:
+    """The options with absolute folders and files: workers may have another working folder."""
+    changes = {"model": absolute_folder(config.model)}
+    if isinstance(config.draft_vocab, str):
+        changes["draft_vocab"] = str(Path(config.draft_vocab).expanduser().absolute())
+    return config.model_copy(update=changes)
 
 
 def _check_parallelism(parallel: ParallelConfig) -> None:
@@ -78,6 +116,11 @@ def _check_parallelism(parallel: ParallelConfig) -> None:
         raise ValueError(
             f"ssd: pipeline_parallel_size = {parallel.pipeline_parallel_size} is not supported "
             "(vLLM's speculative decoding fails with it); use tensor_parallel_size"
+        )
+    if parallel.prefill_context_parallel_size > 1:
+        raise ValueError(
+            f"ssd: prefill_context_parallel_size = {parallel.prefill_context_parallel_size} is not "
+            "supported (vLLM has it on its V2 model runner only); use tensor_parallel_size"
         )
     backend = parallel.distributed_executor_backend
     if backend == "external_launcher":
@@ -112,37 +155,36 @@ def _check_runner(async_scheduling: bool | None) -> None:
         )
 
 
-def resolve_draft_device(config: SSDConfig, parallel: ParallelConfig) -> str:
-    """The draft's device: ``"cpu"`` or ``"cuda:<index>"``.
+def check_device(wanted: str, platform: str, count: int | None) -> None:
+    """Refuse a platform or a device that there is not; which one it is, the draft's worker decides.
+
+    Args:
+        wanted: the option ``draft_device``.
+        platform: vLLM's name of its platform.
+        count: how many devices this process sees; None where the workers may see others.
 
     Raises:
-        ValueError: there is no such device.
+        ValueError: names what there is.
     """
-    from vllm.platforms import current_platform
-
-    wanted = config.draft_device
-    if current_platform.is_cpu():
+    if platform not in ("cpu", "cuda"):
+        raise ValueError(
+            f"ssd: vLLM's platform {platform!r} is not supported; use a vLLM for CPU or for CUDA"
+        )
+    said = f"ssd: option 'draft_device' = {wanted!r}"
+    if platform == "cpu":
         if wanted not in ("auto", "cpu"):
-            raise ValueError(
-                f"ssd: option 'draft_device' = {wanted!r}: this vLLM is built for CPU; use 'cpu'"
-            )
-        return "cpu"
+            raise ValueError(f"{said}: this vLLM is built for CPU; use 'cpu'")
+        return
     if wanted == "cpu":
         raise ValueError(
-            "ssd: option 'draft_device' = 'cpu': this vLLM is built for CUDA and has no CPU "
-            "kernels; use a CUDA device"
+            f"{said}: this vLLM is built for CUDA and has no CPU kernels; use a CUDA device"
         )
-    count = current_platform.device_count()
-    if wanted == "auto":
-        free = parallel.world_size
-        return f"cuda:{free if free < count else 0}"
-    index = int(wanted.partition(":")[2] or 0)
-    if index >= count:
+    index = device_index(wanted)
+    if index is not None and count is not None and index >= count:
         raise ValueError(
-            f"ssd: option 'draft_device' = {wanted!r}: there are {count} CUDA devices; "
-            f"use cuda:0 to cuda:{count - 1}"
+            f"{said}: the engine sees {count_devices(count)}, and they count from cuda:0; choose "
+            "one of these, or let it see more (CUDA_VISIBLE_DEVICES)"
         )
-    return f"cuda:{index}"
 
 
 def check_cores(wanted: list[int] | None, allowed: list[int]) -> None:
@@ -159,85 +201,39 @@ def check_cores(wanted: list[int] | None, allowed: list[int]) -> None:
         )
 
 
-def draft_model_config(config: SSDConfig, target: ModelConfig) -> ModelConfig:
-    """vLLM's configuration of the draft model.
+def check_load_format(wanted: str, draft: ModelConfig) -> None:
+    """Refuse a format that no loader of this vLLM reads.
 
     Raises:
-        ValueError: the model cannot be found or read.
+        ValueError: gives vLLM's reason.
     """
-    from vllm.config import ModelConfig
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.model_loader import get_model_loader
 
-    name = config.model
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
-    if looks_local and not Path(name).expanduser().is_dir():
-        raise ValueError(
-            f"ssd: option 'model' = {name!r}: there is no such folder; give the draft model's "
-            "folder or its hub name"
-        )
     try:
-        draft = ModelConfig(
-            model=os.path.expanduser(name),
-            tokenizer=target.tokenizer,
-            skip_tokenizer_init=True,
-            dtype=config.draft_dtype or target.dtype,
-            quantization=config.draft_quantization,
-            trust_remote_code=target.trust_remote_code,
-            enforce_eager=True,
-        )
-    except Exception as error:  # vLLM, transformers and hub clients each raise their own
-        reason = _first_sentence(error)
-        if config.draft_quantization and "quantization" in reason:
-            option, value = "draft_quantization", config.draft_quantization
-        else:
-            option, value = "model", name
-            reason += "; give the folder or the hub name of a model that this vLLM supports"
-        raise ValueError(f"ssd: option {option!r} = {value!r}: {reason}") from error
-    longest = draft.max_model_len
-    wanted = config.draft_max_model_len or target.max_model_len
-    if config.draft_max_model_len and wanted > longest:
+        get_model_loader(EngineArgs(model=draft.model, load_format=wanted).create_load_config())
+    except Exception as error:  # each loader has its own
         raise ValueError(
-            f"ssd: option 'draft_max_model_len' = {wanted}: the draft model supports at most "
-            f"{longest}; lower it"
-        )
-    draft.max_model_len = min(wanted, longest)
-    return draft
+            f"ssd: option 'draft_load_format' = {wanted!r}: {first_line(error)}; leave it out "
+            "or use one of vLLM's --load-format"
+        ) from error
 
 
-def kv_bytes_per_token(model_config: Any) -> int:
-    """KV cache bytes of one token in all layers, unsharded."""
-    text = model_config.hf_text_config
-    heads = model_config.get_total_num_kv_heads()
-    size: int = model_config.dtype.itemsize
-    layers: int = text.num_hidden_layers
-    return 2 * layers * heads * model_config.get_head_size() * size
-
-
-def check_kv_cache(size: int, bytes_per_token: int, length: int) -> None:
-    """Refuse a KV cache of the draft that does not hold one text of full length; vLLM would.
-
-    Args:
-        size: its bytes.
-        bytes_per_token: of the draft.
-        length: the longest text the draft follows.
-
-    Raises:
-        ValueError: names the size that is needed.
-    """
-    needed = -(-length // _BLOCK_TOKENS) * _BLOCK_TOKENS * bytes_per_token
-    if size < needed:
-        raise ValueError(
-            f"ssd: option 'draft_kv_cache_memory_bytes' = {size} holds {size // bytes_per_token} "
-            f"tokens, fewer than a text of {length}; raise it to {needed}, or lower "
-            "draft_max_model_len"
-        )
-
-
-def check_attention(draft: ModelConfig) -> None:
+def check_draft(draft: ModelConfig) -> None:
     """Refuse a draft whose branches cannot be forked, as far as its configuration tells.
 
     Raises:
-        ValueError: names the attention.
+        ValueError: names what it is.
     """
+    said = f"ssd: option 'model' = {draft.model!r}"
+    if draft.runner_type != "generate":
+        raise ValueError(f"{said}: it does not generate text; choose another draft model")
+    # vLLM feeds such a model embeddings in place of tokens, or three positions for each.
+    if draft.is_multimodal_model or draft.uses_mrope:
+        raise ValueError(
+            f"{said}: it reads more than text (multimodal, M-RoPE), which a draft does not get; "
+            "choose a draft model for text alone"
+        )
     layers = getattr(draft.hf_text_config, "layer_types", None)
     slides = layers is None or "sliding_attention" in layers
     kinds = {
@@ -251,12 +247,12 @@ def check_attention(draft: ModelConfig) -> None:
     for kind, found in kinds.items():
         if found:
             raise ValueError(
-                f"ssd: option 'model' = {draft.model!r}: its attention ({kind}) is not plain full "
-                "attention, the only kind whose branches can be forked; choose another draft model"
+                f"{said}: its attention ({kind}) is not plain full attention, the "
+                "only kind whose branches can be forked; choose another draft model"
             )
 
 
-def check_vocabulary(target: ModelConfig, draft: ModelConfig) -> None:
+def check_vocabulary(config: SSDConfig, target: ModelConfig, draft: ModelConfig) -> None:
     """Refuse a draft with another tokenizer. Padded vocabularies of one tokenizer are fine.
 
     Raises:
@@ -267,11 +263,12 @@ def check_vocabulary(target: ModelConfig, draft: ModelConfig) -> None:
     from transformers import AutoTokenizer
 
     try:
+        both = {"trust_remote_code": target.trust_remote_code, "token": target.hf_token}
         ours = AutoTokenizer.from_pretrained(
-            target.tokenizer, trust_remote_code=target.trust_remote_code
+            target.tokenizer, revision=target.tokenizer_revision or "main", **both
         ).get_vocab()
         theirs = AutoTokenizer.from_pretrained(
-            draft.model, trust_remote_code=target.trust_remote_code
+            draft.model, revision=config.draft_revision or "main", **both
         ).get_vocab()
     except Exception as error:  # transformers and its tokenizers each raise their own
         # A folder of weights alone: nothing to compare but the size.
@@ -304,11 +301,3 @@ def _same_tokenizer_file(one: str, other: str) -> bool:
     if not all(file.is_file() for file in files):
         return False
     return files[0].samefile(files[1]) or files[0].read_bytes() == files[1].read_bytes()
-
-
-def _first_sentence(error: Exception) -> str:
-    """The first line of what an error says, without pydantic's frame around it."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    if isinstance(error, ValidationError):
-        lines = str(error.errors()[0]["msg"]).splitlines()
-    return lines[0].removeprefix("Value error, ").removesuffix(".")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from vllm_ssd.config import SSDConfig
+from vllm_ssd.config import AUTO_BRANCHES, SSDConfig
 
 
 def parse(**options: Any) -> SSDConfig:
@@ -21,8 +21,8 @@ def complaint(**options: Any) -> str:
 
 def test_model_and_depth_are_enough() -> None:
     config = parse()
-    assert config.fan_out_per_k == (3, 3, 3, 3, 3)
-    assert config.max_branches == 15
+    assert config.fan_out_per_k is None
+    assert config.max_branches == AUTO_BRANCHES
     assert config.max_wait_ms == 0.0
     assert not config.strict
 
@@ -39,36 +39,41 @@ def test_a_list_is_the_fan_out_of_each_k() -> None:
     assert config.max_branches == 15
 
 
-def test_the_geometric_policy_gives_likely_outcomes_more() -> None:
-    config = parse(fan_out=4, fan_out_policy="geometric", acceptance=0.8)
-    assert sum(config.fan_out_per_k) == 20
-    assert list(config.fan_out_per_k[:4]) == sorted(config.fan_out_per_k[:4], reverse=True)
-    assert config.fan_out_per_k[4] > config.fan_out_per_k[3]
+def test_the_geometric_fan_out_gives_likely_outcomes_more() -> None:
+    fan_out = parse(fan_out={"geometric": 4, "acceptance": 0.8}).fan_out_per_k
+    assert fan_out is not None
+    assert sum(fan_out) == 20
+    assert list(fan_out[:4]) == sorted(fan_out[:4], reverse=True)
+    assert fan_out[4] > fan_out[3]
 
 
 def test_branches_bounds_the_rows_of_a_request() -> None:
     assert parse(branches=6).max_branches == 6
-    assert parse(branches=600).max_branches == 15
+    assert parse(branches=600).max_branches == 600
+    assert parse(fan_out=3, branches=600).max_branches == 15
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"fanout": 3}, ["unknown option 'fanout'", "fan_out_policy"]),
+        ({"fanout": 3}, ["unknown option 'fanout'", "did you mean 'fan_out'"]),
         ({"num_speculative_tokens": 0}, ["'num_speculative_tokens' = 0", "greater than"]),
         ({"num_speculative_tokens": 33}, ["'num_speculative_tokens' = 33", "less than"]),
         ({"num_speculative_tokens": "4"}, ["'num_speculative_tokens' = '4'", "integer"]),
         ({"num_speculative_tokens": True}, ["'num_speculative_tokens' = True", "integer"]),
         ({"model": ""}, ["'model' = ''"]),
-        ({"fan_out": 0}, ["'fan_out' = 0", "from 0 to 64, not all 0"]),
-        ({"fan_out": -1}, ["'fan_out' = -1", "from 0 to 64"]),
-        ({"fan_out": 65}, ["'fan_out' = 65", "from 0 to 64"]),
+        ({"fan_out": 0}, ["'fan_out' = 0", "'auto', an integer from 1 to 64"]),
+        ({"fan_out": -1}, ["'fan_out' = -1", "from 1 to 64"]),
+        ({"fan_out": 65}, ["'fan_out' = 65", "from 1 to 64"]),
         ({"fan_out": [0, 0, 0, 0, 0]}, ["'fan_out' = [0, 0, 0, 0, 0]", "not all 0"]),
         ({"fan_out": [1, 2]}, ["fan_out", "num_speculative_tokens + 1 = 5 numbers, got 2"]),
-        ({"fan_out": "many"}, ["'fan_out' = 'many'", "integer"]),
-        ({"fan_out_policy": "linear"}, ["'fan_out_policy' = 'linear'", "'geometric'"]),
-        ({"acceptance": 1.0}, ["'acceptance' = 1.0", "less than 1"]),
-        ({"miss_exponent": 0.0}, ["'miss_exponent' = 0.0", "greater than 0"]),
+        ({"fan_out": "many"}, ["'fan_out' = 'many'", "integer", "{'geometric': an integer}"]),
+        ({"fan_out": {}}, ["'fan_out' = {}", "'geometric' is missing (an integer from 1 to 64)"]),
+        ({"fan_out": {"geometric": 0}}, ["{'geometric': 0}", "'geometric'", "or equal to 1"]),
+        (
+            {"fan_out": {"geometric": 3, "acceptance": 1.0, "r": 2}},
+            ["'acceptance': input should be less than 1 and it has no 'r', only 'geometric'"],
+        ),
         ({"branches": 0}, ["'branches' = 0", "from 1 to 1024"]),
         ({"branches": "all"}, ["'branches' = 'all'", "'auto'"]),
         ({"max_wait_ms": -1.0}, ["'max_wait_ms' = -1.0", "greater than or equal to 0"]),
@@ -78,6 +83,8 @@ def test_branches_bounds_the_rows_of_a_request() -> None:
         ({"draft_vocab": ""}, ["'draft_vocab' = ''", "a number of tokens"]),
         ({"draft_vocab": True}, ["'draft_vocab' = True", "a number of tokens"]),
         ({"draft_vocab": [1, 2]}, ["'draft_vocab' = [1, 2]", "a number of tokens"]),
+        ({"draft_hf_overrides": "rope"}, ["'draft_hf_overrides' = 'rope'", "config.json"]),
+        ({"draft_revision": ""}, ["'draft_revision' = ''", "at least 1 character"]),
         ({"draft_kv_cache_memory_bytes": 5}, ["'draft_kv_cache_memory_bytes' = 5"]),
     ],
 )
@@ -89,14 +96,28 @@ def test_a_wrong_option_is_named_with_its_value_and_what_it_takes(
         assert words in message
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "mend"),
+    [
+        ("fan_out_policy", "geometric", "fan_out = {'geometric': F}"),
+        ("acceptance", 0.8, "leave it out"),
+        ("miss_exponent", 1.0, "{'geometric': F, 'miss_exponent': r}"),
+    ],
+)
+def test_an_option_that_is_gone_says_what_took_its_place(name: str, value: Any, mend: str) -> None:
+    message = complaint(**{name: value})
+    assert f"option {name!r} is gone" in message
+    assert mend in message
+
+
 def test_a_missing_option_is_named() -> None:
     with pytest.raises(ValueError, match=r"^ssd: option 'model' is missing; add it"):
         SSDConfig.parse({"num_speculative_tokens": 4})
 
 
 def test_every_wrong_option_is_reported_at_once() -> None:
-    message = complaint(acceptance=2.0, draft_device="tpu")
-    assert "'acceptance' = 2.0" in message
+    message = complaint(branches=0, draft_device="tpu")
+    assert "'branches' = 0" in message
     assert "'draft_device' = 'tpu'" in message
 
 

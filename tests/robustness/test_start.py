@@ -78,6 +78,26 @@ def test_draft_with_a_device_of_its_own_loads_beside_the_target(
         assert harness.stats(llm)["hits"] > 0
 
 
+@pytest.mark.parametrize(("draft_size", "draft_length"), [(1 << 20, 480), (None, 1024)])
+def test_with_an_automatic_length_no_text_is_longer_than_either_cache_holds(
+    tiny_pair: TinyModels,
+    expected: list[list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+    draft_size: int | None,
+    draft_length: int,
+) -> None:
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE")
+    options = ssd_options(tiny_pair.itself, draft_kv_cache_memory_bytes=draft_size)
+    # 2,048 bytes a token: at most 768 of 1,024 for the target.
+    engine = {"max_model_len": -1, "kv_cache_memory_bytes": 3 << 19}
+    with harness.running_engine(tiny_pair, options, **engine) as llm:
+        length = llm.llm_engine.vllm_config.model_config.max_model_len
+        assert 480 < length <= 768
+        assert llm.collective_rpc(_longest_followed) == [min(length, draft_length)]
+        assert Decoding(llm, TEXTS, MAX_TOKENS).finish() == expected
+        assert harness.stats(llm)["hits"] > 0
+
+
 @pytest.mark.slow
 def test_engine_starts_with_vllms_own_choice_of_memory(
     tiny_pair: TinyModels, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
@@ -131,6 +151,12 @@ def _noting(order: list[str], name: str, method: Callable[..., Any]) -> Callable
         return method(*arguments, **named)
 
     return call
+
+
+def _longest_followed(worker: Any) -> int:
+    """The longest text an engine's worker lets its draft follow."""
+    longest: int = worker._proposer.requests.max_length
+    return longest
 
 
 def _failure(

@@ -33,11 +33,12 @@ class Draft:
 
     Args:
         cores: as a draft process has them.
+        device: likewise.
     """
 
     started: list[Draft]
 
-    def __init__(self, cores: list[int]) -> None:
+    def __init__(self, cores: list[int], device: str | None) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         self.pid = 0
         self.exit_code: int | None = None
@@ -88,7 +89,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
 
 @pytest.fixture
 def client(clock: Clock) -> DraftClient:
-    setup = Setup({}, 3, [1, 1, 1, 1], 0, 4, True, 512, 0, b"")
+    setup = Setup({}, 3, [1, 1, 1, 1], 0, 4, True, 512)
     return DraftClient(setup, [], TIMEOUT, Stats(), lambda: None)
 
 

@@ -189,7 +189,7 @@ class DraftServer:
     def _set_up(self, message: Setup) -> None:
         self._setup = message
         try:
-            self._model = VllmDraftModel(dict(message.engine_args), message.device_index)
+            self._model = VllmDraftModel(dict(message.engine_args))
         except Exception as error:  # whatever vLLM finds wrong is the target's to report
             self._fail(error)
 

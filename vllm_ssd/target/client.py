@@ -56,6 +56,7 @@ class DraftClient:
         startup_timeout_s: how long a start may take.
         stats: counters to keep.
         forget_requests: called when all requests must be announced anew.
+        device: the draft's CUDA device, as ``CUDA_VISIBLE_DEVICES`` names it; None on CPU.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class DraftClient:
         startup_timeout_s: float,
         stats: Stats,
         forget_requests: Callable[[], None],
+        device: str | None = None,
     ) -> None:
         self.up = False
         """Whether the draft can be talked to."""
@@ -76,6 +78,7 @@ class DraftClient:
         self._setup = setup
         self._allocate = Allocate(0)
         self._cores = cores
+        self._device = device
         self._startup_timeout_s = startup_timeout_s
         self._stats = stats
         self._forget_requests = forget_requests
@@ -102,7 +105,7 @@ class DraftClient:
         self.epoch = 0
         self._begin_epoch()
         try:
-            self.process = DraftProcess(self._cores)
+            self.process = DraftProcess(self._cores, self._device)
         except OSError as error:
             self._lose(f"cannot be started: {error}")
             return

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import weakref
+from collections.abc import Mapping
 
 from vllm_ssd.wire.channel import Channel
 from vllm_ssd.wire.messages import TargetBound
@@ -35,12 +36,13 @@ class DraftProcess:
 
     Args:
         cores: CPU cores the draft runs on; empty for wherever the system puts it.
+        device: the one CUDA device it sees, as ``CUDA_VISIBLE_DEVICES`` names it; None on CPU.
 
     Raises:
         OSError: the system cannot start a process, or the thread that watches it.
     """
 
-    def __init__(self, cores: list[int]) -> None:
+    def __init__(self, cores: list[int], device: str | None = None) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         command = [sys.executable, "-m", "vllm_ssd.draft"]
         command += ["--fd", str(theirs.fileno()), "--parent", str(os.getpid())]
@@ -53,7 +55,7 @@ class DraftProcess:
                 process = subprocess.Popen(
                     command,
                     pass_fds=[theirs.fileno()],
-                    env=_environment(len(cores)),
+                    env=draft_environment(os.environ, len(cores), device),
                     stdin=subprocess.DEVNULL,
                 )
             except Exception as error:  # whoever waits for it must hear of it
@@ -101,15 +103,25 @@ def _end(process: subprocess.Popen[bytes], channel: Channel[TargetBound], owner:
     process.kill()
 
 
-def _environment(threads: int) -> dict[str, str]:
-    """The target's environment without what belongs to the target's process alone."""
+def draft_environment(
+    target: Mapping[str, str], threads: int, device: str | None
+) -> dict[str, str]:
+    """The target's environment without what belongs to the target's process alone.
+
+    Args:
+        target: the target's.
+        threads: how many the draft may have; 0 for what the system has.
+        device: the one CUDA device it sees; None on CPU.
+    """
     environment = {
         name: value
-        for name, value in os.environ.items()
+        for name, value in target.items()
         if not name.startswith(_PRIVATE_PREFIXES) and name not in _PRIVATE
     }
     if threads:
         environment["OMP_NUM_THREADS"] = str(threads)
+    if device is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = device
     # vLLM's first model runner is the one that both CPU and CUDA have.
     environment["VLLM_USE_V2_MODEL_RUNNER"] = "0"
     environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"

@@ -9,10 +9,11 @@ from vllm.platforms import current_platform
 
 from vllm_ssd import affinity
 from vllm_ssd.core.stats import add_draft_ratios
-from vllm_ssd.preflight import check_engine
+from vllm_ssd.preflight import check_engine, engine_options
 from vllm_ssd.target.client import DraftClient
 from vllm_ssd.target.cores import bind_target, split_cores
 from vllm_ssd.target.draft_setup import DraftPlan, plan_draft
+from vllm_ssd.target.memory import target_kv_bytes_per_token
 from vllm_ssd.target.notices import tells_before_launch
 from vllm_ssd.target.proposer import SSDProposer
 from vllm_ssd.target.rejection import fix_cpu_rejection_sampler
@@ -36,8 +37,10 @@ class SSDWorker(PlatformWorker):
     """
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
-        self._config = check_engine(vllm_config)
+        self._config = engine_options(vllm_config)
         super().__init__(vllm_config, *args, **kwargs)
+        # The others may be on machines that do not have the draft model.
+        self._checked = check_engine(vllm_config) if self._drafts_are_used else None
         self._client: DraftClient | None = None
         self._plan: DraftPlan | None = None
         self._unbind: weakref.finalize[..., SSDWorker] | None = None
@@ -63,8 +66,8 @@ class SSDWorker(PlatformWorker):
         proposer = self._proposer
         # Our drafts live elsewhere: vLLM need not keep K positions free for a drafter of its own.
         self.model_runner.effective_drafter_max_model_len += proposer.depth
-        if self._drafts_are_used:
-            self._plan = plan_draft(self._config, self.vllm_config)
+        if self._checked is not None:
+            self._plan = plan_draft(self._checked, self.vllm_config)
             proposer.requests.max_length = self._plan.max_model_len
             self._client = DraftClient(
                 self._plan.setup,
@@ -72,6 +75,7 @@ class SSDWorker(PlatformWorker):
                 self._config.draft_startup_timeout_s,
                 proposer.stats,
                 proposer.requests.forget_all,
+                self._plan.device,
             )
             if self._plan.may_start_early:
                 self._client.launch()
@@ -100,10 +104,18 @@ class SSDWorker(PlatformWorker):
         available = super().determine_available_memory()
         if self._plan is None or self._client is None:
             return available
+        target = target_kv_bytes_per_token(self.get_kv_cache_spec().values(), self.vllm_config)
+        self._plan.share_memory(available, target)
         if self._client.process is None:
             self._client.launch()
-        self._plan.share_memory(available)
         return available - self._plan.taken_from_target
+
+    def update_max_model_len(self, max_model_len: int) -> None:
+        """With ``--max-model-len auto`` the engine lowers it to what the KV cache holds."""
+        super().update_max_model_len(max_model_len)
+        if self._plan is not None:
+            longest = min(self._plan.max_model_len, max_model_len)
+            self._proposer.requests.max_length = longest
 
     def compile_or_warm_up_model(self) -> Any:
         """With the target's memory taken and its model warm, let the draft take its own."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from array import array
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -67,7 +68,7 @@ def unpack_list(data: bytes) -> list[int]:
 class Setup(Message, frozen=True):
     """First message to a new draft process: how to bring the model up (no memory is taken yet)."""
 
-    engine_args: dict[str, str | int | float | bool | None]
+    engine_args: dict[str, Any]
     """Arguments of vLLM's ``EngineArgs`` for the draft model."""
     num_speculative_tokens: int
     fan_out: list[int]
@@ -79,8 +80,6 @@ class Setup(Message, frozen=True):
     enable_prefix_caching: bool
     vocab_size: int
     """The target's vocabulary: ids from there on are never drafted."""
-    device_index: int = 0
-    """Index of the CUDA device; 0 on CPU."""
     draft_vocab: bytes = b""
     """The tokens the head is computed for, int32; empty for all."""
 

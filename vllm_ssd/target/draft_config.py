@@ -1,0 +1,97 @@
+"""vLLM's configuration of the draft model, from the options and what follows the target."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig
+
+    from vllm_ssd.config import SSDConfig
+
+
+def draft_model_config(config: SSDConfig, target: ModelConfig) -> ModelConfig:
+    """vLLM's configuration of the draft model.
+
+    Raises:
+        ValueError: the model cannot be found or read.
+    """
+    from vllm.config import ModelConfig
+
+    name = config.model
+    looks_local = name.startswith((".", "/", "~")) or (name.count("/") > 1 and "://" not in name)
+    if looks_local and not Path(name).expanduser().is_dir():
+        raise ValueError(
+            f"ssd: option 'model' = {name!r}: there is no such folder; give the draft model's "
+            "folder or its hub name"
+        )
+    try:
+        draft = ModelConfig(
+            **source_arguments(config, target),
+            tokenizer=target.tokenizer,
+            tokenizer_revision=target.tokenizer_revision,
+            skip_tokenizer_init=True,
+            dtype=config.draft_dtype or target.dtype,
+            quantization=config.draft_quantization,
+            enforce_eager=True,
+        )
+    except Exception as error:  # vLLM, transformers and hub clients each raise their own
+        raise ValueError(_refusal(config, first_line(error))) from error
+    longest = draft.max_model_len
+    wanted = config.draft_max_model_len or target.max_model_len
+    if config.draft_max_model_len and wanted > longest:
+        raise ValueError(
+            f"ssd: option 'draft_max_model_len' = {wanted}: the draft model supports at most "
+            f"{longest}; lower it"
+        )
+    draft.max_model_len = min(wanted, longest)
+    return draft
+
+
+def fits_length(config: SSDConfig, target: ModelConfig) -> bool:
+    """Whether the draft follows texts as long as its KV cache holds: as ``--max-model-len auto``.
+
+    vLLM lowers the target's length once it knows how much its cache holds, which is later.
+    """
+    return config.draft_max_model_len is None and target.original_max_model_len == -1
+
+
+def source_arguments(config: SSDConfig, target: ModelConfig) -> dict[str, Any]:
+    """Where the draft comes from: arguments of vLLM's ``ModelConfig`` and ``EngineArgs`` alike."""
+    return {
+        "model": absolute_folder(config.model),
+        "revision": config.draft_revision,
+        "code_revision": config.draft_code_revision,
+        "hf_overrides": config.draft_hf_overrides or {},
+        "trust_remote_code": target.trust_remote_code,
+        "hf_token": target.hf_token,
+    }
+
+
+def absolute_folder(name: str) -> str:
+    """A folder's absolute name, since the draft may run elsewhere; a hub name as it is."""
+    folder = Path(name).expanduser()
+    return str(folder.absolute()) if folder.is_dir() else name
+
+
+def _refusal(config: SSDConfig, reason: str) -> str:
+    """The sentence for a draft that vLLM refuses for ``reason``."""
+    if config.draft_quantization and "quantization" in reason:
+        return f"ssd: option 'draft_quantization' = {config.draft_quantization!r}: {reason}"
+    reason = reason.partition(". ")[0]  # what follows is a list of all its architectures, say
+    revision = f" and that has revision {config.draft_revision!r}" if config.draft_revision else ""
+    return (
+        f"ssd: option 'model' = {config.model!r}: {reason}; give the folder or the hub name of a "
+        f"model that this vLLM supports{revision}"
+    )
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an error says, without pydantic's frame around it."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    if isinstance(error, ValidationError):
+        lines = str(error.errors()[0]["msg"]).splitlines()
+    return lines[0].removeprefix("Value error, ").removesuffix(".")
