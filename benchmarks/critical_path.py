@@ -1,7 +1,7 @@
 """The two host-side costs of SSD: ``propose()`` on hits, and the draft's own Python per step.
 
 The real proposer, client, cache and draft engine, talking over a real socket pair; only the draft
-model is replaced by a table look-up, so that every look-up is a hit and no model time is measured.
+model is replaced by a table look-up, so that look-ups hit and no model time is measured.
 The draft's turn is taken between two proposals and not timed as part of them.
 
     python benchmarks/critical_path.py
@@ -12,7 +12,6 @@ from __future__ import annotations
 import socket
 import statistics
 import time
-from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,8 +21,8 @@ from rich.table import Table
 
 from vllm_ssd.draft.blocks import KVBlocks
 from vllm_ssd.draft.engine import DraftEngine
-from vllm_ssd.draft.model import Choices, Done, Sequences
-from vllm_ssd.draft.rounds import Policy
+from vllm_ssd.draft.forking import Policy
+from vllm_ssd.draft.model import BlockChanges, Choices, Done, Sequences
 from vllm_ssd.draft.rows import Rows
 from vllm_ssd.target.client import DraftClient
 from vllm_ssd.target.proposer import SSDProposer
@@ -41,7 +40,19 @@ from vllm_ssd.wire.messages import (
 
 VOCABULARY = 49_152
 DEPTH = 6
-BRANCHES = 24
+CASES = (
+    (1, 24, 100, 0.0),
+    (1, 24, 8_000, 0.0),
+    (32, 24, 100, 0.0),
+    (32, 24, 8_000, 0.0),
+    (64, 16, 100, 0.0),
+    (256, 4, 100, 0.0),
+    (1, 24, 100, 0.8),
+    (32, 24, 100, 0.8),
+    (256, 4, 100, 0.8),
+)
+"""Requests, branches of each (1,024 rows at most in all), the length of their texts, and how many
+verifications reject a token: then the target's is the draft's second choice."""
 CANDIDATES = 25
 ROUNDS = 200
 BLOCK = 32
@@ -51,36 +62,36 @@ class TableModel:
     """A draft "model" whose next token is a function of the last one."""
 
     lookahead = False
+    _shares = np.full((1, CANDIDATES), 0.5 / (CANDIDATES - 1), np.float32)
+    _shares[0, 0] = 0.5
 
-    def launch(self, sequences: Sequences) -> Done:
+    def launch(self, changes: BlockChanges, sequences: Sequences) -> Done:
         """The best tokens after each sequence: its last token's successor, then others."""
         last = sequences.tokens[np.cumsum(sequences.query_lens) - 1].astype(np.int64)
         top = (last[:, None] * 31 + np.arange(CANDIDATES) * 101 + 7) % VOCABULARY
-        sure = np.full(len(last), 0.5, np.float32)
-        return Done(Choices(top.astype(np.int32), sure))
-
-    def copy_blocks(self, sources: Sequence[int], destinations: Sequence[int]) -> None:
-        """There is no KV to copy."""
+        return Done(Choices(top.astype(np.int32), np.repeat(self._shares, len(last), axis=0)))
 
 
-def successor(token: int) -> int:
-    """The token the model, and so the pretended target, puts after ``token``."""
-    return (token * 31 + 7) % VOCABULARY
+def successor(token: int, choice: int = 0) -> int:
+    """The token the model, and so the pretended target, puts after ``token``; or another choice."""
+    return (token * 31 + choice * 101 + 7) % VOCABULARY
 
 
 class Draft:
     """The draft's side of the socket, driven by hand."""
 
-    def __init__(self, connection: socket.socket, requests: int, context: int) -> None:
+    def __init__(
+        self, connection: socket.socket, requests: int, branches: int, context: int
+    ) -> None:
         self._channel: Channel[DraftBound] = Channel(connection, DraftBound)
         self._epoch, self._number = 0, 0
         blocks = -(-(context + 4096) // BLOCK)
-        rows = requests * BRANCHES
+        rows = requests * branches
         self.engine = DraftEngine(
             TableModel(),
             Rows(rows, blocks, DEPTH, CANDIDATES),
             KVBlocks(requests * blocks + 3 * rows, BLOCK, enable_prefix_caching=True),
-            Policy(DEPTH, (4, 4, 4, 3, 3, 3, 3), BRANCHES, 0.7, 1.0),
+            Policy(DEPTH, None, branches, branches),
             prefill_chunk=100_000,
             prefill_chunk_idle=100_000,
         )
@@ -108,14 +119,17 @@ class Draft:
         self._number += 1
 
 
-def measure(requests: int, context: int) -> tuple[list[float], DraftEngine, float]:
+def measure(
+    requests: int, branches: int, context: int, rejected: float
+) -> tuple[list[float], DraftEngine, float]:
     """Seconds of each ``propose()``, the draft engine, and the share of look-ups that hit."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    proposer, client = _proposer(ours, context)
+    proposer, client = _proposer(ours, branches, context)
     texts = np.zeros((requests, context + 4096), np.int32)
     lengths = np.full(requests, context, np.int32)
-    texts[:, :context] = np.random.default_rng(0).integers(3, VOCABULARY, (requests, context))
-    draft = Draft(theirs, requests, context)
+    chance = np.random.default_rng(0)
+    texts[:, :context] = chance.integers(3, VOCABULARY, (requests, context))
+    draft = Draft(theirs, requests, branches, context)
     client.poll(1.0)
     names = [f"request-{i}" for i in range(requests)]
     parameters = SimpleNamespace(
@@ -127,15 +141,20 @@ def measure(requests: int, context: int) -> tuple[list[float], DraftEngine, floa
         for i, name in enumerate(names)
     ]
     client.send(list(announced))
+    assert client.process is not None
+    while not client.process.channel.flush():
+        draft.turn()
     proposals: list[list[int]] = [[] for _ in names]
     seconds: list[float] = []
     for _ in range(ROUNDS):
         draft.turn()
         sampled = []
         for i, proposal in enumerate(proposals):
-            # Everything proposed is accepted, and the target's next token is the draft's.
-            last = proposal[-1] if proposal else int(texts[i, lengths[i] - 1])
-            tokens = [*proposal, successor(last)]
+            rejects = chance.random() < rejected
+            # Else everything is accepted, and the target's next token is the draft's.
+            accepted = proposal[: int(chance.integers(DEPTH))] if rejects else proposal
+            last = accepted[-1] if accepted else int(texts[i, lengths[i] - 1])
+            tokens = [*accepted, successor(last, choice=int(rejects))]
             texts[i, lengths[i] : lengths[i] + len(tokens)] = tokens
             lengths[i] += len(tokens)
             sampled.append(tokens)
@@ -145,14 +164,16 @@ def measure(requests: int, context: int) -> tuple[list[float], DraftEngine, floa
     return seconds, draft.engine, proposer.stats.hits / proposer.stats.rounds
 
 
-def _proposer(connection: socket.socket, context: int) -> tuple[SSDProposer, DraftClient]:
+def _proposer(
+    connection: socket.socket, branches: int, context: int
+) -> tuple[SSDProposer, DraftClient]:
     options = {"model": "table", "num_speculative_tokens": DEPTH, "strict": True}
     config: Any = SimpleNamespace(
         additional_config={"ssd": options},
         model_config=SimpleNamespace(max_model_len=context + 4096),
     )
     proposer = SSDProposer(config)
-    setup = Setup({}, DEPTH, [3] * (DEPTH + 1), BRANCHES, 0.7, 1.0, True, VOCABULARY)
+    setup = Setup({}, DEPTH, [], branches, branches, True, VOCABULARY)
     client = DraftClient(setup, [], 60.0, proposer.stats, proposer.requests.forget_all)
     stand_in: Any = SimpleNamespace(channel=Channel(connection, TargetBound), pid=0)
     client.process = stand_in
@@ -161,18 +182,29 @@ def _proposer(connection: socket.socket, context: int) -> tuple[SSDProposer, Dra
 
 def main() -> None:
     """Print both tables."""
-    table = Table(title=f"propose(), K = {DEPTH}, {BRANCHES} branches a request, {ROUNDS} rounds")
-    for column in ("requests", "context", "hit rate", "10 %", "median", "99 %"):
+    table = Table(title=f"propose(), K = {DEPTH}, {ROUNDS} rounds")
+    for column in (
+        "requests",
+        "branches",
+        "context",
+        "rejected",
+        "hit rate",
+        "10 %",
+        "median",
+        "99 %",
+    ):
         table.add_column(column, justify="right")
     steps = Table(title="the draft's Python per step, beyond the model's forward")
     for column in ("rows", "context", "mean"):
         steps.add_column(column, justify="right")
-    for requests, context in ((1, 100), (1, 8_000), (32, 100), (32, 8_000)):
-        seconds, engine, hit_rate = measure(requests, context)
+    for requests, branches, context, rejected in CASES:
+        seconds, engine, hit_rate = measure(requests, branches, context, rejected)
         microseconds = sorted(1e6 * s for s in seconds[20:])
         table.add_row(
             str(requests),
+            str(branches),
             str(context),
+            f"{rejected:.0%}",
             f"{hit_rate:.1%}",
             f"{microseconds[len(microseconds) // 10]:.0f} µs",
             f"{statistics.median(microseconds):.0f} µs",
@@ -184,7 +216,7 @@ def main() -> None:
             str(context),
             f"{1e3 * counters['draft_python_seconds'] / counters['draft_steps']:.2f} ms",
         )
-    console = Console()
+    console = Console(width=110)
     console.print(table)
     console.print(steps)
 

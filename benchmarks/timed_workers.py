@@ -15,11 +15,11 @@ class SwitchedProposer(SSDProposer):
 
     record: list[list[int]] | None = None
 
-    def before_forward(self, scheduler_output: Any) -> None:
+    def scheduled(self, scheduler_output: Any) -> None:
         """SSD's own, of requests that SSD is used for."""
         if self.record is not None:
             scheduler_output = dataclasses.replace(scheduler_output, scheduled_new_reqs=[])
-        super().before_forward(scheduler_output)
+        super().scheduled(scheduler_output)
 
     def propose(
         self, sampled: list[list[int]], lengths: Any, texts: Any, slot_mappings: Any = None

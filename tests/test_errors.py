@@ -147,6 +147,17 @@ def test_second_model_runner_forced_on_is_refused(
     assert "unset it" in sentence
 
 
+def test_rays_older_executor_is_refused(
+    tiny_pair: TinyModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configure(tiny_pair)
+    config.parallel_config.distributed_executor_backend = "ray"
+    check_engine(config)
+    monkeypatch.setenv("VLLM_USE_RAY_V2_EXECUTOR_BACKEND", "0")
+    with pytest.raises(ValueError, match=r"^ssd: VLLM_USE_RAY_V2_EXECUTOR_BACKEND = 0 .* unset it"):
+        check_engine(config)
+
+
 @pytest.mark.parametrize("version", ["0.31.0", "0.34.1", "1.0.0"])
 def test_unsupported_vllm_is_refused(version: str) -> None:
     with pytest.raises(RuntimeError, match=r"^ssd: vLLM .* is not supported; install vLLM 0\.32"):

@@ -28,6 +28,7 @@ _NEEDS = {
     "branches": f"needs an integer from 1 to {MAX_BRANCHES}, or 'auto'",
     "draft_device": "needs 'auto', 'cpu', 'cuda' or 'cuda:<index>'",
     "draft_cpu_cores": "needs a list of core numbers",
+    "pad_misses": "needs true, false or 'auto'",
     "draft_vocab": "needs a number of tokens, 0 for all, or a file of token ids by frequency",
     "draft_hf_overrides": "needs a dictionary of fields of the draft model's config.json",
 }
@@ -130,10 +131,12 @@ class SSDConfig(BaseModel):
     """Do not compile the draft model. Default: as the target."""
 
     draft_startup_timeout_s: float = Field(default=600.0, gt=0.0, le=86_400.0)
-    """How long the draft may take to come up: at start once the target is, and at each restart."""
+    """How long the draft may take to load: at start once the target has, or at once where it has a
+    device of its own; and at each restart."""
 
-    pad_misses: bool = False
-    """Fill short proposals up to K tokens, so that CUDA graphs of uniform length serve."""
+    pad_misses: bool | Literal["auto"] = "auto"
+    """Fill short proposals up to K tokens. ``"auto"``: where the target has FULL CUDA graphs for
+    decoding alone, which serve only batches in which every request verifies K tokens."""
 
     strict: bool = False
     """Raise errors of the plugin instead of decoding plainly. For tests."""

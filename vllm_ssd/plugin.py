@@ -21,6 +21,8 @@ def register() -> None:
     """Called by vLLM in each of its processes (``vllm.general_plugins``)."""
     from vllm.engine.arg_utils import EngineArgs
 
+    from vllm_ssd.compile_key import keep_compile_key
+
     original = EngineArgs.create_speculative_config
     if getattr(original, "_vllm_ssd", False):
         return
@@ -35,6 +37,7 @@ def register() -> None:
             # Also on a second call with the same arguments, and for the plain spelling.
             if (self.speculative_config or {}).get("model") == PROPOSER:
                 _use_our_worker(target_parallel_config)
+                keep_compile_key(self)
         return original(self, target_model_config, target_parallel_config)
 
     create_speculative_config._vllm_ssd = True  # type: ignore[attr-defined]

@@ -110,6 +110,8 @@ def absolute_paths(config: SSDConfig) -> SSDConfig:
 
 
 def _check_parallelism(parallel: ParallelConfig) -> None:
+    from vllm import envs
+
     if parallel.pipeline_parallel_size > 1:
         raise ValueError(
             f"ssd: pipeline_parallel_size = {parallel.pipeline_parallel_size} is not supported "
@@ -120,9 +122,16 @@ def _check_parallelism(parallel: ParallelConfig) -> None:
             f"ssd: prefill_context_parallel_size = {parallel.prefill_context_parallel_size} is not "
             "supported (vLLM has it on its V2 model runner only); use tensor_parallel_size"
         )
-    if parallel.distributed_executor_backend == "external_launcher":
+    backend = parallel.distributed_executor_backend
+    if backend == "external_launcher":
         raise ValueError(
             "ssd: distributed_executor_backend = 'external_launcher' is not supported; use 'mp'"
+        )
+    # 0.33 has no other executor for Ray than the newer one.
+    if backend == "ray" and not getattr(envs, "VLLM_USE_RAY_V2_EXECUTOR_BACKEND", True):
+        raise ValueError(
+            "ssd: VLLM_USE_RAY_V2_EXECUTOR_BACKEND = 0 is not supported, Ray's older executor "
+            "passes the worker by; unset it"
         )
     if parallel.data_parallel_size > 1:
         raise ValueError(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vllm_ssd.core import tree as tree_module
 from vllm_ssd.core.arrays import Int32Array
 from vllm_ssd.core.tree import SpeculationCache, Where
 
@@ -136,6 +139,84 @@ def test_large_token_ids_and_every_k_have_keys_of_their_own() -> None:
 
 
 tokens = st.integers(0, 3)
+
+
+class Grown(NamedTuple):
+    """A request's tree as it may have grown."""
+
+    trunk: list[int]
+    forks: dict[tuple[int, int], list[int]]
+    ended: set[int]
+    """Of its rows in order of their making, the trunk first."""
+    pruned: set[int]
+    complete: bool
+    text: list[int]
+    """What is looked up."""
+
+
+grown = st.builds(
+    Grown,
+    st.lists(tokens, max_size=5),
+    st.dictionaries(st.tuples(st.integers(0, 5), tokens), st.lists(tokens, max_size=3), max_size=5),
+    st.sets(st.integers(0, 5)),
+    st.sets(st.integers(1, 5), max_size=2),
+    st.booleans(),
+    st.lists(tokens, max_size=9),
+)
+
+
+def cache_of(trees: list[Grown | None]) -> SpeculationCache:
+    """The trees of requests 0, 1, ..., planted one by one; None for a request without one."""
+    cache = SpeculationCache(max_rows=6 * len(trees) + 1, width=8)
+    for handle, tree in enumerate(trees):
+        if tree is None:
+            continue
+        first = 6 * handle
+        cache.plant(handle, BASE, first, ints(*tree.trunk), ended=0 in tree.ended)
+        for row, ((k, token), rest) in enumerate(tree.forks.items(), start=1):
+            cache.add_forks([handle], [1], ints(k), ints(token), ints(first + row))
+            for later in rest:
+                cache.append(ints(first + row), ints(later))
+            cache.ended[first + row] = row in tree.ended
+        rows = ints(*(first + row for row in tree.pruned))
+        cache.prune([handle], [len(rows)], rows)
+        cache.trees[handle].complete = tree.complete
+    return cache
+
+
+@given(st.lists(st.none() | grown, max_size=7))
+def test_looking_many_up_at_once_finds_what_each_walk_finds(trees: list[Grown | None]) -> None:
+    cache = cache_of(trees)
+    texts = [[1] if tree is None else tree.text for tree in trees]
+    found = cache.look_up_many(list(range(len(trees))), texts)
+    assert found == cache.look_up(list(range(len(trees))), texts)
+    assert len(found) == len(trees)
+    for handle, (text, below) in enumerate(zip(texts, found, strict=True)):
+        walk = cache.walk(handle, text)
+        assert (below.where, below.row) == (walk.where, walk.row)
+        if walk.where is Where.FOUND:
+            assert below.drafted == cache.row_tokens(walk.row)[walk.offset :]
+            assert below.ended == cache.ended[walk.row]
+
+
+@given(st.lists(grown, max_size=7))
+def test_trees_planted_together_are_those_planted_one_by_one(trees: list[Grown]) -> None:
+    one_by_one, together = (SpeculationCache(max_rows=8, width=8) for _ in range(2))
+    for row, tree in enumerate(trees):
+        one_by_one.plant(row, BASE + row, row, ints(*tree.trunk), 0 in tree.ended)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tree_module, "_MANY", 1)
+        together.plant_all(
+            list(range(len(trees))),
+            [BASE + row for row in range(len(trees))],
+            list(range(len(trees))),
+            [len(tree.trunk) for tree in trees],
+            ints(*(token for tree in trees for token in tree.trunk)),
+            [int(0 in tree.ended) for tree in trees],
+        )
+    assert together.trees == one_by_one.trees
+    for name in ("tokens", "length", "ended"):
+        assert np.array_equal(getattr(together, name), getattr(one_by_one, name))
 
 
 @given(

@@ -54,16 +54,17 @@ class FaultyChannel:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._channel, name)
 
-    def send(self, frame: DraftBound) -> None:
+    def send(self, *frames: DraftBound) -> None:
         """As :meth:`Channel.send`."""
         if self._direction != "to draft":
-            self._channel.send(frame)
+            self._channel.send(*frames)
             return
-        for passed in self._disturb(frame):
-            if passed is None:
-                self._send_undecodable()
-            else:
-                self._channel.send(passed)
+        for frame in frames:
+            for passed in self._disturb(frame):
+                if passed is None:
+                    self._send_undecodable()
+                else:
+                    self._channel.send(passed)
 
     def receive(self, timeout: float | None = 0.0) -> list[TargetBound | None]:
         """As :meth:`Channel.receive`."""
@@ -78,8 +79,7 @@ class FaultyChannel:
     def _send_undecodable(self) -> None:
         # The length is right: what is inside it is not.
         payload = self._random.randbytes(self._random.randrange(64))
-        self._channel._outbox += len(payload).to_bytes(4, "little") + payload
-        self._channel.flush()
+        self._channel._append(len(payload).to_bytes(4, "little") + payload)
 
     def _disturb(self, frame: Frame) -> list[Frame | None]:
         """What goes through in place of a frame, late ones that are due included."""

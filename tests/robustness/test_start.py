@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ from tests.robustness import harness
 from tests.robustness.conftest import MAX_TOKENS, TEXTS
 from tests.robustness.harness import Decoding, ssd_options
 from tests.tiny_models import TinyModels
+from vllm_ssd.target import worker
+from vllm_ssd.target.client import DraftClient
+from vllm_ssd.target.draft_setup import DraftPlan, plan_draft
 
 
 @pytest.fixture(autouse=True)
@@ -58,6 +62,20 @@ def test_draft_ends_when_the_target_does_not_start(
     assert "memory for the cache" in said
     gc.collect()
     harness.wait_for(lambda: not _drafts(), harness.GONE_SECONDS, "the draft is gone")
+
+
+def test_draft_with_a_device_of_its_own_loads_beside_the_target(
+    tiny_pair: TinyModels, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # There is but one CPU; what matters is when the draft may take memory.
+    monkeypatch.setattr(worker, "plan_draft", lambda *of: _with_its_own_device(plan_draft(*of)))
+    order: list[str] = []
+    for owner, name in ((DraftClient, "allocate"), (worker.SSDWorker, "load_model")):
+        monkeypatch.setattr(owner, name, _noting(order, name, getattr(owner, name)))
+    with harness.running_engine(tiny_pair, ssd_options(tiny_pair.itself)) as llm:
+        assert order == ["allocate", "load_model"]
+        assert Decoding(llm, TEXTS, MAX_TOKENS).finish() == expected
+        assert harness.stats(llm)["hits"] > 0
 
 
 @pytest.mark.parametrize(("draft_size", "draft_length"), [(1 << 20, 480), (None, 1024)])
@@ -119,6 +137,20 @@ def test_one_liner_starts_with_all_defaults(
     finally:
         llm.llm_engine.engine_core.shutdown()
     harness.wait_for(lambda: not _drafts(), harness.GONE_SECONDS, "the draft is gone")
+
+
+def _with_its_own_device(plan: DraftPlan) -> DraftPlan:
+    return dataclasses.replace(plan, shares_device=False, kv_cache_memory_bytes=64 << 20)
+
+
+def _noting(order: list[str], name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+    """The method, which leaves its name when it is called."""
+
+    def call(*arguments: Any, **named: Any) -> Any:
+        order.append(name)
+        return method(*arguments, **named)
+
+    return call
 
 
 def _longest_followed(worker: Any) -> int:

@@ -11,7 +11,19 @@ from vllm_ssd.core.stats import Stats
 from vllm_ssd.target import client as client_module
 from vllm_ssd.target.client import DraftClient
 from vllm_ssd.wire.channel import Channel
-from vllm_ssd.wire.messages import DraftBound, Ready, Report, Setup, TargetBound, ToTarget
+from vllm_ssd.wire.messages import (
+    Allocate,
+    DraftBound,
+    Finished,
+    Ready,
+    Report,
+    Setup,
+    Start,
+    TargetBound,
+    ToDraft,
+    ToTarget,
+    Verified,
+)
 
 TIMEOUT = 100.0
 
@@ -38,6 +50,11 @@ class Draft:
     def says(self, message: ToTarget) -> None:
         self._own.send(TargetBound(1, self._number, [message]))
         self._number += 1
+
+    def hears(self) -> list[list[ToDraft]]:
+        """The messages of each frame that has arrived."""
+        frames = self._own.receive(1.0)
+        return [frame.messages for frame in frames if frame is not None]
 
     def dies(self) -> None:
         self._own.close()
@@ -144,3 +161,77 @@ def test_the_drafts_counters_go_on_after_a_restart(client: DraftClient, clock: C
         client.poll()
         assert client.draft_counters == {"draft_steps": total}
         lose(client, clock)
+
+
+def test_what_is_small_goes_before_texts_and_each_text_by_itself(
+    client: DraftClient, clock: Clock
+) -> None:
+    client.launch()
+    client.allocate(1 << 20)
+    draft = bring_up(client, clock)
+    draft.hears()
+    texts = [Start(handle, bytes(40_000), 100, []) for handle in range(2)]
+    small: list[ToDraft] = [Finished(bytes(4)), Verified(b"", b"", b"", b"", b"", 0)]
+    client.send([texts[0], small[0], texts[1], small[1]])
+    assert draft.hears() == [small, [texts[0]], [texts[1]]]
+
+
+def test_a_draft_that_loads_beside_the_target_may_have_come_up_long_ago(
+    client: DraftClient, clock: Clock
+) -> None:
+    client.launch()
+    client.allocate(1 << 20)
+    draft = Draft.started[-1]
+    assert [type(message) for frame in draft.hears() for message in frame] == [Setup, Allocate]
+    draft.says(Ready(8, 8, 32))
+    clock.now += 10 * TIMEOUT  # the target takes so long
+    client.wait_until_up()
+    assert client.up
+
+
+def test_a_draft_that_loads_beside_the_target_has_the_timeout_from_there(
+    client: DraftClient, clock: Clock
+) -> None:
+    client.launch()
+    client.allocate(1 << 20)
+    clock.now += TIMEOUT + 1.0
+    with pytest.raises(RuntimeError, match=r"longer than draft_startup_timeout_s = 100"):
+        client.wait_until_up()
+
+
+def test_a_draft_put_to_sleep_stays_away_until_it_is_woken(
+    client: DraftClient, clock: Clock
+) -> None:
+    client.launch()
+    client.allocate(1 << 20)
+    bring_up(client, clock).says(Report({"draft_steps": 5.0}))
+    client.poll()
+    client.sleep()
+    assert client.process is None
+    clock.now += 1000.0
+    client.maintain()
+    client.poll()
+    assert len(Draft.started) == 1
+    client.wake_up()
+    draft = Draft.started[-1]
+    assert len(Draft.started) == 2
+    assert not client.up  # and nobody has waited for it
+    heard = [message for frame in draft.hears() for message in frame]
+    assert [type(message) for message in heard] == [Setup, Allocate]
+    assert heard[1] == Allocate(1 << 20)
+    draft = bring_up(client, clock)
+    draft.says(Report({"draft_steps": 2.0}))
+    client.poll()
+    assert client.draft_counters == {"draft_steps": 7.0}
+    assert lose(client, clock) == client_module.FIRST_BACKOFF_SECONDS
+
+
+def test_waking_a_draft_that_does_not_sleep_does_nothing(client: DraftClient, clock: Clock) -> None:
+    client.launch()
+    client.allocate(1 << 20)
+    bring_up(client, clock)
+    client.wake_up()
+    assert len(Draft.started) == 1
+    client.close()
+    client.wake_up()
+    assert len(Draft.started) == 1

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_ssd.target.published import MAX_ROWS, PublishedTrees
-from vllm_ssd.wire.messages import Forked, Planted, Ready, Stepped, pack
+from vllm_ssd.core.tree import Where
+from vllm_ssd.target.published import PublishedTrees
+from vllm_ssd.wire.messages import MAX_ROWS, Forked, Planted, Pruned, Ready, Stepped, pack
 
 DEPTH, VOCAB_SIZE, ROWS = 2, 100, 8
 WIDTH = 2 * DEPTH + 2
@@ -65,6 +66,38 @@ def test_a_withdrawn_tree_is_gone_until_the_next_one_is_planted(published: Publi
     assert published.withdrawn == set()
 
 
+def test_a_fork_that_was_withdrawn_is_found_no_more(published: PublishedTrees) -> None:
+    published.fork(forked(HANDLE, [0, 1], [7, 8], [4, 5], complete=1))
+    published.prune(Pruned(pack([HANDLE]), pack([1]), pack([4])))
+    cache = published.cache
+    assert [below.where for below in cache.look_up([HANDLE] * 2, [[7], [1, 8]])] == [
+        Where.OFF,
+        Where.FOUND,
+    ]
+
+
+def test_many_trees_of_a_message_come_and_go_together(published: PublishedTrees) -> None:
+    for handle in range(10, 16):
+        published.announce(handle)
+    handles, trunks = list(range(10, 17)), [0, 1, -1, 2, 3, -1, 4]  # 16 was never announced
+    counts = [1, 2, 0, 0, 1, 0, 1]
+    published.plant(
+        Planted(
+            pack(handles),
+            pack([10] * 7),
+            pack(trunks),
+            pack(counts),
+            pack([0, 1, 0, 0, 0, 0, 0]),
+            pack([5, 6, 7, 8, 9]),
+        )
+    )
+    cache = published.cache
+    assert sorted(cache.trees) == [HANDLE, 10, 11, 13, 14]
+    assert [cache.row_tokens(row) for row in range(5)] == [[5], [6, 7], [], [8], [9]]
+    assert cache.ended.tolist()[:5] == [False, True, False, False, False]
+    assert published.withdrawn == {12, 15}
+
+
 def test_a_tree_on_its_way_for_a_finished_request_is_not_kept(published: PublishedTrees) -> None:
     published.drop(HANDLE)
     published.plant(planted(HANDLE, 0, [1]))
@@ -104,6 +137,9 @@ def test_rows_of_a_finished_request_stay_in_step(published: PublishedTrees) -> N
         ("plant", planted(HANDLE, 0, [1, 2], count=3)),
         ("plant", planted(HANDLE, 0, [1], count=-1)),
         ("plant", planted(HANDLE, 0, [1] * (WIDTH + 1))),
+        ("plant", planted(HANDLE, -1, [1])),
+        ("prune", Pruned(pack([HANDLE]), pack([2]), pack([1]))),
+        ("prune", Pruned(pack([HANDLE, HANDLE]), pack([1]), pack([1]))),
         ("fork", forked(HANDLE, [0], [1], [ROWS])),
         ("fork", forked(HANDLE, [0], [-5], [1])),
         ("fork", forked(HANDLE, [0, 1], [1], [1])),
@@ -152,6 +188,7 @@ numbers = st.lists(st.integers(-2, ROWS + 1) | st.just(VOCAB_SIZE), max_size=3).
 messages = st.one_of(
     st.builds(Planted, numbers, numbers, numbers, numbers, numbers, numbers),
     st.builds(Forked, numbers, numbers, numbers, numbers, numbers, numbers),
+    st.builds(Pruned, numbers, numbers, numbers),
     st.builds(Stepped, numbers, numbers, numbers),
 )
 
@@ -165,6 +202,7 @@ def test_no_message_makes_a_look_up_fail(garbage: list[Any], text: list[int]) ->
     verbs: dict[Any, Callable[[Any], None]] = {
         Planted: published.plant,
         Forked: published.fork,
+        Pruned: published.prune,
         Stepped: lambda step: published.steps([step]),
     }
     for message in garbage:
@@ -174,6 +212,8 @@ def test_no_message_makes_a_look_up_fail(garbage: list[Any], text: list[int]) ->
             published.clear()  # as a new epoch does
             published.announce(HANDLE)
     walk = published.cache.walk(HANDLE, text)
+    (below,) = published.cache.look_up([HANDLE], [text])
+    assert (below.where, below.row) == (walk.where, walk.row)
     if walk.row >= 0:
         drafted = published.cache.below(walk, DEPTH)
         assert len(drafted) <= DEPTH

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import struct
 import threading
@@ -120,6 +121,62 @@ def test_a_frame_larger_than_the_socket_goes_over_in_parts(pair: Pair) -> None:
     assert not pair.target.flush()  # nobody has read yet
     pair.target.send(frame(3))
     assert receive_all(pair.draft, pair.target) == [big, frame(3)]
+
+
+def test_what_the_socket_leaves_goes_over_while_the_sender_does_other_things(pair: Pair) -> None:
+    text = frame(0, size=8 * MEGABYTE)
+    pair.target.send(text, frame(1))
+    got: list[DraftBound | None] = []
+    deadline = time.monotonic() + 10.0
+    while len(got) < 2 and time.monotonic() < deadline:
+        got += pair.draft.receive(timeout=1.0)  # nobody calls the target's end
+    assert got == [text, frame(1)]
+
+
+def test_sending_does_not_wait_for_a_reader_that_does_not_read(pair: Pair) -> None:
+    pair.target.send(frame(0, size=8 * MEGABYTE))
+    began = time.monotonic()
+    for number in range(1, 200):
+        pair.target.send(frame(number, size=100))
+        pair.target.receive()
+    assert time.monotonic() - began < 1.0
+    assert not pair.target.flush()
+
+
+@pytest.mark.parametrize("reader", ["does not read", "is gone"])
+def test_the_thread_that_sends_ends_with_the_channel(reader: str) -> None:
+    before = threading.active_count()
+    pair = Pair()
+    pair.target.send(frame(0, size=8 * MEGABYTE))
+    assert threading.active_count() == before + 1
+    if reader == "is gone":
+        pair.socket.close()
+    began = time.monotonic()
+    pair.target.close()
+    assert time.monotonic() - began < 1.0
+    assert threading.active_count() == before
+    pair.close()
+
+
+def test_a_channel_whose_reader_keeps_up_needs_no_thread(pair: Pair) -> None:
+    before = threading.active_count()
+    for number in range(1000):
+        pair.target.send(frame(number, size=1000))
+        assert pair.draft.receive(1.0) == [frame(number, size=1000)]
+    assert threading.active_count() == before
+
+
+def test_a_process_forked_while_something_is_left_over_disturbs_nothing(pair: Pair) -> None:
+    text = frame(0, size=4 * MEGABYTE)
+    pair.target.send(text)
+    child = os.fork()
+    if not child:
+        os._exit(0)
+    os.waitpid(child, 0)
+    got: list[DraftBound | None] = []
+    while not got:
+        got += pair.draft.receive(timeout=5.0)
+    assert got == [text]
 
 
 def test_waiting_for_frames_hands_over_what_waits_to_be_sent(pair: Pair) -> None:

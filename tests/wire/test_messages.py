@@ -19,6 +19,7 @@ from vllm_ssd.wire.messages import (
     ToTarget,
     pack,
     unpack,
+    unpack_list,
 )
 
 _FIELDS: dict[Any, st.SearchStrategy[Any]] = {
@@ -80,7 +81,9 @@ def test_messages_to_the_target_arrive_as_they_were(
 @given(st.lists(st.integers(-(2**31), 2**31 - 1)))
 def test_packed_integers_unpack_as_they_were(values: list[int]) -> None:
     assert unpack(pack(values)).tolist() == values
+    assert unpack_list(pack(values)) == values
     array = np.array(values, np.int32)
+    assert pack(array) == pack(values)
     assert unpack(pack(array)).dtype == np.int32
     assert len(pack(array)) == 4 * len(values)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 
 @dataclass(slots=True)
@@ -41,9 +42,21 @@ class Stats:
     verify_seconds: float = 0.0
     """Time from one proposal to the next, while decoding goes on."""
     verify_intervals: int = 0
+    notices: int = 0
+    """Steps of which the draft was told before the target began them, or right after."""
+    notice_seconds: float = 0.0
+    """Time in that; where it is told before the launch, the target waits for it."""
     resyncs: int = 0
     restarts: int = 0
     errors: int = 0
+
+    def missed(self, why: Literal["draft_down", "resync"], rounds: int) -> None:
+        """So many look-ups that could not even be tried."""
+        self.rounds += rounds
+        if why == "draft_down":
+            self.misses_draft_down += rounds
+        else:
+            self.misses_resync += rounds
 
     def as_dict(self) -> dict[str, float]:
         """All counters, and the ratios people ask for (absent while they would divide by zero)."""
@@ -51,6 +64,7 @@ class Stats:
         _ratio(result, "hit_rate", self.hits, self.rounds)
         _ratio(result, "mean_depth_at_hit", self.depth_at_hit, self.hits)
         _ratio(result, "mean_propose_seconds", self.propose_seconds, self.proposals)
+        _ratio(result, "mean_notice_seconds", self.notice_seconds, self.notices)
         _ratio(result, "mean_verify_seconds", self.verify_seconds, self.verify_intervals)
         return result
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import NamedTuple
 
 import numpy as np
 
@@ -48,6 +49,21 @@ class Walk:
     """How many tokens of that row the text covers."""
 
 
+class Below(NamedTuple):
+    """What lies below a text (:meth:`SpeculationCache.look_up`)."""
+
+    where: Where
+    row: int
+    """As in :class:`Walk`."""
+    drafted: list[int]
+    """``FOUND``: all that the row holds after the text, an end token included."""
+    ended: bool
+    """``FOUND``: the row ends with the last of them."""
+
+
+NOWHERE = Below(Where.UNKNOWN, -1, [], False)
+
+
 @dataclass(slots=True)
 class Tree:
     """One request's tree, good for all texts that start with its first ``base`` tokens."""
@@ -65,17 +81,19 @@ class Tree:
         """The row forked after ``k`` trunk tokens with first token ``token``; -1 if none."""
         key = (k << 32) | token
         for keys, rows in self.forks:
-            at = np.flatnonzero(keys == key)
-            if at.size:
-                return int(rows[at[0]])
+            known = keys.tolist()  # a few: a list is searched sooner than an array
+            if key in known:
+                return int(rows[known.index(key)])
         return -1
 
 
+_MANY = 48
+"""From so many requests on operations on arrays of them all are faster than one after another."""
 _PRUNED = -1
 """In place of the key of a fork that is not there any more."""
 
 
-def fork_keys(k: Int32Array, tokens: Int32Array) -> Int64Array:
+def fork_keys(k: Int32Array | Int64Array, tokens: Int32Array) -> Int64Array:
     """One int64 for each ``(k, t*)``."""
     return (k.astype(np.int64) << 32) | tokens
 
@@ -106,6 +124,45 @@ class SpeculationCache:
         self.ended[trunk] = ended
         tree = self.trees[handle] = Tree(base, trunk)
         return tree
+
+    def plant_all(
+        self,
+        handles: list[int],
+        bases: list[int],
+        trunks: list[int],
+        counts: list[int],
+        tokens: Int32Array,
+        ended: list[int],
+    ) -> None:
+        """Start the next trees of many requests (:meth:`plant`).
+
+        Args:
+            handles: the requests.
+            bases: of each the first position of its trunk.
+            trunks: its row.
+            counts: how many tokens the trunk has so far.
+            tokens: ``[sum(counts)]``, these.
+            ended: nonzero where the trunk ends with them.
+
+        Raises:
+            IndexError: a row does not exist, or is shorter than its tokens.
+        """
+        if len(handles) < _MANY:
+            at = 0
+            for handle, base, trunk, count, end in zip(
+                handles, bases, trunks, counts, ended, strict=True
+            ):
+                self.plant(handle, base, trunk, tokens[at : at + count], bool(end))
+                at += count
+            return
+        lengths = np.array(counts)
+        self.length[trunks] = lengths
+        self.ended[trunks] = np.array(ended, np.bool_)
+        first = np.cumsum(lengths) - lengths
+        columns = np.arange(len(tokens)) - np.repeat(first, lengths)
+        self.tokens[np.repeat(trunks, lengths), columns] = tokens
+        for handle, base, trunk in zip(handles, bases, trunks, strict=True):
+            self.trees[handle] = Tree(base, trunk)
 
     def add_forks(
         self,
@@ -191,6 +248,92 @@ class SpeculationCache:
         still_open = matched == len(branch) and not self.ended[row]
         return Walk(Where.PENDING if still_open else Where.OFF, tree.trunk, k)
 
+    def look_up(self, handles: list[int], texts: list[list[int]]) -> list[Below]:
+        """Walk the texts of several requests, and take what lies below.
+
+        Args:
+            handles: the requests.
+            texts: of each its confirmed tokens from its tree's ``base`` on, as for :meth:`walk`.
+
+        Returns:
+            For each what :meth:`walk` says, with the tokens found.
+        """
+        if len(handles) >= _MANY:
+            return self.look_up_many(handles, texts)
+        found: list[Below] = []
+        for handle, text in zip(handles, texts, strict=True):
+            walk = self.walk(handle, text)
+            if walk.where is Where.FOUND:
+                drafted = self.row_tokens(walk.row)[walk.offset :]
+                found.append(Below(walk.where, walk.row, drafted, bool(self.ended[walk.row])))
+            else:
+                found.append(Below(walk.where, walk.row, [], False))
+        return found
+
+    def look_up_many(self, handles: list[int], texts: list[list[int]]) -> list[Below]:
+        """The same as :meth:`look_up`, by operations on arrays that hold all requests."""
+        found = [NOWHERE] * len(handles)
+        known = [i for i, handle in enumerate(handles) if handle in self.trees]
+        if not known:
+            return found
+        trees = [self.trees[handles[i]] for i in known]
+        sizes = np.array([len(texts[i]) for i in known])
+        new = np.full((len(known), int(sizes.max()) + 1), -1, np.int32)
+        flat = [token for i in known for token in texts[i]]
+        new[np.arange(new.shape[1]) < sizes[:, None]] = flat
+
+        # Down the trunks; and where a text leaves its trunk, down the fork that begins there.
+        trunks = np.array([tree.trunk for tree in trees])
+        kept = self._agree(trunks, new, sizes)
+        left = np.flatnonzero(kept < sizes)
+        k = kept[left]
+        rows, offsets = trunks.copy(), kept.copy()
+        forks = _forks_at([trees[i] for i in left], fork_keys(k, new[left, k]))
+        at_fork, fork_rows = left[forks >= 0], forks[forks >= 0]
+        shift = kept[at_fork][:, None] + np.arange(new.shape[1])
+        rests = np.take_along_axis(new[at_fork], np.minimum(shift, new.shape[1] - 1), axis=1)
+        rows[at_fork] = fork_rows
+        offsets[at_fork] = self._agree(fork_rows, rests, sizes[at_fork] - kept[at_fork])
+
+        lengths, ended = self.length[rows], self.ended[rows]
+        goal = sizes.copy()
+        goal[at_fork] -= kept[at_fork]
+        complete = offsets == goal
+        # At the end of a row that still grows; or where a fork may still be made.
+        still_open = (offsets == lengths) & ~ended
+        no_fork = left[forks < 0]
+        complete[no_fork] = False
+        more_to_come = np.array([not tree.complete for tree in trees])
+        still_open[no_fork] |= more_to_come[no_fork]
+        for i, trunk, row, tokens, offset, length, end, hit, pending in zip(
+            known,
+            trunks.tolist(),
+            rows.tolist(),
+            self.tokens[rows].tolist(),
+            offsets.tolist(),
+            lengths.tolist(),
+            ended.tolist(),
+            complete.tolist(),
+            still_open.tolist(),
+            strict=True,
+        ):
+            if hit:
+                found[i] = Below(Where.FOUND, row, tokens[offset:length], end)
+            else:
+                where = Where.PENDING if pending else Where.OFF
+                found[i] = Below(where, trunk, [], False)
+        return found
+
+    def _agree(self, rows: Int64Array, texts: Int32Array, sizes: Int64Array) -> Int64Array:
+        """How many leading tokens of each text (``[n, width]``, its ``size`` first ones count)
+        are those of its row; ``[n]``."""
+        width = min(texts.shape[1], self.tokens.shape[1])
+        known = np.minimum(sizes, self.length[rows])
+        same = np.zeros((len(rows), width + 1), np.bool_)
+        same[:, :width] = self.tokens[rows, :width] == texts[:, :width]
+        same[:, :width] &= np.arange(width) < known[:, None]
+        return same.argmin(axis=1)
+
     def row_tokens(self, row: int) -> list[int]:
         """The tokens of a row."""
         tokens: list[int] = self.tokens[row, : self.length[row]].tolist()
@@ -207,6 +350,21 @@ class SpeculationCache:
         end = max(walk.offset, min(length, walk.offset + limit))
         tokens: list[int] = self.tokens[walk.row, walk.offset : end].tolist()
         return tokens
+
+
+def _forks_at(trees: list[Tree], keys: Int64Array) -> Int64Array:
+    """For each tree the row of its fork with that key (:meth:`Tree.fork_at`), or -1; ``[n]``."""
+    found = np.full(len(trees), -1, np.int64)
+    batches = [(i, batch) for i, tree in enumerate(trees) for batch in tree.forks]
+    if batches:
+        counts = [len(rows) for _, (_, rows) in batches]
+        owners = np.repeat([i for i, _ in batches], counts)
+        have = np.concatenate([of for _, (of, _) in batches])
+        rows = np.concatenate([rows for _, (_, rows) in batches])
+        # Backwards: of two forks with one key the first one counts.
+        hits = np.flatnonzero(have == keys[owners])[::-1]
+        found[owners[hits]] = rows[hits]
+    return found
 
 
 def _common_prefix(a: list[int], b: list[int]) -> int:

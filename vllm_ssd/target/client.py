@@ -37,7 +37,7 @@ from vllm_ssd.wire.messages import (
 logger = logging.getLogger("vllm.vllm_ssd")
 
 SILENCE_SECONDS = 5.0
-"""A draft that leaves a frame unanswered for so long is taken for stopped, and replaced."""
+"""A draft that leaves a frame unanswered for so long is presumed hung and replaced."""
 FIRST_BACKOFF_SECONDS = 0.5
 LONGEST_BACKOFF_SECONDS = 60.0
 CLOSE_SECONDS = 10.0
@@ -93,7 +93,7 @@ class DraftClient:
         self._unanswered_since: float | None = None
         self._failure = ""
         self._was_up = False
-        self._closed = False
+        self._closed = self._asleep = False
 
     # ---- life of the process
 
@@ -130,17 +130,18 @@ class DraftClient:
                 self._closed = True
                 raise RuntimeError(f"ssd: the draft process did not come up: {self._failure}")
             remaining = deadline - time.monotonic()
-            if remaining <= 0.0:
+            # It may have come up long ago, while nobody looked.
+            self.poll(max(0.0, remaining))
+            if remaining <= 0.0 and not self.up and self.process is not None:
                 self.close()
                 raise RuntimeError(
                     f"ssd: the draft process took longer than draft_startup_timeout_s = "
                     f"{self._startup_timeout_s:g}; raise it or choose a smaller draft model"
                 )
-            self.poll(remaining)
 
     def maintain(self) -> None:
-        """Replace a draft that fell silent, start one whose turn has come. Never blocks."""
-        if self._closed:
+        """Replace a draft that hangs, start one when it is time to. Never blocks."""
+        if self._closed or self._asleep:
             return
         now = time.monotonic()
         if self.process is None:
@@ -155,13 +156,32 @@ class DraftClient:
         elif now - self._started_at > self._startup_timeout_s:
             self._lose(f"not up after {self._startup_timeout_s:g} s")
 
+    def sleep(self) -> None:
+        """End the draft process, so that its memory is free, until :meth:`wake_up`."""
+        self._asleep = True
+        self._counters_before = self.draft_counters
+        self._end()
+        self._begin_epoch()
+
+    def wake_up(self) -> None:
+        """Start the draft process again, and wait for nothing: decoding is plain until it is up."""
+        if not self._asleep or self._closed:
+            return
+        self._asleep = False
+        self._failures = 0
+        self.launch()
+        self._put([self._allocate])
+
     def close(self) -> None:
         """End the draft process for good."""
         self._closed = True
+        self._end()
+
+    def _end(self) -> None:
         self.up = False
         if self.process is not None:
             self.process.end()
-            # Whoever starts the next engine wants this one's memory.
+            # Whoever comes next wants this one's memory.
             self.process.wait(CLOSE_SECONDS)
             self.process = None
 
@@ -195,9 +215,18 @@ class DraftClient:
     # ---- frames
 
     def send(self, messages: list[ToDraft]) -> None:
-        """Send without blocking; what cannot be sent ends the epoch."""
+        """Send without blocking; what cannot be sent ends the epoch.
+
+        What is small goes first, in a frame of its own: it is not to wait for long texts.
+        """
         if self.up and messages:
-            self._put(messages)
+            frames: list[list[ToDraft]] = [[]]
+            for message in messages:
+                if isinstance(message, Start):
+                    frames.append([message])
+                else:
+                    frames[0].append(message)
+            self._put(*(frame for frame in frames if frame))
 
     def poll(self, timeout: float = 0.0) -> None:
         """Apply what has arrived.
@@ -248,11 +277,15 @@ class DraftClient:
         self.published.clear()
         self._forget_requests()
 
-    def _put(self, messages: list[ToDraft]) -> None:
+    def _put(self, *frames: list[ToDraft]) -> None:
         if self.process is None:
             return
+        numbered = [
+            DraftBound(self.epoch, number, messages)
+            for number, messages in enumerate(frames, self._number)
+        ]
         try:
-            self.process.channel.send(DraftBound(self.epoch, self._number, messages))
+            self.process.channel.send(*numbered)
         except ChannelFullError as error:
             # Nothing sent in this epoch: there is nothing to be out of step with.
             if self._number:
@@ -261,10 +294,11 @@ class DraftClient:
         except ChannelClosedError as error:
             self._lose(str(error))
             return
-        self._number += 1
-        for message in messages:
-            if isinstance(message, Start):
-                self.published.announce(message.handle)
+        self._number += len(frames)
+        for messages in frames:
+            for message in messages:
+                if isinstance(message, Start):
+                    self.published.announce(message.handle)
         if self._unanswered_since is None:
             self._unanswered_since = time.monotonic()
 

@@ -9,7 +9,16 @@ import numpy as np
 
 from vllm_ssd.core.arrays import Int32Array
 from vllm_ssd.core.tree import SpeculationCache, row_width
-from vllm_ssd.wire.messages import MAX_ROWS, Forked, Planted, Pruned, Ready, Stepped, unpack
+from vllm_ssd.wire.messages import (
+    MAX_ROWS,
+    Forked,
+    Planted,
+    Pruned,
+    Ready,
+    Stepped,
+    unpack,
+    unpack_list,
+)
 
 
 class PublishedTrees:
@@ -75,50 +84,50 @@ class PublishedTrees:
 
     def plant(self, message: Planted) -> None:
         """Trees replace the requests' former ones."""
-        # Lists where there is one number a request: for a few they are much faster than arrays.
-        handles, bases = unpack(message.handles).tolist(), unpack(message.bases).tolist()
-        trunks, counts = unpack(message.trunks).tolist(), unpack(message.counts).tolist()
-        ended, tokens = unpack(message.ended).tolist(), unpack(message.tokens)
+        handles, bases = unpack_list(message.handles), unpack_list(message.bases)
+        trunks, counts = unpack_list(message.trunks), unpack_list(message.counts)
+        ended, tokens = unpack_list(message.ended), unpack(message.tokens)
+        if not len(handles) == len(bases) == len(trunks) == len(counts) == len(ended):
+            raise ValueError("trees of different lengths")
         if trunks and max(trunks) >= len(self.cache.length):
             raise ValueError("a row that does not exist")
         self._check_tokens(tokens)
         _check_counts(counts, len(tokens))
         if counts and max(counts) > self._width:
             raise ValueError(f"{max(counts)} tokens for a trunk")
-        at = 0
-        for handle, base, trunk, count, end in zip(
-            handles, bases, trunks, counts, ended, strict=True
-        ):
-            if trunk < 0:
+        if trunks and min(trunks) < 0:
+            trees = list(zip(handles, bases, trunks, counts, ended, strict=True))
+            if any(count for _, _, trunk, count, _ in trees if trunk < 0):
+                raise ValueError("tokens without a trunk")
+            gone = [tree[0] for tree in trees if tree[2] < 0]
+            for handle in gone:
                 self.cache.trees.pop(handle, None)
-            else:
-                self.cache.plant(handle, base, trunk, tokens[at : at + count], bool(end))
-            if handle not in self._announced:
-                # It is over. Its rows count all the same: they grow until the draft knows.
-                self.cache.trees.pop(handle, None)
-            elif trunk < 0:
-                self.withdrawn.add(handle)
-            else:
-                self.withdrawn.discard(handle)
-            at += count
+            self.withdrawn |= self._announced.intersection(gone)
+            kept = [tree for tree in trees if tree[2] >= 0]
+            handles, bases, trunks, counts, ended = ([tree[i] for tree in kept] for i in range(5))
+        self.withdrawn.difference_update(handles)
+        self.cache.plant_all(handles, bases, trunks, counts, tokens, ended)
+        # Those are over. Their rows count all the same: they grow until the draft knows.
+        for handle in set(handles) - self._announced:
+            self.cache.trees.pop(handle, None)
 
     def fork(self, message: Forked) -> None:
         """Trees have got more forks."""
-        handles, counts = unpack(message.handles).tolist(), unpack(message.counts).tolist()
+        handles, counts = unpack_list(message.handles), unpack_list(message.counts)
         k, tokens, rows = unpack(message.k), unpack(message.tokens), _indices(message.rows)
         self._check_tokens(tokens)
         _check_counts(counts, len(rows))
         if not len(k) == len(tokens) == len(rows):
             raise ValueError("forks of different lengths")
         self.cache.add_forks(handles, counts, k, tokens, rows)
-        for handle, complete in zip(handles, unpack(message.complete).tolist(), strict=True):
+        for handle, complete in zip(handles, unpack_list(message.complete), strict=True):
             tree = self.cache.trees.get(handle)
             if tree is not None:
                 tree.complete = bool(complete)
 
     def prune(self, message: Pruned) -> None:
         """Trees have lost forks."""
-        handles, counts = unpack(message.handles).tolist(), unpack(message.counts).tolist()
+        handles, counts = unpack_list(message.handles), unpack_list(message.counts)
         rows = unpack(message.rows)
         _check_counts(counts, len(rows))
         self.cache.prune(handles, counts, rows)

@@ -14,6 +14,7 @@ from vllm_ssd.target.client import DraftClient
 from vllm_ssd.target.cores import bind_target, split_cores
 from vllm_ssd.target.draft_setup import DraftPlan, plan_draft
 from vllm_ssd.target.memory import target_kv_bytes_per_token
+from vllm_ssd.target.notices import tells_before_launch
 from vllm_ssd.target.proposer import SSDProposer
 from vllm_ssd.target.rejection import fix_cpu_rejection_sampler
 
@@ -21,6 +22,9 @@ if TYPE_CHECKING or not current_platform.is_cpu():
     from vllm.v1.worker.gpu_worker import Worker as PlatformWorker
 else:
     from vllm.v1.worker.cpu_worker import CPUWorker as PlatformWorker
+
+SLEEP_TAGS = ("weights", "kv_cache")
+"""What vLLM puts to sleep (``vllm/v1/executor/abstract.py``) and may wake one at a time."""
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -40,6 +44,9 @@ class SSDWorker(PlatformWorker):
         self._client: DraftClient | None = None
         self._plan: DraftPlan | None = None
         self._unbind: weakref.finalize[..., SSDWorker] | None = None
+        self._tells_first = tells_before_launch(current_platform.is_cpu())
+        self._asleep: set[str] = set()
+        """What vLLM has put to sleep, by its tags."""
 
     def init_device(self) -> None:
         """Bring up the device, and the draft process beside it."""
@@ -73,6 +80,9 @@ class SSDWorker(PlatformWorker):
             )
             if self._plan.may_start_early:
                 self._client.launch()
+            if not self._plan.shares_device:
+                # No memory is shared: the draft loads while the target does.
+                self._client.allocate(self._plan.kv_cache_memory_bytes)
         proposer.bind(self.model_runner, self._client)
 
     @property
@@ -111,15 +121,35 @@ class SSDWorker(PlatformWorker):
     def compile_or_warm_up_model(self) -> Any:
         """With the target's memory taken and its model warm, let the draft take its own."""
         result = super().compile_or_warm_up_model()
+        self._proposer.warmed_up(self.vllm_config)
         if self._client is not None and self._plan is not None:
-            self._client.allocate(self._plan.kv_cache_memory_bytes)
+            if self._plan.shares_device:
+                self._client.allocate(self._plan.kv_cache_memory_bytes)
             self._client.wait_until_up()
         return result
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
-        """Tell the draft what is about to be computed, then compute it."""
-        self._proposer.before_forward(scheduler_output)
-        return super().execute_model(scheduler_output)
+        """Compute a step, and tell the draft of it as soon as that delays nothing."""
+        if self._tells_first:
+            self._proposer.scheduled(scheduler_output)
+        output = super().execute_model(scheduler_output)
+        if not self._tells_first:
+            self._proposer.scheduled(scheduler_output)
+        return output
+
+    def sleep(self, level: int = 1) -> None:
+        """Free the target's memory as vLLM does, and all of the draft's."""
+        if self._client is not None:
+            self._client.sleep()
+        super().sleep(level)
+        self._asleep = set(SLEEP_TAGS)
+
+    def wake_up(self, tags: list[str] | None = None) -> None:
+        """Bring the target back as vLLM does; with the last of it comes the draft."""
+        super().wake_up(tags)
+        self._asleep -= set(SLEEP_TAGS if tags is None else tags)
+        if self._client is not None and not self._asleep:
+            self._client.wake_up()
 
     def ssd_stats(self) -> dict[str, float]:
         """Counters of this worker's proposer and of its draft process (for ``collective_rpc``)."""

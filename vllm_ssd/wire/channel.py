@@ -1,5 +1,9 @@
 """Frames over a local stream socket: sends never block, reads take what is there.
 
+What the socket does not take at once, a thread hands over while the caller goes on with its work: a
+long text reaches the draft while the target computes. The thread exists once it was needed, and
+sleeps while nothing is left over.
+
 End of file and a broken pipe both mean that the other process is gone.
 """
 
@@ -9,6 +13,7 @@ import select
 import socket
 import struct
 import threading
+from contextlib import suppress
 from typing import Generic, TypeVar
 
 import msgspec
@@ -21,6 +26,8 @@ MAX_FRAME_BYTES = 64 << 20
 MAX_PENDING_BYTES = 64 << 20
 """What may wait for a slow reader before the channel counts as full."""
 _READ_BYTES = 256 << 10
+_SEND_BYTES = 64 << 10
+"""Handed to the socket at once: another thread waits for that, some ten microseconds."""
 
 
 class ChannelClosedError(ConnectionError):
@@ -48,6 +55,9 @@ class Channel(Generic[Frame]):
         self._arrived = memoryview(bytearray(_READ_BYTES))
         self._outbox = bytearray()
         self._sending = threading.Lock()
+        self._left_over = threading.Event()
+        self._sender: threading.Thread | None = None
+        self._closed = False
 
     def fileno(self) -> int:
         """The socket's file descriptor, for ``select``."""
@@ -55,29 +65,49 @@ class Channel(Generic[Frame]):
 
     def close(self) -> None:
         """Close this end; the other one sees end of file."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._sender is not None:
+            # Wakes the thread wherever it waits; it must not see the descriptor's next owner.
+            self._left_over.set()
+            with suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
+            if self._sender is not threading.current_thread():  # a finalizer runs anywhere
+                self._sender.join()
         self._socket.close()
 
-    def send(self, frame: msgspec.Struct) -> None:
-        """Send without blocking; what the socket does not take now goes with a later call.
+    def send(self, *frames: msgspec.Struct) -> None:
+        """Send without blocking; what the socket does not take now goes as soon as it does.
 
         Another thread may receive meanwhile.
 
         Raises:
-            ValueError: the frame is longer than the other end takes.
-            ChannelFullError: too much waits already; nothing of this frame was sent.
+            ValueError: a frame is longer than the other end takes.
+            ChannelFullError: too much waits already.
             ChannelClosedError: the other process is gone.
+
+        After the first two nothing of these frames was sent.
         """
         if len(self._outbox) > MAX_PENDING_BYTES:
             self.flush()
             if len(self._outbox) > MAX_PENDING_BYTES:
                 raise ChannelFullError(f"{len(self._outbox)} bytes wait for the reader")
-        payload = self._encoder.encode(frame)
-        if len(payload) > MAX_FRAME_BYTES:
-            raise ValueError(f"a frame of {len(payload)} bytes: at most {MAX_FRAME_BYTES}")
+        data = bytearray()
+        for frame in frames:
+            payload = self._encoder.encode(frame)
+            if len(payload) > MAX_FRAME_BYTES:
+                raise ValueError(f"a frame of {len(payload)} bytes: at most {MAX_FRAME_BYTES}")
+            data += _LENGTH.pack(len(payload))
+            data += payload
+        self._append(data)
+
+    def _append(self, data: bytes | bytearray) -> None:
+        """Bytes that go after all others."""
         with self._sending:
-            self._outbox += _LENGTH.pack(len(payload))
-            self._outbox += payload
-        self.flush()
+            self._outbox += data
+        if not self.flush():
+            self._let_a_thread_send()
 
     def flush(self) -> bool:
         """Hand over what waits; True when nothing waits any more.
@@ -85,21 +115,47 @@ class Channel(Generic[Frame]):
         Raises:
             ChannelClosedError: the other process is gone.
         """
-        with self._sending:
+        try:
             while self._outbox:
-                try:
-                    sent = self._socket.send(self._outbox)
-                except BlockingIOError:
-                    return False
-                except OSError as error:
-                    raise ChannelClosedError(f"send: {error}") from error
-                del self._outbox[:sent]
-            return True
+                self._send_some()
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            raise ChannelClosedError(f"send: {error}") from error
+        return True
+
+    def _send_some(self) -> None:
+        """Hand over a part of what waits."""
+        with self._sending:
+            with memoryview(self._outbox) as waiting, waiting[:_SEND_BYTES] as part:
+                sent = self._socket.send(part)
+            del self._outbox[:sent]
+
+    def _let_a_thread_send(self) -> None:
+        self._left_over.set()
+        if self._sender is None:
+            sender = threading.Thread(
+                target=self._send_left_over, name="vllm-ssd-send", daemon=True
+            )
+            with suppress(RuntimeError):  # no more threads: it goes with the next call
+                sender.start()
+                self._sender = sender
+
+    def _send_left_over(self) -> None:
+        """The thread: whenever something is left over, hand it over as the other end reads."""
+        poll = select.poll()
+        poll.register(self._socket, select.POLLOUT)
+        while not self._closed:
+            self._left_over.wait()
+            self._left_over.clear()
+            try:
+                while not self._closed and not self.flush():
+                    poll.poll()
+            except ChannelClosedError:
+                return  # whoever sends or receives next is told
 
     def receive(self, timeout: float | None = 0.0) -> list[Frame | None]:
         """The frames that have arrived, in order; ``None`` in place of one that cannot be decoded.
-
-        What waits to be sent is handed over first, as far as the socket takes it.
 
         Args:
             timeout: seconds to wait for the first byte; 0 does not wait, ``None`` waits for ever.
@@ -107,7 +163,6 @@ class Channel(Generic[Frame]):
         Raises:
             ChannelClosedError: end of file, or a length that no frame has.
         """
-        self.flush()
         if timeout != 0.0 and not self._wait(timeout):
             return []
         closed = self._fill()
@@ -123,13 +178,10 @@ class Channel(Generic[Frame]):
         return bool(poll.poll(0))
 
     def _wait(self, timeout: float | None) -> bool:
-        """Wait until something can be read; flushes what waits to be sent meanwhile."""
+        """Wait until something can be read."""
         poll = select.poll()
-        poll.register(self._socket, select.POLLIN | (select.POLLOUT if self._outbox else 0))
-        events = poll.poll(None if timeout is None else timeout * 1000.0)
-        if any(event & select.POLLOUT for _, event in events):
-            self.flush()
-        return any(event & ~select.POLLOUT for _, event in events)
+        poll.register(self._socket, select.POLLIN)
+        return bool(poll.poll(None if timeout is None else timeout * 1000.0))
 
     def _fill(self) -> bool:
         """Read what the socket has; True at end of file."""

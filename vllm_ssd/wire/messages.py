@@ -8,6 +8,8 @@ there is one way to recover, whatever went wrong.
 
 from __future__ import annotations
 
+import sys
+from array import array
 from typing import Any
 
 import msgspec
@@ -25,7 +27,17 @@ class Message(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 def pack(values: list[int] | NDArray[np.int32]) -> bytes:
-    """Integers as int32 bytes."""
+    """Integers as int32 bytes.
+
+    Raises:
+        OverflowError: one of a list does not fit into 32 bits.
+    """
+    if isinstance(values, list):
+        # Several times as fast as numpy, which looks at each element's type.
+        packed = array("i", values)
+        if sys.byteorder == "big":
+            packed.byteswap()
+        return packed.tobytes()
     return np.asarray(values, dtype="<i4").tobytes()
 
 
@@ -36,6 +48,18 @@ def unpack(data: bytes) -> NDArray[np.int32]:
         ValueError: the length is not a multiple of four bytes.
     """
     return np.frombuffer(data, dtype="<i4")
+
+
+def unpack_list(data: bytes) -> list[int]:
+    """The reverse of :func:`pack`, as a list: for a few numbers much faster than an array.
+
+    Raises:
+        ValueError: the length is not a multiple of four bytes.
+    """
+    unpacked = array("i", data)
+    if sys.byteorder == "big":
+        unpacked.byteswap()
+    return unpacked.tolist()
 
 
 # ---- target to draft

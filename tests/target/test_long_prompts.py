@@ -1,0 +1,158 @@
+"""A long prompt reaches the draft while the target prefills it."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from vllm import SamplingParams
+
+from vllm_ssd.draft.blocks import KVBlocks
+from vllm_ssd.draft.engine import DraftEngine
+from vllm_ssd.draft.forking import Policy
+from vllm_ssd.draft.model import BlockChanges, Choices, Done, Sequences
+from vllm_ssd.draft.rows import Rows
+from vllm_ssd.target.client import DraftClient
+from vllm_ssd.target.proposer import SSDProposer
+from vllm_ssd.wire.channel import Channel
+from vllm_ssd.wire.messages import DraftBound, Ready, Setup, Start, TargetBound, Verified
+
+VOCABULARY, DEPTH, BRANCHES, CANDIDATES, BLOCK = 50_000, 4, 8, 8, 32
+LENGTH = 100_000
+PREFILL_SECONDS = 60.0
+"""The target needs that long at most here; the draft's model needs none."""
+
+
+def successor(token: int) -> int:
+    """What both models put after a token."""
+    return (token * 31 + 7) % VOCABULARY
+
+
+class TableModel:
+    """A draft model whose next token is a function of the last one."""
+
+    lookahead = False
+
+    def launch(self, changes: BlockChanges, sequences: Sequences) -> Done:
+        last = sequences.tokens[np.cumsum(sequences.query_lens) - 1].astype(np.int64)
+        top = (last[:, None] * 31 + np.arange(CANDIDATES) * 101 + 7) % VOCABULARY
+        shares = np.full(top.shape, 1.0 / CANDIDATES, np.float32)
+        return Done(Choices(top.astype(np.int32), shares))
+
+
+class Draft:
+    """The draft's side of the line: a real engine in a thread of its own."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.drafted = threading.Event()
+        """It has read the prompt and drafted all it can for it."""
+        self._channel: Channel[DraftBound] = Channel(connection, DraftBound)
+        self._number = 0
+        self._stopped = False
+        blocks = -(-(LENGTH + 100) // BLOCK)
+        self._engine = DraftEngine(
+            TableModel(),
+            Rows(BRANCHES, blocks, DEPTH, CANDIDATES),
+            KVBlocks(blocks + 3 * BRANCHES, BLOCK, enable_prefix_caching=True),
+            Policy(DEPTH, None, BRANCHES, BRANCHES),
+            prefill_chunk=2_000,
+            prefill_chunk_idle=2_000,
+        )
+        self._send([Ready(BRANCHES, blocks, BLOCK)], epoch=0)
+        self._thread = threading.Thread(target=self._serve)
+
+    def start(self) -> None:
+        """Begin to read."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End."""
+        self._stopped = True
+        if self._thread.is_alive():
+            self._thread.join()
+        self._channel.close()
+
+    def _serve(self) -> None:
+        while not self._stopped:
+            for frame in self._channel.receive(0.05):
+                assert frame is not None
+                for message in frame.messages:
+                    if isinstance(message, Start):
+                        self._engine.start(message)
+                    elif isinstance(message, Verified):
+                        self._engine.verified(message)
+                self._send(self._engine.publications(), frame.epoch)
+                while self._engine.has_work:
+                    self._send(self._engine.step(), frame.epoch)
+                self.drafted.set()
+
+    def _send(self, messages: list[Any], epoch: int) -> None:
+        self._channel.send(TargetBound(epoch, self._number, messages))
+        self._number += 1
+
+
+@pytest.fixture
+def draft() -> Iterator[tuple[Draft, SSDProposer]]:
+    """A draft, and a proposer that speaks to it."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    options = {"model": "table", "num_speculative_tokens": DEPTH, "strict": True}
+    config: Any = SimpleNamespace(
+        additional_config={"ssd": options}, model_config=SimpleNamespace(max_model_len=LENGTH + 100)
+    )
+    proposer = SSDProposer(config)
+    setup = Setup({}, DEPTH, [], BRANCHES, BRANCHES, True, VOCABULARY)
+    client = DraftClient(setup, [], 60.0, proposer.stats, proposer.requests.forget_all)
+    channel = Channel(ours, TargetBound)
+    process: Any = SimpleNamespace(channel=channel, pid=0)
+    client.process = process
+    runner = SimpleNamespace(input_batch=SimpleNamespace(req_ids=["a"]), requests={})
+    proposer.bind(runner, client)
+    drafting = Draft(theirs)
+    client.poll(1.0)
+    assert client.up
+    yield drafting, proposer
+    drafting.stop()
+    channel.close()
+
+
+def test_a_long_prompt_is_drafted_for_at_its_first_look_up(
+    draft: tuple[Draft, SSDProposer],
+) -> None:
+    drafting, proposer = draft
+    prompt = np.random.default_rng(0).integers(3, VOCABULARY, LENGTH).tolist()
+    request = SimpleNamespace(
+        req_id="a",
+        prompt_token_ids=prompt,
+        prompt_embeds=None,
+        mm_features=[],
+        lora_request=None,
+        sampling_params=SamplingParams(max_tokens=50),
+    )
+    step: Any = SimpleNamespace(
+        finished_req_ids=set(),
+        scheduled_new_reqs=[request],
+        num_scheduled_tokens={"a": LENGTH},
+        scheduled_spec_decode_tokens={},
+    )
+    began = time.monotonic()
+    proposer.scheduled(step)
+    assert time.monotonic() - began < 1.0
+    # The draft was in the middle of a step. And now the target prefills: nobody looks at the line.
+    drafting.start()
+    assert drafting.drafted.wait(PREFILL_SECONDS)
+
+    first = successor(prompt[-1])
+    texts = np.zeros((1, LENGTH + 100), np.int32)
+    texts[0, : LENGTH + 1] = [*prompt, first]
+    (proposal,) = proposer.propose([[first]], np.array([LENGTH + 1], np.int32), texts)
+    expected = [first]
+    for _ in range(DEPTH):
+        expected.append(successor(expected[-1]))
+    assert proposal == expected[1:]
+    assert (proposer.stats.first_rounds, proposer.stats.first_hits) == (1, 1)

@@ -1,0 +1,111 @@
+"""What the draft is told of a step, and when."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from vllm import SamplingParams
+
+from vllm_ssd.target import notices as notices_module
+from vllm_ssd.target.notices import Notices, tells_before_launch
+from vllm_ssd.target.published import PublishedTrees
+from vllm_ssd.target.requests import RequestTable
+from vllm_ssd.wire.messages import Finished, Start, Trimmed, unpack_list
+
+PROMPT = [5, 6, 7, 8]
+
+
+class Line:
+    """As much of the line to the draft as notices look at."""
+
+    up = True
+
+    def __init__(self) -> None:
+        self.published = PublishedTrees(3, 100)
+
+
+def step(new: tuple[str, ...] = (), finished: tuple[str, ...] = (), **drafts: list[int]) -> Any:
+    """A step as the scheduler describes it; of running requests, the drafts to verify."""
+    return SimpleNamespace(
+        finished_req_ids=set(finished),
+        scheduled_new_reqs=[
+            SimpleNamespace(
+                req_id=req_id,
+                prompt_token_ids=PROMPT,
+                prompt_embeds=None,
+                mm_features=[],
+                lora_request=None,
+                sampling_params=SamplingParams(max_tokens=20),
+            )
+            for req_id in new
+        ],
+        num_scheduled_tokens={req_id: len(of) + 1 for req_id, of in drafts.items()},
+        scheduled_spec_decode_tokens={req_id: of for req_id, of in drafts.items() if of},
+    )
+
+
+def trimmed_to(notices: Notices, a_step: Any) -> list[int]:
+    """How many drafts of each request the step verifies, as the draft is told."""
+    (message,) = notices.scheduled(a_step)
+    assert isinstance(message, Trimmed)
+    return unpack_list(message.verified_counts)
+
+
+@pytest.fixture
+def table() -> RequestTable:
+    return RequestTable(64)
+
+
+@pytest.fixture
+def notices(table: RequestTable) -> Notices:
+    line: Any = Line()
+    return Notices(line, table)
+
+
+def test_on_cpu_the_draft_is_told_first_and_on_a_gpu_once_the_target_has_launched() -> None:
+    assert tells_before_launch(on_cpu=True)
+    assert not tells_before_launch(on_cpu=False)
+
+
+def test_a_new_request_is_announced_and_a_finished_one_dropped(notices: Notices) -> None:
+    (start,) = notices.scheduled(step(new=("a",)))
+    assert isinstance(start, Start)
+    finished, other = notices.scheduled(step(new=("b",), finished=("a",)))
+    assert isinstance(finished, Finished)
+    assert unpack_list(finished.handles) == [start.handle]
+    assert isinstance(other, Start)
+    assert notices.scheduled(step(finished=("a",))) == []
+
+
+def test_the_draft_is_told_how_many_of_its_tokens_are_verified(
+    notices: Notices, table: RequestTable
+) -> None:
+    notices.scheduled(step(new=("a",)))
+    request = table.get("a")
+    assert request is not None
+    request.proposed, request.verifying = [1, 2, 3], 3
+    assert notices.scheduled(step(a=[1, 2, 3])) == []
+    assert trimmed_to(notices, step(a=[1])) == [1]
+    # Place holders are no drafts, padding is nobody's; a preempted request verifies nothing.
+    assert notices.scheduled(step(a=[1, -1, -1])) == []
+    assert trimmed_to(notices, step(a=[1, 2, 3, 3])) == [3]
+    assert notices.scheduled(step()) == []
+    assert trimmed_to(notices, step(a=[])) == [0]
+
+
+def test_long_texts_take_turns(notices: Notices, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(notices_module, "ANNOUNCED_TOKENS", len(PROMPT))
+    assert len(notices.scheduled(step(new=("a", "b")))) == 1
+    state = step(new=("b",)).scheduled_new_reqs[0]
+    state.num_prompt_tokens = len(PROMPT)
+    notices.scheduled(step())
+    assert len(notices.announced_again("b", PROMPT, state)) == 1
+    assert notices.announced_again("c", PROMPT, state) == []
+
+
+def test_a_line_that_is_down_announces_nobody(notices: Notices, table: RequestTable) -> None:
+    notices._client.up = False
+    assert notices.scheduled(step(new=("a",))) == []
+    assert table.get("a") is None

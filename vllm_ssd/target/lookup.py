@@ -1,0 +1,169 @@
+"""Look-up and answer: what the draft has decoded below each request's new tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from vllm_ssd.core.stats import Stats
+from vllm_ssd.core.tree import NOWHERE, Below, Where
+from vllm_ssd.target.published import PublishedTrees
+from vllm_ssd.target.requests import RequestTable, Tracked, most_drafts
+
+
+class Batch(NamedTuple):
+    """What one verification has yielded, for every row of the engine's batch."""
+
+    req_ids: Sequence[str]
+    sampled: list[list[int]]
+    """The accepted tokens and the one after them; empty where nothing was sampled."""
+    lengths: list[int]
+    """Length of each text with them."""
+    texts: np.ndarray[Any, Any]
+    """``[rows, max_model_len]`` int32."""
+
+
+@dataclass(slots=True)
+class LookUp:
+    """One request of the batch whose text goes on."""
+
+    row: int
+    """Its row in the batch."""
+    request: Tracked
+    confirmed: list[int]
+    """Its tokens since the draft was last told."""
+    length: int
+    """Length of its text now."""
+    wanted: int
+    """How many drafted tokens it can use."""
+    below: Below = NOWHERE
+    """What has been found so far."""
+
+
+def choose(
+    batch: Batch, requests: RequestTable, depth: int, stats: Stats
+) -> tuple[list[LookUp], list[int]]:
+    """Which requests to look up; counts what verification accepted of their last drafts.
+
+    Args:
+        batch: the verification.
+        requests: those the draft knows.
+        depth: K.
+        stats: counters to keep.
+
+    Returns:
+        The look-ups, and the rows of requests that the draft does not know.
+    """
+    look_ups: list[LookUp] = []
+    unknown: list[int] = []
+    verifications = drafted = accepted = 0
+    find = requests.get
+    rows = zip(batch.req_ids, batch.sampled, batch.lengths, strict=False)
+    for row, (req_id, tokens, length) in enumerate(rows):
+        if not tokens:
+            continue
+        request = find(req_id)
+        if request is None or length <= request.length:
+            unknown.append(row)
+            continue
+        if request.verifying:
+            verifications += 1
+            drafted += request.verifying
+            accepted += min(len(tokens) - 1, request.verifying)
+        if not request.ends.isdisjoint(tokens):
+            # It is over, as the scheduler is about to find out.
+            request.proposed, request.verifying = [], 0
+            continue
+        confirmed = tokens
+        if request.length + len(tokens) != length:
+            # The draft was not told of some round before this one.
+            confirmed = batch.texts[row, request.length : length].tolist()
+        wanted = most_drafts(request, length, depth)
+        look_ups.append(LookUp(row, request, confirmed, length, wanted))
+    stats.verifications += verifications
+    stats.tokens_drafted += drafted
+    stats.tokens_accepted += accepted
+    return look_ups, unknown
+
+
+def look_up(look_ups: Sequence[LookUp], batch: Batch, published: PublishedTrees) -> None:
+    """Walk the new tokens down the requests' trees."""
+    trees = published.cache.trees
+    handles, texts = [], []
+    for each in look_ups:
+        request = each.request
+        tree = trees.get(request.handle)
+        handles.append(request.handle)
+        if tree is None or tree.base == request.length:
+            texts.append(each.confirmed)
+        else:
+            # The draft is a round behind: the tokens since its tree was planted are walked again.
+            texts.append(batch.texts[each.row, tree.base : each.length].tolist())
+    for each, below in zip(look_ups, published.cache.look_up(handles, texts), strict=True):
+        each.below = below
+
+
+def growing(look_ups: Iterable[LookUp], published: PublishedTrees, depth: int) -> list[LookUp]:
+    """Those for which the draft is still working on a better answer."""
+    return [each for each in look_ups if _may_grow(each, published, depth)]
+
+
+def _may_grow(each: LookUp, published: PublishedTrees, depth: int) -> bool:
+    request, below = each.request, each.below
+    if each.wanted <= 0 or request.handle in published.withdrawn:
+        return False
+    tree = published.cache.trees.get(request.handle)
+    behind = tree is None or tree.base < request.length
+    if below.where is not Where.FOUND:
+        return behind or below.where is Where.PENDING
+    if len(below.drafted) >= each.wanted or below.ended:
+        return False
+    # A row that is as long as it was to be only grows with the next tree.
+    is_trunk = tree is not None and below.row == tree.trunk
+    length = int(published.cache.length[below.row])
+    return behind or length <= depth + is_trunk * len(request.proposed)
+
+
+def answer(look_ups: Sequence[LookUp], stats: Stats) -> None:
+    """Decide each request's next proposal; counts hits and misses.
+
+    An end token is never proposed. Verified as a draft it gains nothing: without it the same
+    verification yields it as its own last token. And it would have been computed, where vLLM goes
+    on from what a request has computed when more input is streamed to it.
+    """
+    for each in look_ups:
+        request, below = each.request, each.below
+        request.look_ups += 1
+        found: list[int] = []
+        if each.wanted > 0:
+            found = below.drafted[: each.wanted]
+            ended = below.ended
+            if ended and len(found) == len(below.drafted):
+                del found[-1:]
+            if not request.ends.isdisjoint(found):
+                # The draft knows the first few of a request's end tokens only.
+                ended = True
+                del found[next(at for at, token in enumerate(found) if token in request.ends) :]
+            _count(each, len(found), bool(found) or ended, stats)
+        request.proposed, request.verifying = found, len(found)
+
+
+def _count(each: LookUp, depth: int, hit: bool, stats: Stats) -> None:
+    request = each.request
+    stats.rounds += 1
+    first = request.look_ups == 1 and not request.resynced
+    if first:
+        stats.first_rounds += 1
+        stats.first_hits += hit
+    if hit:
+        stats.hits += 1
+        stats.depth_at_hit += depth
+    elif each.below.where is Where.OFF:
+        stats.misses_no_branch += 1
+    elif request.look_ups == 1 and request.resynced:
+        stats.misses_resync += 1
+    else:
+        stats.misses_not_ready += 1

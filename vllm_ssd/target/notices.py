@@ -1,0 +1,128 @@
+"""What the draft is told: new and finished requests, trimmed drafts, outcomes of verifications."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from vllm_ssd.target.lookup import LookUp
+from vllm_ssd.target.requests import RequestTable, can_draft
+from vllm_ssd.wire.messages import Finished, Start, ToDraft, Trimmed, Verified, pack
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+
+    from vllm_ssd.target.client import DraftClient
+
+ANNOUNCED_TOKENS = 4 << 20
+"""Tokens of text announced in one step (16 MiB): many long requests take turns."""
+
+
+def tells_before_launch(on_cpu: bool) -> bool:
+    """Whether the draft is told of a step before the target's forward is called, or after.
+
+    On CPU the call is the forward: told afterwards, the draft would have lost all that time. On a
+    GPU it returns once the kernels are queued: what comes before it delays their launch, on all
+    tensor-parallel ranks, since they wait for this one.
+    """
+    return on_cpu
+
+
+class Notices:
+    """Builds the messages to the draft, and keeps the table of the requests it knows.
+
+    Args:
+        client: the line to the draft.
+        requests: those it has been told of.
+    """
+
+    def __init__(self, client: DraftClient, requests: RequestTable) -> None:
+        self._client = client
+        self._requests = requests
+        self._announced = 0
+        """Tokens of text announced in this step."""
+
+    def scheduled(self, step: SchedulerOutput) -> list[ToDraft]:
+        """Of a step that is about to be computed: who is new, who is gone, what was trimmed."""
+        client, requests = self._client, self._requests
+        messages: list[ToDraft] = []
+        self._announced = 0
+        gone = [requests.forget(req_id) for req_id in step.finished_req_ids]
+        handles = [request.handle for request in gone if request is not None]
+        for new in step.scheduled_new_reqs:
+            again = requests.forget(new.req_id)
+            if again is not None:
+                handles.append(again.handle)
+            if client.up and can_draft(new) and self._may_announce():
+                tokens = new.prompt_token_ids
+                messages.append(
+                    self._announce(new.req_id, tokens, len(tokens), new.sampling_params)
+                )
+        if handles:
+            messages.insert(0, Finished(pack(handles)))
+            for handle in handles:
+                client.published.drop(handle)
+        messages += self._trimmed(step)
+        return messages
+
+    def _trimmed(self, step: SchedulerOutput) -> list[ToDraft]:
+        """The requests whose proposals the scheduler cut (token budget, grammar, length)."""
+        handles, counts = [], []
+        scheduled = step.scheduled_spec_decode_tokens
+        for req_id in step.num_scheduled_tokens:
+            request = self._requests.get(req_id)
+            if request is None or not request.proposed:
+                continue
+            drafts = scheduled.get(req_id, ())
+            # vLLM's place holders are no drafts; padding is verified, but nobody drafted it.
+            real = len(drafts) if not drafts or drafts[-1] >= 0 else sum(d >= 0 for d in drafts)
+            verified = min(real, len(request.proposed))
+            if verified != request.verifying:
+                request.verifying = verified
+                handles.append(request.handle)
+                counts.append(verified)
+        return [Trimmed(pack(handles), pack(counts))] if handles else []
+
+    def announced_again(self, req_id: str, text: Any, state: Any) -> list[ToDraft]:
+        """Of a request in the middle of its life, which is new to this epoch.
+
+        Args:
+            req_id: vLLM's id.
+            text: its tokens, ``[length]`` int32.
+            state: vLLM's cached state of it; :func:`can_draft` says yes.
+        """
+        messages: list[ToDraft] = []
+        known = self._requests.forget(req_id)
+        if known is not None:
+            messages.append(Finished(pack([known.handle])))
+            self._client.published.drop(known.handle)
+        if self._may_announce():
+            messages.append(
+                self._announce(req_id, text, state.num_prompt_tokens, state.sampling_params)
+            )
+        return messages
+
+    def verified(self, look_ups: Sequence[LookUp], verify_us: int) -> Verified:
+        """Of a verification: what was confirmed, and what is proposed now."""
+        handles, lengths, confirmed, proposed = [], [], [], []
+        tokens: list[int] = []
+        for look_up in look_ups:
+            request = look_up.request
+            handles.append(request.handle)
+            lengths.append(request.length)
+            confirmed.append(len(look_up.confirmed))
+            proposed.append(len(request.proposed))
+            tokens += look_up.confirmed
+            tokens += request.proposed
+            request.length = look_up.length
+        return Verified(
+            pack(handles), pack(lengths), pack(confirmed), pack(proposed), pack(tokens), verify_us
+        )
+
+    def _may_announce(self) -> bool:
+        """Whether one more text may go with this step; if not, it is announced in a later one."""
+        return self._announced < ANNOUNCED_TOKENS
+
+    def _announce(self, req_id: str, tokens: Any, prompt_length: int, params: Any) -> Start:
+        self._announced += len(tokens)
+        return self._requests.announce(req_id, tokens, prompt_length, params)
