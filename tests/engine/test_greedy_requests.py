@@ -20,7 +20,7 @@ from tests.engine.harness import (
     staggered,
 )
 from tests.tiny_models import EOS
-from vllm_ssd.target import proposer
+from vllm_ssd.target import notices, proposer
 
 MIXED_LENGTHS = (5, 90, 17, 33, 150, 8, 1, 64, 40, 200, 12, 31, 75, 2, 110, 24)
 
@@ -129,7 +129,7 @@ def test_no_end_token_is_proposed_however_many_there_are(pair: Pair) -> None:
 
 
 def test_long_texts_are_announced_in_turn(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(proposer, "ANNOUNCED_TOKENS", 1)
+    monkeypatch.setattr(notices, "ANNOUNCED_TOKENS", 1)
     stats = pair.check_identical([Job(prompt(n, n + 50), greedy(40)) for n in MIXED_LENGTHS])
     # One a step; whoever waits decodes plainly until it is its turn.
     assert stats["misses_resync"] >= sum(range(len(MIXED_LENGTHS) - 1))
@@ -137,19 +137,20 @@ def test_long_texts_are_announced_in_turn(pair: Pair, monkeypatch: pytest.Monkey
         assert stats["hits"] > len(MIXED_LENGTHS)
 
 
-@pytest.mark.parametrize("hook", ["_notices", "_look_ups", "_answer"])
+@pytest.mark.parametrize("hook", ["_notices.scheduled", "_wait", "_notices.verified"])
 def test_errors_of_the_plugin_cost_hits_and_one_line_of_the_log(
     pair: Pair, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, hook: str
 ) -> None:
     drafter = pair.ssd.drafter
-    whole, calls = getattr(drafter, hook), itertools.count()
+    owner, name = (drafter._notices, hook.split(".")[1]) if "." in hook else (drafter, hook)
+    whole, calls = getattr(owner, name), itertools.count()
 
     def faulty(*arguments: Any) -> Any:
         if next(calls) % 3 == 2:
             raise ZeroDivisionError
         return whole(*arguments)
 
-    monkeypatch.setattr(drafter, hook, faulty)
+    monkeypatch.setattr(owner, name, faulty)
     monkeypatch.setattr(drafter, "config", drafter.config.model_copy(update={"strict": False}))
     monkeypatch.setattr(drafter, "_complained", False)
     jobs = [Job(prompt(n, n), greedy(40), arrives=n % 5) for n in MIXED_LENGTHS]
@@ -166,7 +167,7 @@ def test_errors_of_the_plugin_cost_hits_and_one_line_of_the_log(
 
 def test_strict_raises_errors_of_the_plugin(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     drafter = pair.ssd.drafter
-    monkeypatch.setattr(drafter, "_look_ups", lambda *_: 1 // 0)
+    monkeypatch.setattr(drafter, "_announce_again", lambda *_: 1 // 0)
     with pytest.raises(ZeroDivisionError):
         drafter.propose([[1]], np.array([1], np.int32), np.ones((1, 1), np.int32))
     monkeypatch.undo()
