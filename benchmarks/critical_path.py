@@ -1,8 +1,8 @@
 """The two host-side costs of SSD: ``propose()`` on hits, and the draft's own Python per step.
 
-The real proposer, client, cache and draft engine, talking over a real socket pair; only the draft
-model is replaced by a table look-up, so that look-ups hit and no model time is measured.
-The draft's turn is taken between two proposals and not timed as part of them.
+The real proposer, client, cache and draft engine over a real socket pair; only the draft model is
+replaced by a table look-up, so that look-ups hit and no model time is measured. The draft runs
+between two proposals and is not timed as part of them.
 
     python benchmarks/critical_path.py
 """
@@ -52,7 +52,7 @@ CASES = (
     (256, 4, 100, 0.8),
 )
 """Requests, branches of each (1,024 rows at most in all), the length of their texts, and how many
-verifications reject a token: then the target's is the draft's second choice."""
+verifications reject a token: the target's token is then the draft's second choice."""
 CANDIDATES = 25
 ROUNDS = 200
 BLOCK = 32
@@ -73,7 +73,7 @@ class TableModel:
 
 
 def successor(token: int, choice: int = 0) -> int:
-    """The token the model, and so the pretended target, puts after ``token``; or another choice."""
+    """The model's token after ``token``, and so the simulated target's; or another choice."""
     return (token * 31 + choice * 101 + 7) % VOCABULARY
 
 

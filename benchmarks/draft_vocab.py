@@ -1,4 +1,4 @@
-"""What a smaller head saves a draft's step, and what it costs in agreement with the target.
+"""The time that a smaller head saves in a draft's step, and the agreement with the target it costs.
 
 One process for each size of the head, each with one thread on one core, as a draft process has;
 they take turns. A step decodes rows that share a text, as forks do. The agreement is that of the

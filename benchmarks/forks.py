@@ -1,9 +1,9 @@
 """Hit rate against the number of branches, for several ways to choose the forks.
 
 Recorded greedy answers of the target are verified again, round by round: the draft's own
-continuation is what is verified, the answer says how that ends, and the forks say whether the next
-look-up hits. A hit finds K tokens, a miss none. No clock decides anything and no engine runs, so
-the same answers give the same figures to the last digit.
+continuation is verified against the answer, and the forks decide whether the next look-up hits. A
+hit finds K tokens, a miss none. There is no clock and no engine, so the same answers give the same
+figures to the last digit.
 
 ``--answers`` takes a file, gzipped or not, of lines ``{"p": [prompt ids], "a": [answer ids]}``;
 ``--topics`` keeps those whose prompt mentions one of some words, plural or not.
@@ -39,7 +39,7 @@ LONGEST = 512
 
 
 class Draft(NamedTuple):
-    """What the draft goes on with after each beginning of one answer: L positions."""
+    """The draft's continuations after each beginning of one answer: L positions."""
 
     answer: Int32Array
     """``[L]``, the target's tokens."""
@@ -52,7 +52,7 @@ class Draft(NamedTuple):
 # ---- how forks are chosen: chances of all outcomes and caps for each k
 
 Knows = Callable[[Float32Array], Float32Array]
-"""What of the draft's probabilities ``[..., C]`` an outcome model is shown."""
+"""The part of the draft's probabilities ``[..., C]`` that an outcome model sees."""
 
 HALVES = 0.5 ** np.arange(1.0, CHOICES)
 
@@ -74,10 +74,10 @@ def nothing(stated: Float32Array) -> Float32Array:
 
 
 class Learned:
-    """Likeliest outcomes first, as they came out in the verifications before.
+    """Likeliest outcomes first, as learned from the verifications before.
 
     Args:
-        knows: what the model is shown.
+        knows: what the model sees.
         fan_out: the most guesses after each k, ``[K + 1]``; None for no such cap.
     """
 
@@ -115,13 +115,13 @@ class Fixed:
     def forks(self, verified: Int64Array, stated: Float32Array, branches: int) -> Forks:
         """As :meth:`Learned.forks`."""
         caps = caps_of(apportion(self._weights, branches), verified)
-        # All that the caps allow; which of them is the likelier makes no difference.
+        # All that the caps allow; which of them is likelier makes no difference.
         chances = np.ones(stated.shape)
         chances[np.arange(stated.shape[1]) > verified[:, None]] = 0.0
         return choose_forks(chances, np.full(len(verified), branches - 1), caps=caps)
 
     def learn(self, stated: Float32Array, came: Int64Array) -> None:
-        """Nothing is."""
+        """Nothing is learned."""
 
 
 def caps_of(fan_out: Sequence[int], verified: Int64Array) -> Int64Array:
@@ -187,7 +187,7 @@ def hit_rate(drafts: list[Draft], policy: Learned | Fixed, branches: int) -> tup
     return hits / look_ups, tokens / look_ups
 
 
-# ---- what the draft says
+# ---- the draft's continuations
 
 
 def draft_answers(folder: Path, texts: list[tuple[list[int], list[int]]], k: int) -> list[Draft]:

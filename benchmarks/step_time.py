@@ -1,17 +1,18 @@
 """The target's step time with SSD drafting on another core, against the same step without it.
 
 One engine answers the same questions again and again, each a few seconds, in three ways in turn, so
-that what the machine does from minute to minute, and where the weights lie in its memory, is alike
+that the machine's changes from minute to minute, and where the weights lie in its memory, are alike
 for all three. All verify the same drafts, K tokens a step:
 
 - ``alone``: from a record of the text; the draft process has nothing to do.
 - ``loaded``: likewise, beside a process that only multiplies matrices of the draft's size on the
   draft's core: what a second busy core costs the first, by memory and clock.
-- ``ssd``: from the draft process, waited for; its steps that verify all K tokens count.
+- ``ssd``: from the draft process, waiting for its branches; only steps that verify all K tokens
+  count.
 
-The number of branches is to be such that the draft is at work during the whole verification but is
-not waited for: a target that has waited comes back to a colder core, which does not happen with the
-default ``max_wait_ms`` of 0. How long it waited is printed.
+Choose the number of branches so that the draft is busy during the whole verification but the target
+does not wait for it: a target that has waited comes back to a colder core, which does not happen
+with the default ``max_wait_ms`` of 0. How long it waited is printed.
 
 The forward is timed in the worker, notices to the draft included. The ratios are of the medians of
 one answer; their median and quartiles are printed.
@@ -38,7 +39,7 @@ from vllm_ssd.cli.demo import QUESTIONS
 from vllm_ssd.cli.models import demo_models
 
 TOKENS = 100
-"""Of an answer."""
+"""Length of an answer."""
 SKIPPED = 3
 """First steps of an answer that do not count: the draft has just seen its prompt."""
 
@@ -58,7 +59,7 @@ class Engine:
         self._depth = depth
         self._llm = LLM(
             model=str(demo_models().target),
-            dtype="float32",  # the three ways are to answer alike
+            dtype="float32",  # the three ways must give the same answers
             max_model_len=1024,
             max_num_seqs=4,
             max_num_batched_tokens=512,
@@ -131,7 +132,7 @@ class Load:
         self.pause()
 
     def pause(self) -> None:
-        """Leave the core."""
+        """Stop using the core."""
         os.kill(self._process.pid or 0, signal.SIGSTOP)
 
     def go_on(self) -> None:

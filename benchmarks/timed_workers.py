@@ -11,7 +11,7 @@ from vllm_ssd.target.worker import SSDWorker
 
 
 class SwitchedProposer(SSDProposer):
-    """SSD's; or, while there is a record of the text, that record: the draft hears of nothing."""
+    """SSD's; or, while there is a record of the text, that record: the draft gets no messages."""
 
     record: list[list[int]] | None = None
 

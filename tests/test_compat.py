@@ -72,7 +72,7 @@ class WithoutInClass(type):
 
 
 def without(whole: Any, place: str, member: str) -> Any:
-    """``whole`` as it would be had vLLM renamed ``member``."""
+    """``whole``, as if vLLM had renamed ``member``."""
     others = listed()[place] - {member}
     if not inspect.isclass(whole):
         return Without(whole, member)
@@ -85,7 +85,7 @@ def without(whole: Any, place: str, member: str) -> Any:
 
 
 @pytest.mark.parametrize(("check", "place", "member"), cases())
-def test_a_name_that_vllm_has_renamed_is_refused_by_name(
+def test_a_renamed_name_of_vllm_is_refused_by_name(
     monkeypatch: pytest.MonkeyPatch, check: Callable[[], None], place: str, member: str
 ) -> None:
     module_name, _, object_name = place.partition(":")
@@ -210,7 +210,7 @@ CALLED = {
     "speculative_config": "vllm.config:SpeculativeConfig",
     "vllm_config": "vllm.config:VllmConfig",
 }
-"""What our code calls an object of vLLM, or says it is, and where its members are listed."""
+"""Names and annotations of vLLM's objects in our code, and where their members are listed."""
 
 
 def members_of_instances() -> dict[str, set[str]]:
@@ -223,7 +223,7 @@ def members_of_instances() -> dict[str, set[str]]:
                 found[owner].add(member)
     wrapped = ("worker_base:WorkerWrapperBase", "gpu_worker:Worker")
     found["worker"] |= {"worker"}.union(*(listed()[f"vllm.v1.worker.{name}"] for name in wrapped))
-    del found["model"]  # what our own is called, too
+    del found["model"]  # our own has this name, too
     found["runner"] |= found["model_runner"]
     found["model_runner"] = found["runner"]
     return found
@@ -270,7 +270,7 @@ class Uses(ast.NodeVisitor):
         self._annotated = before
 
     def visit_ClassDef(self, node: ast.ClassDef) -> None:
-        """A subclass of vLLM's worker: what it overrides, or asks of the class above."""
+        """A subclass of vLLM's worker: what it overrides, or calls of the class above."""
         if any(ast.unparse(base) == "PlatformWorker" for base in node.bases):
             from vllm.v1.worker.cpu_worker import CPUWorker
 
@@ -342,7 +342,7 @@ def test_a_use_that_is_not_listed_is_found(source: str) -> None:
     assert unlisted(source)
 
 
-def test_the_draft_process_can_say_what_is_missing() -> None:
-    """Its server is imported before anything of vLLM: a moved name is reported, not met there."""
+def test_the_draft_process_can_report_what_is_missing() -> None:
+    """Its server imports nothing of vLLM: a moved name is reported, and does not end the import."""
     code = "import sys, vllm_ssd.draft.server; sys.exit('vllm' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,4 +1,4 @@
-"""Our options are no part of the key of vLLM's compile cache; all else still is."""
+"""Our options are not part of the key of vLLM's compile cache; all else still is."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def plainly(models: TinyModels, **options: Any) -> Any:
     ).create_engine_config()
 
 
-def test_another_value_of_an_option_compiles_nothing_anew(tiny_pair: TinyModels) -> None:
+def test_another_value_of_an_option_compiles_nothing_again(tiny_pair: TinyModels) -> None:
     one = by_method(tiny_pair, branches=8)
     other = by_method(tiny_pair, branches=16, model=str(tiny_pair.near), max_wait_ms=5.0)
     assert one.compute_hash() == other.compute_hash()
@@ -60,7 +60,7 @@ def test_what_changes_the_targets_graph_still_counts(tiny_pair: TinyModels) -> N
     assert by_method(tiny_pair, {"max_num_batched_tokens": 512}).compute_hash() != (
         one.compute_hash()
     )
-    # Somebody else's entries may; and with them the options, which the same dictionary holds.
+    # Entries of others may; with them the options count too, being in the same dictionary.
     theirs = by_method(tiny_pair, {"additional_config": {"somebody": 1}})
     others = by_method(tiny_pair, {"additional_config": {"somebody": 2}})
     assert len({config.compute_hash() for config in (one, theirs, others)}) == 3

@@ -78,7 +78,7 @@ def test_every_end_token_of_the_generation_config_is_among_them(
     tiny_pair: TinyModels, draft: Path, tmp_path: Path
 ) -> None:
     target = Path(shutil.copytree(tiny_pair.target, tmp_path / "target"))
-    # An end token that the draft's vocabulary lacks is not its to propose.
+    # An end token that the draft's vocabulary lacks is left out.
     ends = {"eos_token_id": [400, 17, 600]}
     (target / "generation_config.json").write_text(json.dumps(ends))
     assert selected(ModelConfig(model=str(target)), draft, 1) == [0, 400, 17, EOS]
@@ -97,7 +97,7 @@ def test_every_end_token_of_the_generation_config_is_among_them(
         (b"\xff\xfe5\x00", ["not a text file", "give a number"]),
     ],
 )
-def test_a_list_that_cannot_be_used_is_refused_before_anything_loads(
+def test_an_unusable_list_is_refused_before_anything_loads(
     tiny_pair: TinyModels, tmp_path: Path, content: bytes, said: list[str]
 ) -> None:
     file = tmp_path / "tokens.txt"

@@ -1,4 +1,4 @@
-"""Each wrong input is refused with one sentence that names it and the mend, before engines load."""
+"""Each wrong input is refused with one sentence: its name and the remedy, before engines load."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DELETED = object()
 
 
 def configure(models: TinyModels, engine: dict[str, Any] | None = None, **options: Any) -> Any:
-    """What an engine's construction begins with: everything is checked here."""
+    """The beginning of an engine's construction: everything is checked here."""
     speculative = {
         "method": "ssd",
         "model": str(models.draft),
@@ -306,7 +306,7 @@ def test_spec_method_on_the_command_line_is_refused_by_name(
         ("spec_method", "ngram", "--spec-method = 'ngram', but the speculative config has"),
     ],
 )
-def test_what_is_said_twice_is_refused(
+def test_an_option_given_twice_is_refused(
     tiny_pair: TinyModels, flag: str, value: Any, said: str
 ) -> None:
     sentence = refusal(tiny_pair, {flag: value})
@@ -340,7 +340,7 @@ def plain(models: TinyModels, additional: dict[str, Any], tokens: int = 3) -> An
     ).create_engine_config()
 
 
-def test_plain_spelling_says_the_same_as_the_method(tiny_pair: TinyModels) -> None:
+def test_plain_spelling_is_equivalent_to_the_method(tiny_pair: TinyModels) -> None:
     options = {"model": str(tiny_pair.draft), "num_speculative_tokens": 3, "fan_out": 2}
     ours = configure(tiny_pair, fan_out=2)
     theirs = plain(tiny_pair, {"ssd": options})

@@ -1,4 +1,4 @@
-"""Random Llama models of a second's making, with a tokenizer whose words are ``w3 w4 ... w511``."""
+"""Random Llama models, made in a second, with a tokenizer whose words are ``w3 w4 ... w511``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MAX_POSITIONS = 1024
 BOS, EOS = 1, 2
 
 NOISE = 0.02
-"""Of ``near``, in standard deviations of each weight."""
+"""The noise on ``near``, in standard deviations of each weight."""
 
 VERSION = 1
 """Part of the folder's name: raise it when the models below change."""
@@ -27,7 +27,7 @@ class TinyModels:
 
     target: Path
     draft: Path
-    """A smaller random model, which knows nothing of the target."""
+    """A smaller random model, unrelated to the target."""
     near: Path
     """The target with noise on its weights: about two of three greedy tokens are the target's."""
 

@@ -1,10 +1,10 @@
 """Every name of vLLM that is used at run time, and the checks that it is still there.
 
-vLLM promises little of this to anybody. What is imported, called, overridden or read is listed
-here, so that a vLLM that has moved a name is refused by that name at start, and not met in the
-middle of a step: the target's names in the target, the draft's in the draft process. Attributes
-that only instances have are checked as soon as there is one. Read in vLLM 0.32 and 0.33; what
-differs between them is told apart by what is there, not by version numbers.
+Little of this is vLLM's public interface. What is imported, called, overridden or read is listed
+here, so that a vLLM that has moved a name is refused at start, with that name, instead of failing
+in the middle of a step: the target checks its names, the draft process its own. Attributes that
+only instances have are checked as soon as there is one. The lists were made from vLLM 0.32 and
+0.33; the code tells these apart by the names they have, not by version numbers.
 
 A test compares these lists with the names our code uses.
 """
@@ -22,7 +22,7 @@ SUPPORTED = ((0, 32), (0, 33))
 """Minor versions of vLLM this package is written for."""
 
 LOGITS_PROCESSOR_ARGUMENTS = ("lm_head", "hidden_states", "embedding_bias")
-"""What a model's ``compute_logits`` hands to its ``LogitsProcessor``, in this order."""
+"""The arguments with which a model calls its ``LogitsProcessor``, in this order."""
 
 Names = Mapping[str, str]
 """By module, or ``module:object``: the members that are used. What is called with arguments, or
@@ -108,7 +108,7 @@ WORKER = (
     "rank",
     "vllm_config",
 )
-"""What the target's worker has once its device is there."""
+"""What is used of the target's worker, checked once it has its device."""
 
 DRAFT: Names = {
     "vllm.config": "CUDAGraphMode set_current_vllm_config(vllm_config)",
@@ -198,7 +198,7 @@ DRAFT_PLANNING: tuple[Names, ...] = (
         ),
     },
 )
-"""Of these one is enough."""
+"""One of these must be there."""
 
 DRAFT_RUNNER = (
     "attn_groups[0][0].build_metadata",
@@ -215,7 +215,7 @@ DRAFT_RUNNER = (
     "query_start_loc.gpu",
     "seq_lens",
 )
-"""What the draft's model runner has once its KV cache is allocated."""
+"""What is used of the draft's model runner, checked once its KV cache is allocated."""
 
 
 def vllm_version() -> tuple[str, str]:
@@ -229,7 +229,7 @@ def vllm_version() -> tuple[str, str]:
 
 
 def check_vllm_version(version: str | None = None) -> None:
-    """Refuse a vLLM this package does not know.
+    """Refuse a vLLM that this package does not support.
 
     Raises:
         RuntimeError: names the version found and the ones supported.
@@ -259,7 +259,7 @@ def check_hooks() -> None:
 
 
 def check_worker(worker: Any) -> None:
-    """Check what the target uses of its worker, once its device is there. Raises as above."""
+    """Check what the target uses of its worker, which has its device. Raises as above."""
     _check_instance("Worker", worker, WORKER)
 
 
@@ -283,7 +283,7 @@ def _check(names: Names) -> None:
 
 
 def _first_moved(names: Names) -> str | None:
-    """What is not as listed; with the parameters it has if those differ."""
+    """The first name that is not as listed, with its parameters if those differ; else None."""
     for place, listed in names.items():
         module_name, _, object_name = place.partition(":")
         try:

@@ -14,20 +14,20 @@ _BESIDE = ("gdn_prefill_backend", "kda_prefill_backend", "kda_decode_backend")
 class UnhashedConfig(UserDict[str, Any]):
     """An ``additional_config`` that holds nothing but our options.
 
-    vLLM hashes a dictionary's content into the key of its compile cache, and asks anything else for
-    its hash (``SupportsHash``). Our options change nothing in the target's graph, so they all have
-    the same: another value of one does not compile the target anew.
+    vLLM hashes a dictionary's content into the key of its compile cache; of any other object it
+    calls ``compute_hash`` (``SupportsHash``). Our options change nothing in the target's graph, so
+    the hash is constant: the target is not compiled again for another value of one.
     """
 
     def compute_hash(self) -> str:
-        """As ``VllmConfig.compute_hash`` asks for it."""
+        """Called by ``VllmConfig.compute_hash``."""
         return ADDITIONAL_CONFIG_KEY
 
 
 def keep_compile_key(engine_args: Any) -> None:
-    """Make ``additional_config`` one whose content does not count, if it is only ours.
+    """Keep ``additional_config`` out of the key, if it holds nothing but our options.
 
-    What else it holds may change the target's graph, and vLLM looks for it in a dictionary.
+    Other entries may change the target's graph, and vLLM reads them from a dictionary only.
     """
     additional = engine_args.additional_config
     ours_alone = isinstance(additional, dict) and list(additional) == [ADDITIONAL_CONFIG_KEY]

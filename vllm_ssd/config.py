@@ -11,14 +11,14 @@ from pydantic_core import ErrorDetails
 from vllm_ssd.core.forks import geometric_fan_out
 
 ADDITIONAL_CONFIG_KEY = "ssd"
-"""Where the options live in vLLM's ``additional_config``, its one free-form field."""
+"""The options' key in vLLM's ``additional_config``, its one free-form field."""
 
 MAX_SPECULATIVE_TOKENS = 32
 MAX_FAN_OUT = 64
 MAX_BRANCHES = 1024
 AUTO_BRANCHES = 32
-"""The most branches of a request where no option says how many: more of them hit hardly more
-often (docs/performance.md), and each is a row of the draft's batch."""
+"""The most branches of a request if no option sets a number: more of them hardly hit more often
+(docs/performance.md), and each is a row of the draft's batch."""
 
 _NEEDS = {
     "model": "needs a folder or a hub name",
@@ -32,7 +32,7 @@ _NEEDS = {
     "draft_vocab": "needs a number of tokens, 0 for all, or a file of token ids by frequency",
     "draft_hf_overrides": "needs a dictionary of fields of the draft model's config.json",
 }
-"""What an option takes, where pydantic's own words would not say it."""
+"""What an option takes, where pydantic's own message would not say it."""
 
 _LEARNED = "it is learned from the verifications; leave it out"
 _GONE = {
@@ -43,7 +43,7 @@ _GONE = {
     "miss_exponent": f"{_LEARNED} (only the geometric fan-out assumes one: fan_out = "
     "{'geometric': F, 'miss_exponent': r})",
 }
-"""Options of earlier versions, and what took their place."""
+"""Options of earlier versions, and what has replaced them."""
 
 
 class GeometricFanOut(BaseModel):
@@ -84,7 +84,7 @@ class SSDConfig(BaseModel):
     depth before the verification ends, likeliest outcomes first."""
 
     max_wait_ms: float = Field(default=0.0, ge=0.0, le=10_000.0)
-    """How long one proposal (the whole batch) may wait for the branch that came true."""
+    """How long one proposal (the whole batch) may wait for the hit branches."""
 
     draft_device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     """Where the draft runs: ``"auto"``, ``"cpu"``, ``"cuda"`` (as auto) or ``"cuda:<index>"``, the
@@ -214,7 +214,7 @@ class SSDConfig(BaseModel):
 
 
 def _explain(error: ValidationError, options: dict[str, Any]) -> str:
-    """Pydantic's findings as one sentence an option, for the person who wrote them."""
+    """Pydantic's findings as one sentence for each wrong option, for the user."""
     sentences: dict[str, str] = {}
     inner: dict[str, list[str]] = {}
     for finding in error.errors():
@@ -234,7 +234,7 @@ def _explain(error: ValidationError, options: dict[str, Any]) -> str:
         else:
             sentence = message
         sentences.setdefault(name, sentence)
-    # For a dictionary this is more exact than what the union's other members say.
+    # For a dictionary this is more exact than the errors of the union's other members.
     for name, found in inner.items():
         sentences[name] = f"option {name!r} = {options[name]!r}: {' and '.join(found)}"
     return "ssd: " + "; ".join(sentences.values())

@@ -1,7 +1,7 @@
 """Which tokens the draft's head is computed for: the option ``draft_vocab``.
 
-Most of what a language model says is said with few of its tokens, and the cost of a head grows with
-its rows. A draft may leave the others out: it proposes less, and what it proposes is verified.
+Most of a language model's text uses few of its tokens, and the cost of a head grows with its rows.
+A draft may leave the other tokens out: it never proposes them, and what it proposes is verified.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def select_draft_vocab(
 
 
 def _read(file: Path, size: int, said: str) -> list[int]:
-    """The token ids of a frequency file; ``said`` begins the sentence if it cannot be used."""
+    """The token ids of a frequency file; an error message begins with ``said``."""
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
@@ -93,7 +93,7 @@ def _read(file: Path, size: int, said: str) -> list[int]:
 
 
 def _end_tokens(target: ModelConfig) -> list[int]:
-    """What ends the target's texts, in its generation config and in its own."""
+    """The end tokens of the target's generation config and of its own."""
     found: list[int] = []
     configs = (target.try_get_generation_config(), target.hf_text_config.to_dict())
     for value in (config.get("eos_token_id") for config in configs):

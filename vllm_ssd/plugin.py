@@ -45,12 +45,12 @@ def register() -> None:
 
 
 def _gather(engine_args: Any) -> Any:
-    """The speculative config, with what ``--spec-model`` and the like say if its method is ours.
+    """The speculative config; if its method is ours, with ``--spec-model`` and the like added.
 
-    vLLM itself adds them once we have read it.
+    vLLM itself would add them after us.
 
     Raises:
-        ValueError: both say the same thing.
+        ValueError: an option is given in both places.
     """
     options = engine_args.speculative_config or {}
     flags = {name: getattr(engine_args, f"spec_{flag}", None) for name, flag in _FLAGS.items()}

@@ -1,4 +1,4 @@
-"""What is checked before anything heavy loads; every refusal is one sentence with the mend."""
+"""The checks before anything heavy loads; every refusal is one sentence with the remedy."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Checked(NamedTuple):
-    """What the checks have found; the draft's set-up goes on from it."""
+    """The result of the checks, from which the draft is set up."""
 
     config: SSDConfig
     draft: ModelConfig
@@ -156,7 +156,7 @@ def _check_runner(async_scheduling: bool | None) -> None:
 
 
 def check_device(wanted: str, platform: str, count: int | None) -> None:
-    """Refuse a platform or a device that there is not; which one it is, the draft's worker decides.
+    """Refuse a platform or a device that does not exist; the draft's worker chooses the device.
 
     Args:
         wanted: the option ``draft_device``.
@@ -164,7 +164,7 @@ def check_device(wanted: str, platform: str, count: int | None) -> None:
         count: how many devices this process sees; None where the workers may see others.
 
     Raises:
-        ValueError: names what there is.
+        ValueError: names what can be used.
     """
     if platform not in ("cpu", "cuda"):
         raise ValueError(
@@ -188,10 +188,10 @@ def check_device(wanted: str, platform: str, count: int | None) -> None:
 
 
 def check_cores(wanted: list[int] | None, allowed: list[int]) -> None:
-    """Refuse cores that cannot be had.
+    """Refuse cores that this process may not use.
 
     Raises:
-        ValueError: names the core and those that can.
+        ValueError: names the core, and those it may use.
     """
     missing = [core for core in wanted or () if core not in allowed]
     if missing:
@@ -223,7 +223,7 @@ def check_draft(draft: ModelConfig) -> None:
     """Refuse a draft whose branches cannot be forked, as far as its configuration tells.
 
     Raises:
-        ValueError: names what it is.
+        ValueError: names the reason.
     """
     said = f"ssd: option 'model' = {draft.model!r}"
     if draft.runner_type != "generate":
@@ -279,7 +279,7 @@ def check_vocabulary(config: SSDConfig, target: ModelConfig, draft: ModelConfig)
             f"size ({draft.get_vocab_size()}) than the target ({target.get_vocab_size()}); "
             "choose a draft with the target's tokenizer"
         ) from error
-    # By id, so that the same pair of tokenizers is refused in the same words every time.
+    # By id, so that the same pair of tokenizers is refused with the same message every time.
     for token, token_id in sorted(ours.items(), key=lambda item: item[1]):
         if theirs.get(token, token_id) != token_id:
             raise ValueError(
@@ -296,7 +296,7 @@ def check_vocabulary(config: SSDConfig, target: ModelConfig, draft: ModelConfig)
 
 
 def _same_tokenizer_file(one: str, other: str) -> bool:
-    """Whether two local folders hold byte-identical tokenizers: the quick way to yes."""
+    """Whether two local folders hold byte-identical tokenizers: a shortcut."""
     files = [Path(folder) / "tokenizer.json" for folder in (one, other)]
     if not all(file.is_file() for file in files):
         return False

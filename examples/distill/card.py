@@ -26,7 +26,7 @@ def write_card(
     Args:
         folder: the draft's.
         work: where the curve is.
-        options: what the command was told, and the number of texts.
+        options: the command's options, and the number of texts.
         recipe: of the training.
         model: the draft.
         found: acceptance of each test set.

@@ -13,7 +13,7 @@ BATCH_TOKENS = 4096
 
 
 class Acceptance(NamedTuple):
-    """What came out on one set of texts."""
+    """The result on one set of texts."""
 
     mean: float
     """Share of the answers' tokens that the draft predicts, the text before them being given."""
@@ -29,8 +29,8 @@ def acceptance(
 ) -> Acceptance:
     """Greedy acceptance of a draft.
 
-    Since the target is greedy too, what the draft proposes after tokens that were accepted is what
-    it predicts there with the answer given: one forward over each text tells every round's end.
+    The target is greedy too, so after accepted tokens the draft proposes what it predicts there
+    with the answer given: one forward over each text gives the end of every round.
 
     Args:
         model: a causal language model.

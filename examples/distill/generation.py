@@ -18,11 +18,11 @@ from texts import Text, read_texts
 from transformers import AutoConfig
 
 CHUNK = 256
-"""Prompts between two writes: what is lost at most when generating is cut off."""
+"""Prompts between two writes: the most that is lost when generating is cut off."""
 PROMPT_TOKENS = 200
 CONTEXT = 2048
 MAX_ANSWER = 1024
-"""Tokens: so that prompts fit beside it."""
+"""Most tokens of an answer, so that prompts fit beside it."""
 
 
 class Target:
@@ -55,7 +55,7 @@ class Target:
         self._tokenizer: Any = self._llm.get_tokenizer()
 
     def close(self) -> None:
-        """End the engine: its memory and cores are wanted for training."""
+        """End the engine: training needs its memory and cores."""
         self._llm.llm_engine.engine_core.shutdown()
 
     def chat(self, message: str) -> list[int]:
@@ -91,7 +91,7 @@ class Target:
         ]
         outputs = self._llm.generate(prompts, parameters, use_tqdm=False)
         ended = [output.outputs[0] for output in outputs]
-        # One that was cut off is no message.
+        # One that was cut off is not a whole message.
         return [
             (words + said.text).strip()
             for words, said in zip(begun, ended, strict=True)
@@ -178,7 +178,7 @@ def write_texts(
     target: Callable[[], Target],
     max_tokens: int,
 ) -> None:
-    """Append answers to ``count`` prompts of the target's own, going on likewise."""
+    """Append answers to ``count`` prompts of the target's own, going on in the same way."""
 
     def some(numbers: range) -> list[tuple[Text, Labels]]:
         model = target()
@@ -198,7 +198,7 @@ def _in_chunks(
         if made:
             save_labels(labels_of(path), start, [labels for _, labels in made])
         with path.open("ab") as file:
-            # What follows was written by a run that was cut off before it noted so.
+            # What follows was written by a run that was cut off before it recorded it.
             file.truncate(size)
             file.write(b"".join(msgspec.json.encode(text) + b"\n" for text, _ in made))
             file.flush()  # or the position would be counted from the old end

@@ -1,7 +1,7 @@
 """The target's distribution at each token of its answers: what the draft learns to imitate.
 
-vLLM hands it over with the answers it generates (``generation.py``); ``label`` computes it for
-answers that were made elsewhere.
+vLLM returns it with the answers it generates (``generation.py``); ``label`` computes it for answers
+that were made elsewhere.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 BEST = 20
 """Tokens kept of each distribution: on SmolLM2's answers they hold 97 % of it."""
 SHARD = 256
-"""Texts in a file: what is lost at most when labelling is cut off."""
+"""Texts in a file: the most that is lost when labelling is cut off."""
 BATCH_TOKENS = 4096
 
 
@@ -71,7 +71,7 @@ def _label_shard(model: torch.nn.Module, texts: list[Text], path: Path) -> None:
         hidden = model.model(tokens, use_cache=False).last_hidden_state
         for row, index in enumerate(group):
             text = texts[index]
-            # The distribution of an answer's token comes out at the token before it.
+            # The distribution of an answer's token is computed at the token before it.
             own = hidden[row, len(text.p) - 1 : lengths[index] - 1]
             log_probs = linear(own, model.lm_head.weight).log_softmax(-1)
             best = log_probs.topk(BEST)

@@ -27,7 +27,7 @@ HEAD_SIZE = 64
 
 
 class Shape(NamedTuple):
-    """What ``--shape`` says: the layers to keep, or else a narrow model's size."""
+    """A parsed ``--shape``: the layers to keep, or else a narrow model's size."""
 
     kept: tuple[int, ...]
     hidden: int

@@ -1,4 +1,4 @@
-"""What the draft learns from and what it is judged by: reading, generating, holding out."""
+"""The texts for training and evaluation: reading, generating, holding out."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CURVE_TEXTS = 100
 ALL_TOPICS = "all held-out topics"
 OWN = "self-written"
 OPTIONS = "options.json"
-"""What the tool was told, in the folder of its work."""
+"""The file of the tool's options, in the folder of its work."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Sources:
 
 @dataclass(frozen=True)
 class Texts:
-    """What was made of them."""
+    """The texts made from them."""
 
     given: list[Text]
     made: list[Text]
@@ -60,7 +60,7 @@ class Split:
 
     @property
     def shown(self) -> list[Text]:
-        """What the curve is drawn with: some of all held-out topics, or else of the first file."""
+        """The texts for the curve: some of all held-out topics, or else of the first file."""
         some = self.test_sets.get(ALL_TOPICS) or next(iter(self.test_sets.values()))
         return some[:: -(-len(some) // CURVE_TEXTS)]
 
@@ -70,7 +70,7 @@ class Split:
         return self.given + self.made
 
     def labels(self, target: Path, folder: Path) -> list[Labels]:
-        """One for each of them; those that vLLM has not handed over are computed."""
+        """One for each of them; those that vLLM did not return are computed."""
         return label(target, self.given, folder) + self.made_labels
 
 
@@ -112,7 +112,7 @@ def read_sources(
 
 
 def _read_labelled(path: Path, target: Path) -> tuple[list[Text], list[Labels]]:
-    """Texts of an earlier run; what they were made with is told beside them."""
+    """Texts of an earlier run, whose options are in a file beside them."""
     told = path.parent / OPTIONS
     if told.exists():
         theirs = Path(json.loads(told.read_text())["target"])
@@ -122,7 +122,7 @@ def _read_labelled(path: Path, target: Path) -> tuple[list[Text], list[Labels]]:
 
 
 def generate(sources: Sources, target: Path, dtype: str, work: Path) -> Texts:
-    """Let the target write what is missing in ``work``."""
+    """Let the target write the texts that are missing in ``work``."""
     engine = functools.cache(lambda: Target(target, dtype))
     made = []
     if sources.self_written:

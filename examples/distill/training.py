@@ -162,7 +162,7 @@ def _loss(
     best = torch.from_numpy(np.concatenate([label.tokens for label in labels])).long()[known]
     values = torch.from_numpy(np.concatenate([label.log_probs for label in labels]))[known]
     places = position[best]
-    # What the head does not have is spread over the rest in proportion.
+    # The probability of tokens that the head lacks is spread over the rest in proportion.
     teacher = values.float().masked_fill(places < 0, -torch.inf).softmax(-1)
     log_probs = logits.log_softmax(-1)
     of_best = log_probs.gather(1, places.clamp(min=0))

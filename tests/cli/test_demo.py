@@ -39,7 +39,7 @@ def test_everything_is_readable_in_eighty_columns() -> None:
     assert [DRAFT_MODEL, "13.7", "71", "ms", "1.75", "59", "%", "-", "differs"] in lines
     last = [SSD, "16.0", "60", "ms", "1.75", "59", "%", "76", "ms", "/", "78", "ms", "identical"]
     assert last in lines
-    # Whoever sees that text differs is told why.
+    # Where text differs, the table says why.
     assert "In bfloat16 the text may differ" in " ".join(text.split())
     results[DRAFT_MODEL] = results[SSD]
     console.print(_table(results))

@@ -207,7 +207,7 @@ def make_and_report(_: int) -> str:
     return str(models.smollm2_folder())
 
 
-def test_a_disk_that_is_full_is_explained_whoever_writes(tmp_path: Path) -> None:
+def test_a_full_disk_is_explained_when_safetensors_writes(tmp_path: Path) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, before[1]))
     try:

@@ -22,7 +22,7 @@ ALL = 1 + 3 * (DEPTH + 1)
 
 
 def clock(base: float, per_row: float) -> StepTimeModel:
-    """What is learned of a draft whose step takes ``base + per_row * rows`` seconds."""
+    """The fitted model of a draft whose step takes ``base + per_row * rows`` seconds."""
     model = StepTimeModel()
     for step in range(200):
         rows = 1 + step % 24
@@ -50,7 +50,7 @@ def test_step_time_model_recovers_a_line(base: float, growth: float) -> None:
         assert predicted(model, rows) == pytest.approx(base + per_row * rows, rel=1e-3)
 
 
-def test_step_time_model_knows_nothing_before_the_first_step() -> None:
+def test_step_time_model_predicts_zero_before_the_first_step() -> None:
     assert predicted(StepTimeModel(), 8) == 0.0
 
 
@@ -61,7 +61,7 @@ def test_step_time_model_answers_the_mean_while_it_has_seen_one_number_of_rows()
     assert predicted(model, 1) == predicted(model, 40) == pytest.approx(0.002)
 
 
-def test_step_time_model_never_believes_that_more_rows_are_cheaper() -> None:
+def test_step_time_model_never_predicts_that_more_rows_are_cheaper() -> None:
     model = StepTimeModel()
     model.observe(1, 0.003)
     model.observe(20, 0.001)
@@ -100,7 +100,7 @@ def test_a_branch_that_is_cut_off_is_worth_what_it_reached() -> None:
     assert worth.tolist() == pytest.approx([0.5 + 0.25 + 0.125 + 0.0625, 0.5 + 0.125], rel=1e-3)
 
 
-def test_a_step_launched_ahead_is_one_more_that_an_outcome_waits_for() -> None:
+def test_an_outcome_also_waits_for_a_step_launched_ahead() -> None:
     model = clock(0.01, 0.0)
     behind = worth_of_a_hit(1, model, 0.05, 1, DEPTH, 0.5, prepared=True, lookahead=True)
     # Five steps fit. One ends too late and one was launched behind it: three are completed.
@@ -119,7 +119,7 @@ def test_a_slow_draft_gets_few_branches_rather_than_shallow_ones() -> None:
     slow = clock(0.001, 0.01)
     count = affordable(slow, seconds=0.1)
     assert 1 <= count < ALL / 2
-    # All of them would have reached a fraction of the depth.
+    # With all of them not one whole step would fit.
     assert 0.1 / predicted(slow, ALL) < 1 < 0.1 / predicted(slow, count) - 1
 
 

@@ -1,4 +1,4 @@
-"""The options: defaults, what is refused, and with which words."""
+"""The options: defaults, what is refused, and the messages."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_a_wrong_option_is_named_with_its_value_and_what_it_takes(
         ("miss_exponent", 1.0, "{'geometric': F, 'miss_exponent': r}"),
     ],
 )
-def test_an_option_that_is_gone_says_what_took_its_place(name: str, value: Any, mend: str) -> None:
+def test_a_removed_option_names_its_replacement(name: str, value: Any, mend: str) -> None:
     message = complaint(**{name: value})
     assert f"option {name!r} is gone" in message
     assert mend in message

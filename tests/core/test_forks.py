@@ -67,7 +67,7 @@ def test_the_trunks_own_outcome_gets_no_fork() -> None:
 
 
 @given(st.lists(st.integers(0, 8), min_size=1, max_size=5), st.data())
-def test_requests_are_chosen_for_apart(most: list[int], data: st.DataObject) -> None:
+def test_forks_are_chosen_for_each_request_by_itself(most: list[int], data: st.DataObject) -> None:
     shape = data.draw(st.tuples(st.integers(1, 4), st.integers(2, 5)))
     rng = np.random.default_rng(data.draw(st.integers(0, 99)))
     chances = rng.random((len(most), *shape))
@@ -110,7 +110,7 @@ def test_the_number_of_forks_has_the_most_expected_tokens(
         ((0, 0, 4), 1, (2, 2)),
     ],
 )
-def test_guesses_of_what_cannot_happen_go_to_what_can(
+def test_guesses_of_impossible_outcomes_go_to_possible_ones(
     fan_out: tuple[int, ...], verified: int, caps: tuple[int, ...]
 ) -> None:
     assert caps_for(fan_out, verified) == caps

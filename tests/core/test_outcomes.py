@@ -1,4 +1,4 @@
-"""How likely each outcome is held to be, and how that follows what is observed."""
+"""The estimated chance of each outcome, and how it follows the observations."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def position(first: float, choices: int = 3) -> list[float]:
 
 
 @pytest.mark.parametrize("p", [0.03, 0.5, 0.88, 0.99])
-def test_a_draft_is_taken_at_its_word_until_something_was_seen(p: float) -> None:
+def test_the_stated_probability_is_used_until_something_was_observed(p: float) -> None:
     # To the level it falls into: one unit of log-odds.
     chance = float(Calibration().of(stated([p]))[0, 0])
     assert abs(np.log(chance / (1 - chance)) - np.log(p / (1 - p))) <= 0.5
 
 
-def test_what_came_true_counts_more_than_what_was_stated() -> None:
+def test_observations_outweigh_stated_probabilities() -> None:
     calibration = Calibration()
     rng = np.random.default_rng(0)
     for _ in range(1000):
@@ -58,7 +58,7 @@ def test_levels_that_do_not_occur_any_more_keep_what_they_learned() -> None:
         calibration.observe(np.array([0.1], np.float32), np.array([False]))
     for _ in range(10):
         calibration.observe(np.array([0.9], np.float32), np.array([False]))
-    # Ten surprises among a thousand, not among the few that are remembered.
+    # Ten surprises among a thousand, not among the few that still have weight.
     assert float(calibration.of(np.array([0.9], np.float32))[0]) > 0.95
 
 
@@ -66,7 +66,7 @@ def test_levels_that_do_not_occur_any_more_keep_what_they_learned() -> None:
 
 
 def chances(model: OutcomeModel, *rows: list[float], verified: int | None = None) -> Float64Array:
-    """Of one verification, ``[n + 1, C]``; all choices given are known."""
+    """The chances of one verification's outcomes, ``[n + 1, C]``; all choices given are known."""
     n = len(rows) - 1 if verified is None else verified
     padded = np.zeros((1, n + 1, len(rows[0])), np.float32)
     padded[0, : len(rows)] = stated(*rows)
@@ -74,7 +74,7 @@ def chances(model: OutcomeModel, *rows: list[float], verified: int | None = None
 
 
 def observe(model: OutcomeModel, *pairs: tuple[list[float], int]) -> None:
-    """What was stated at each position and which choice came."""
+    """Take in the probabilities stated at each position, and which choice came."""
     model.observe(stated(*[row for row, _ in pairs]), np.array([came for _, came in pairs]))
 
 
@@ -98,7 +98,7 @@ def test_verifications_of_different_lengths_are_told_apart() -> None:
     assert (found[1, 1:] == 0.0).all()
 
 
-def test_acceptance_follows_what_came_true() -> None:
+def test_acceptance_follows_the_observations() -> None:
     model = OutcomeModel(3)
     for _ in range(2000):
         observe(model, *[(position(0.5), came) for came in (0, 0, 0, 1)])
@@ -108,7 +108,7 @@ def test_acceptance_follows_what_came_true() -> None:
     assert model.acceptance < 0.01
 
 
-def test_forks_belong_where_the_draft_is_wrong_not_where_it_says_so() -> None:
+def test_forks_go_where_the_draft_is_wrong_not_where_it_is_unsure() -> None:
     model = OutcomeModel(3)
     doubtful = (position(0.95), position(0.2))
     before = chances(model, *doubtful)
@@ -126,7 +126,7 @@ def test_the_drafts_own_probabilities_rank_the_other_choices_of_all_positions() 
     assert found[0, 1] * 0.5 > found[1, 1] > found[0, 2] * 0.5
 
 
-def test_a_choice_that_keeps_coming_is_believed_more() -> None:
+def test_a_choice_that_keeps_coming_becomes_more_likely() -> None:
     model = OutcomeModel(4)
     for _ in range(3000):
         observe(model, (position(0.5, 4), 3))
@@ -143,7 +143,7 @@ def test_a_token_that_was_no_choice_makes_every_guess_less_likely() -> None:
     assert chances(model, position(0.5))[0, 1:].sum() < before / 3
 
 
-def test_what_is_not_known_yet_is_what_the_draft_usually_states() -> None:
+def test_positions_not_known_yet_get_the_drafts_average_probabilities() -> None:
     model = OutcomeModel(3)
     for _ in range(3000):
         observe(model, (position(0.9), 0))

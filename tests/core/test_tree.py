@@ -92,10 +92,10 @@ def test_text_past_the_end_of_a_growing_fork_is_pending(cache: SpeculationCache)
     assert where(cache, 1, 5, 6, 4) is Where.OFF
 
 
-def test_a_walk_off_the_tree_tells_how_much_of_the_trunk_held(cache: SpeculationCache) -> None:
+def test_a_walk_off_the_tree_returns_how_much_of_the_trunk_matched(cache: SpeculationCache) -> None:
     walk = cache.walk(HANDLE, [1, 2, 8])
     assert (walk.row, walk.offset) == (TRUNK, 2)
-    # Also where a fork held some more: only the trunk's KV can be kept.
+    # Also where a fork matched some more: only the trunk's KV can be kept.
     walk = cache.walk(HANDLE, [1, 5, 8])
     assert (walk.row, walk.offset) == (TRUNK, 1)
 
@@ -120,7 +120,7 @@ def test_an_end_token_is_left_to_the_target(cache: SpeculationCache, drafted: li
     assert draft_after(cache) == drafted[:-1]
 
 
-def test_a_row_that_is_forked_again_forgets_its_former_life(cache: SpeculationCache) -> None:
+def test_a_reused_row_keeps_nothing_of_its_former_fork(cache: SpeculationCache) -> None:
     cache.ended[FORK] = True
     cache.plant(HANDLE + 1, 3, 4, ints(2), ended=False)
     cache.add_forks([HANDLE + 1], [1], ints(0), ints(8), ints(FORK))
@@ -147,7 +147,7 @@ class Grown(NamedTuple):
     trunk: list[int]
     forks: dict[tuple[int, int], list[int]]
     ended: set[int]
-    """Of its rows in order of their making, the trunk first."""
+    """Indices of rows that have ended, in the order in which they were made, the trunk first."""
     pruned: set[int]
     complete: bool
     text: list[int]

@@ -78,13 +78,13 @@ def distillation(tmp_path_factory: pytest.TempPathFactory) -> Distillation:
 
 @pytest.fixture(scope="module")
 def said(distillation: Distillation) -> str:
-    """What a run from nothing to a draft says."""
+    """The output of a run from nothing to a draft."""
     done = distillation.run()
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stderr
 
 
-def test_card_tells_the_acceptance_on_texts_held_out_by_topic_and_by_file(
+def test_card_gives_the_acceptance_on_texts_held_out_by_topic_and_by_file(
     distillation: Distillation, said: str
 ) -> None:
     card = (distillation.out / "README.md").read_text()
@@ -100,7 +100,9 @@ def test_card_tells_the_acceptance_on_texts_held_out_by_topic_and_by_file(
     assert TOPIC in card
 
 
-def test_the_targets_own_prompts_begin_as_told(distillation: Distillation, said: str) -> None:
+def test_the_targets_own_prompts_begin_with_the_openings(
+    distillation: Distillation, said: str
+) -> None:
     tokenizer = AutoTokenizer.from_pretrained(distillation.target)
     lines = (distillation.out / "work" / "self-written.jsonl").read_text().splitlines()
     prompts = [tokenizer.decode(json.loads(line)["p"]) for line in lines]
@@ -109,7 +111,7 @@ def test_the_targets_own_prompts_begin_as_told(distillation: Distillation, said:
     assert not all(begun)
 
 
-def test_what_was_done_is_not_done_again(distillation: Distillation, said: str) -> None:
+def test_finished_work_is_not_repeated(distillation: Distillation, said: str) -> None:
     before = distillation.curve()
     done = distillation.run()
     assert done.returncode == 0, done.stderr[-3000:]

@@ -54,14 +54,14 @@ def test_layers_may_be_counted_from_the_end(tool: Any, target: Path) -> None:
 
 
 def labelled(tool: Any, number: int) -> tuple[Any, Any]:
-    """A text that says its number, with labels that do too."""
+    """A text that contains its number, with labels that do too."""
     tokens = np.full((3, 20), number, np.int32)
     labels = tool("labels").Labels(tokens, np.zeros((3, 20), np.float16))
     return tool("texts").Text([1, 2], [number] * 3), labels
 
 
 class CutOffError(Exception):
-    """What ends a run before its time."""
+    """Ends a run early."""
 
 
 @pytest.mark.parametrize("junk", [b"", b'{"p": [1], "a": [', b"x" * 10_000])
@@ -88,7 +88,7 @@ def test_generating_goes_on_where_it_was_cut_off(tool: Any, tmp_path: Path, junk
     assert [int(one.tokens[0, 0]) for one in labels] == [text.a[0] for text in texts]
 
 
-def test_a_chunk_without_a_text_is_passed(tool: Any, tmp_path: Path) -> None:
+def test_a_chunk_without_a_text_is_skipped(tool: Any, tmp_path: Path) -> None:
     generation = tool("generation")
     path = tmp_path / "texts.jsonl"
     generation._in_chunks(2 * generation.CHUNK, path, lambda _: [], "writing")
@@ -119,7 +119,7 @@ def read(sources: ModuleType, prompts: list[Path], held_out: list[Path]) -> Any:
         (("a.txt", "stories.txt"), "the name 'stories' is taken"),
     ],
 )
-def test_files_that_would_be_mistaken_are_refused(
+def test_files_with_conflicting_names_are_refused(
     tool: Any, tmp_path: Path, names: tuple[str, str], said: str
 ) -> None:
     paths = [tmp_path / name for name in names]

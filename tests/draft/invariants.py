@@ -25,7 +25,7 @@ def paths(cache: SpeculationCache, tree: Tree) -> Paths:
 
 
 def check_always(sim: Simulation) -> None:
-    """Whatever has happened so far."""
+    """Check what must hold in every state."""
     for handle, tree in sim.published.cache.trees.items():
         request = sim.requests[handle]
         assert tree.base <= request.told
@@ -42,7 +42,7 @@ def check_always(sim: Simulation) -> None:
 
 
 def check_tree(sim: Simulation, cache: SpeculationCache, tree: Tree, text: list[int]) -> None:
-    """A tree holds what the model says to exactly this text, and nothing else."""
+    """A tree holds the model's tokens for exactly this text, and nothing else."""
     vocab_size = sim.sizes.vocab_size
     base = text[: tree.base]
     assert len(base) == tree.base
@@ -95,7 +95,7 @@ def check_rows(sim: Simulation) -> None:
 
 
 def _check_cover(sim: Simulation, row: int, own: range) -> None:
-    """Whatever the row still writes lies in blocks that are its own."""
+    """All positions that the row has yet to write lie in blocks of its own."""
     rows, size = sim.rows, sim.sizes.block_size
     if rows.pending[row]:
         next_one = int(rows.computed[row])
@@ -138,7 +138,7 @@ def guard_writes(sim: Simulation) -> None:
 
 
 def check_at_rest(sim: Simulation) -> None:
-    """Everything has arrived and the draft has nothing to do: the target would wait in vain."""
+    """Everything has arrived and the draft is idle: nothing may be pending for the target."""
     depth = sim.sizes.depth
     for request in sim.requests.values():
         nothing_to_draft = request.limit - len(request.text) <= 1

@@ -1,7 +1,7 @@
-"""The real draft model in a process of its own, as it always is.
+"""The real draft model in a process of its own, as outside of tests.
 
 vLLM keeps process-wide state (process groups, thread binding, its current configuration), which
-must not meet that of the engines other tests start in this process.
+must not mix with that of the engines other tests start in this process.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def _serve(
             pipe.send(verbs[verb](*arguments))
     except EOFError:
         os._exit(0)
-    except Exception as error:  # the test's to report
+    except Exception as error:  # the test reports it
         pipe.send(error)
         raise
 
@@ -121,7 +121,7 @@ def _forward(model: Any, changes: BlockChanges, sequences: Sequences) -> Choices
     try:
         choices: Choices = model.launch(changes, sequences).result()
         return choices
-    except Exception as error:  # the test's to expect or report
+    except Exception as error:  # the test expects or reports it
         return error
 
 

@@ -1,6 +1,6 @@
 """A target and a draft engine without processes: messages travel when the test says so.
 
-The target's side is what the plugin's is (the published trees, look-up by content, notices); the
+The target's side does what the plugin does (published trees, look-up by content, notices); the
 draft's side is the real engine over vLLM's real block pool, with :class:`ToyModel` as its model.
 """
 
@@ -52,7 +52,7 @@ class Sizes(NamedTuple):
 
     @property
     def max_branches(self) -> int:
-        """As the options make it of the other two."""
+        """As the options derive it from the other two."""
         most = sum(self.fan_out) if self.fan_out else 8
         return min(self.branches, most) if self.branches else most
 
@@ -66,11 +66,11 @@ class TargetRequest:
     limit: int
     stop: list[int]
     told: int
-    """How much of the text the draft was told of."""
+    """How much of the text was sent to the draft."""
     proposed: list[int] = field(default_factory=list)
     verifying: int = 0
     over: bool = False
-    """It has ended; the draft may not know yet."""
+    """It has ended; the draft may not have the message yet."""
 
 
 class Simulation:
@@ -97,11 +97,11 @@ class Simulation:
         self.published = PublishedTrees(sizes.depth, sizes.vocab_size)
         self.published.start(Ready(sizes.max_rows, sizes.num_blocks, sizes.block_size))
         self.requests: dict[int, TargetRequest] = {}
-        """All that the draft was told of and not told to be finished."""
+        """All requests that were announced and not reported as finished."""
         self.to_draft: deque[list[ToDraft]] = deque()
         self.to_target: deque[list[ToTarget]] = deque()
         self.verify_us = 0
-        """How long the target says that a verification takes; 0: it does not know."""
+        """The verification time that the target reports; 0: unknown."""
         self._next_handle = 0
 
     # ---- the target
@@ -129,7 +129,7 @@ class Simulation:
         request.over = len(request.text) > request.limit or bool(set(new) & set(request.stop))
 
     def propose(self, requests: Iterable[TargetRequest]) -> None:
-        """Look up what follows the confirmed texts, and tell the draft."""
+        """Look up what follows the confirmed texts, and send the draft the outcomes."""
         handles: list[int] = []
         lengths: list[int] = []
         confirmed: list[int] = []
@@ -176,7 +176,7 @@ class Simulation:
         self.to_draft.append([Trimmed(pack([request.handle]), pack([verified]))])
 
     def finish(self, requests: Sequence[TargetRequest]) -> None:
-        """Requests are over."""
+        """Requests have finished."""
         handles = [request.handle for request in requests]
         for handle in handles:
             del self.requests[handle]
@@ -225,7 +225,7 @@ class Simulation:
             if self.engine.has_work:
                 self.to_target.append(self.engine.step())
 
-    # ---- the target's side of the line
+    # ---- the target's side of the channel
 
     def target_receives(self, frames: int = 1) -> None:
         """The target takes publications in."""

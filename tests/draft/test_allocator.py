@@ -179,7 +179,7 @@ def test_all_branches_of_all_requests_are_one_batch() -> None:
     st.lists(st.integers(1, 50), max_size=6),
     st.integers(1, 60),
 )
-def test_a_steps_budget_is_used_up_and_nobody_starves(missing: list[int], budget: int) -> None:
+def test_a_steps_budget_is_used_up_and_no_prompt_starves(missing: list[int], budget: int) -> None:
     counts = chunk_sizes(missing, budget)
     assert sum(counts) == min(budget, sum(missing))
     assert all(0 <= count <= wanted for count, wanted in zip(counts, missing, strict=True))
@@ -267,7 +267,7 @@ def test_short_of_blocks_a_request_gets_fewer_branches() -> None:
     assert hit(sim, request) == sim.greedy(request, 3)
 
 
-def test_forks_give_way_to_a_new_request() -> None:
+def test_forks_are_freed_for_a_new_request() -> None:
     sim = simulation(num_blocks=10)
     first = sim.start(PROMPT)
     settle(sim)
@@ -275,7 +275,7 @@ def test_forks_give_way_to_a_new_request() -> None:
     settle(sim)
     cache = sim.published.cache
     assert list(paths(cache, cache.trees[first.handle])) == [()]
-    # Both trunks serve.
+    # Both trunks give a draft.
     assert hit(sim, first) == sim.greedy(first, 3)
     assert hit(sim, second) == sim.greedy(second, 3)
 
@@ -311,7 +311,7 @@ def test_short_of_rows_the_least_likely_forks_of_all_requests_go_first() -> None
     sim.start(PROMPT[3:])
     settle(sim)
     assert set(there.forks) == set(by_chance[2:])
-    # The others are still in the target's tree, and serve.
+    # The others are still in the target's tree, and hit.
     assert sim.verify(first, 0, sim.best(PROMPT)[1]) == sim.greedy(first, 3)
 
 
@@ -363,7 +363,7 @@ def test_a_block_that_is_still_to_be_copied_is_not_reused() -> None:
     assert sim.verify(request, 0, sim.best(request.text)[1])
 
 
-def test_the_request_not_wanted_for_longest_is_evicted_and_comes_back() -> None:
+def test_the_least_recently_used_request_is_evicted_and_comes_back() -> None:
     sim = simulation(max_rows=2, num_blocks=40)
     idle, second = sim.start(PROMPT), sim.start(PROMPT[::-1])
     settle(sim)
@@ -374,7 +374,7 @@ def test_the_request_not_wanted_for_longest_is_evicted_and_comes_back() -> None:
     assert holds_nothing(sim, idle)
     assert idle.handle in sim.published.withdrawn
     assert sim.engine.counters["draft_evictions"] == 1
-    # It is back with the outcome after its own; the third has not been wanted since it started.
+    # It is back with the outcome after its own; the third has not been used since it started.
     hit(sim, second)
     sim.finish([third])
     settle(sim)
@@ -384,7 +384,7 @@ def test_the_request_not_wanted_for_longest_is_evicted_and_comes_back() -> None:
     assert hit(sim, idle) == sim.greedy(idle, 3)
 
 
-def test_requests_wanted_in_the_same_frame_do_not_evict_each_other() -> None:
+def test_requests_used_in_the_same_frame_do_not_evict_each_other() -> None:
     sim = simulation(max_rows=1)
     first, second = sim.start(PROMPT), sim.start(PROMPT[::-1])
     settle(sim)
@@ -411,14 +411,14 @@ def test_a_request_evicted_with_a_proposal_under_way_is_drafted_past_it() -> Non
     second = sim.start(PROMPT[::-1])
     sim.confirm(second, 0, sim.best(second.text)[0])
     sim.propose([second])
-    # Its tree still stands on the target's side when it is asked for.
+    # The target still has its tree when it proposes.
     assert hit(sim, first) == sim.greedy(first, 3)
     settle(sim)
-    # It was back too late to guess, but far enough ahead for all of them accepted.
+    # It came back too late for forks, but its trunk covers the outcome that all are accepted.
     assert hit(sim, first) == sim.greedy(first, 3)
 
 
-def test_a_text_that_can_never_fit_is_turned_down_again_and_again() -> None:
+def test_a_text_that_can_never_fit_is_refused_every_time() -> None:
     sim = simulation(num_blocks=4)
     request = sim.start(PROMPT * 3)
     for _ in range(3):
@@ -453,7 +453,7 @@ def test_a_text_that_cannot_fit_takes_nothing_from_the_others() -> None:
         assert all(len(paths(cache, cache.trees[r.handle])) > 1 for r in requests)
 
 
-def test_requests_of_a_frame_do_not_evict_each_other_in_whatever_order_they_come() -> None:
+def test_requests_of_a_frame_do_not_evict_each_other_in_any_order() -> None:
     sim = simulation(max_rows=2)
     first, second, third = (sim.start(PROMPT[shift:]) for shift in range(3))
     settle(sim)

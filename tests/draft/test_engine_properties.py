@@ -24,7 +24,7 @@ MAX_REQUESTS = 4
 MAX_LENGTH = 48
 ALL = 1000
 OPENING = [token % 7 for token in range(3, 30, 2)]
-"""What many prompts begin with, so that they share KV."""
+"""The beginning of many prompts, so that they share KV."""
 
 
 @st.composite
@@ -60,7 +60,7 @@ prompts = st.builds(
 )
 time_passing = st.fixed_dictionaries(
     {
-        # Mostly enough: what never comes true is no test.
+        # Mostly enough: without hits little would be tested.
         "draft_receives": st.sampled_from([ALL, ALL, ALL, ALL, 1, 0]),
         "steps": st.sampled_from([ALL, ALL, ALL, 5, 2, 1, 0]),
         "target_receives": st.sampled_from([ALL, ALL, ALL, ALL, 1, 0]),
@@ -73,7 +73,7 @@ class TargetAndDraft(RuleBasedStateMachine):
     """Everything a target may do, in any order, with messages that take their time.
 
     Every rule lets time pass in the end: as rules of their own, messages and draft steps would be
-    too rare for anything to come true.
+    too rare for hits.
     """
 
     @initialize(its_sizes=sizes(), prompt=prompts)
@@ -164,7 +164,7 @@ class TargetAndDraft(RuleBasedStateMachine):
 
     @rule(time=time_passing, lucky=st.integers(0, 3))
     def an_epoch_ends(self, time: dict[str, int], lucky: int) -> None:
-        if lucky == 0:  # seldom: it leaves nothing to go wrong
+        if lucky == 0:  # seldom: it clears all state
             self.sim.resync()
         self.time_passes(**time)
 
@@ -217,5 +217,5 @@ def test_trees_are_exact_and_resources_balance_whatever_happens() -> None:
 
 
 @pytest.mark.slow
-def test_trees_are_exact_and_resources_balance_in_long_lives() -> None:
+def test_trees_are_exact_and_resources_balance_in_long_runs() -> None:
     _run(examples=500, steps=50)

@@ -13,7 +13,7 @@ MAX_TOKENS = 4096
 
 
 def dispatcher(tiny: TinyModels, max_rows: int, **sizes: Any) -> Any:
-    """vLLM's, as it decides where there are CUDA graphs, full ones for decodes.
+    """vLLM's dispatcher, set up as with CUDA graphs, full ones for decodes.
 
     Args:
         tiny: the models.
@@ -73,7 +73,7 @@ def test_a_small_chunk_beside_the_rows_has_a_piecewise_graph(tiny_pair: TinyMode
 def test_a_largest_size_alone_would_leave_the_full_batch_without_a_graph(
     tiny_pair: TinyModels,
 ) -> None:
-    """Why the sizes are listed; if this fails, vLLM has mended it and they need not be."""
+    """Why the sizes are listed; if this fails, vLLM has fixed it and the list can go."""
     made = dispatcher(tiny_pair, 21, largest=21)
     assert made.dispatch(num_tokens=21, uniform_decode=True)[0].name == "NONE"
     left_alone = dispatcher(tiny_pair, 520)
@@ -89,7 +89,7 @@ def test_sizes_ascend_and_fit_the_token_budget(max_rows: int) -> None:
     assert sizes[-1] <= max_rows + 3
 
 
-def test_a_full_graph_is_told_of_empty_sequences() -> None:
+def test_a_full_graph_is_padded_with_empty_sequences() -> None:
     assert pad(21, 21, full=True, graph_tokens=24, graph_sequences=22) == Padded(24, 22, 24)
 
 

@@ -19,7 +19,7 @@ from vllm_ssd.draft.head import select_head_rows
 from vllm_ssd.draft.model import BlockChanges, Sequences
 
 IDS = np.random.default_rng(5).permutation(VOCABULARY)[:75].astype(np.int32)
-"""In no order, and not a number of rows that kernels like."""
+"""Unordered, and not a round number of rows."""
 
 
 def load(folder: Path) -> Any:
@@ -41,7 +41,7 @@ def test_candidates_are_the_best_of_the_selected_tokens(
     arguments = engine_args(tiny_pair, enforce_eager=True)
     arguments["model"] = str(tmp_path if tied else tiny_pair.draft)
     texts = [text(length, seed=length) for length in (1, 20, 33)]
-    # What is not among them can be read all the same.
+    # The model can still read tokens that are not among them.
     texts[1][-1] = next(i for i in range(3, VOCABULARY) if i not in IDS)
     with ModelProcess(arguments, CANDIDATES, VOCABULARY, IDS) as model:
         top = _forward(model, texts)

@@ -1,4 +1,4 @@
-"""What a forward is told: laid out on the host, computed on the device."""
+"""The inputs of a forward: laid out on the host, computed on the device."""
 
 from __future__ import annotations
 

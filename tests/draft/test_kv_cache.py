@@ -17,7 +17,7 @@ def test_blocks_outermost_come_first_in_the_attentions_own_order() -> None:
     default = ["LBNHC", "LBHNC", "BLNHC", "BLHNC", "BHLNC", "LHBNC"]  # vLLM's
     assert prefer_blocks_outermost(default)[0] == "BLNHC"
     assert sorted(prefer_blocks_outermost(default)) == sorted(default)
-    blackwell = ["LBHNC", "BLHNC"]  # of FlashInfer
+    blackwell = ["LBHNC", "BLHNC"]  # FlashInfer's
     assert prefer_blocks_outermost(blackwell) == ["BLHNC", "LBHNC"]
     cpu = ["LBHNC"]
     assert prefer_blocks_outermost(cpu) == cpu

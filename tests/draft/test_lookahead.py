@@ -18,7 +18,7 @@ PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
 
 
 class LookingAhead(TargetAndDraft):
-    """The same lives, with a model that looks ahead."""
+    """The same rules, with a model that looks ahead."""
 
     @initialize(its_sizes=sizes(), prompt=prompts)
     def begin(self, its_sizes: Sizes, prompt: list[int]) -> None:
@@ -43,7 +43,7 @@ def _decoding(
     sizes: Sizes = Sizes(lookahead=True),  # noqa: B008 (immutable)
     stop: Sequence[int] = (),
 ) -> tuple[Simulation, LookaheadToyModel]:
-    """A draft that has the prompt behind it and its trunk's first token published."""
+    """A draft that has prefilled the prompt and published its trunk's first token."""
     sim = Simulation(sizes)
     guard_writes(sim)
     model = sim.model
@@ -147,7 +147,7 @@ def test_the_trees_are_those_without_lookahead() -> None:
     assert all(sim.published.cache.trees for sim in both)
 
 
-def test_nothing_is_launched_ahead_of_what_the_target_has_said() -> None:
+def test_nothing_is_launched_ahead_while_a_message_waits() -> None:
     sim, model = _decoding()
     sim.engine._pipeline._interrupted = lambda: True
     sim.draft_steps()

@@ -1,4 +1,4 @@
-"""A vLLM that lacks what the draft uses: the draft process says so to the target."""
+"""A vLLM that lacks what the draft uses: the draft process reports it to the target."""
 
 from __future__ import annotations
 

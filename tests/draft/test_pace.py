@@ -1,4 +1,4 @@
-"""How many branches a round gets follows from what a step takes and how long there is."""
+"""The number of branches in a round follows from the times of a step and of a verification."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One round after the other: what is guessed, what comes true, where branches end."""
+"""One round after the other: what is guessed, what hits, where branches end."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def text_after(sim: Simulation, request: TargetRequest, k: int) -> list[int]:
 # ---- hits
 
 
-def test_hit_returns_the_branch_that_came_true() -> None:
+def test_a_hit_returns_the_branch_of_the_outcome() -> None:
     sim, request = verified_once()
     # The second token is rejected; the target goes on with the draft's second choice there.
     token = sim.best(text_after(sim, request, 1))[1]
@@ -79,7 +79,7 @@ def test_a_draft_that_is_the_target_hits_every_time_with_full_depth() -> None:
         proposed = sim.verify(request, request.verifying, bonus)
         assert proposed == sim.greedy(request, sim.sizes.depth)
         sim.settle()
-    # Nothing was guessed in vain beyond what the trunk itself went through.
+    # The trunk never had to be prefilled again.
     assert sim.engine.counters["draft_prefill_tokens"] == len(PROMPT)
 
 
@@ -99,7 +99,7 @@ def test_every_guessed_outcome_hits_with_full_depth(data: st.DataObject) -> None
         sim.settle()
 
 
-def test_an_outcome_nobody_guessed_is_a_miss_and_the_next_one_hits_again() -> None:
+def test_an_unguessed_outcome_is_a_miss_and_the_next_one_hits_again() -> None:
     sim, request = verified_once()
     assert sim.verify(request, 0, sim.best(request.text)[-1]) == []
     sim.settle()
@@ -120,7 +120,7 @@ def test_a_half_drafted_branch_is_a_shorter_draft() -> None:
 
 def test_the_target_may_be_two_rounds_ahead_of_the_draft() -> None:
     sim, request = verified_once()
-    # The draft hears of neither outcome; its old tree still holds the text.
+    # Neither outcome reaches the draft; its old tree still holds the text.
     first = sim.verify(request, 1, request.proposed[1])
     assert first == sim.greedy(request, len(first))
     second = sim.verify(request, 1, first[1])
@@ -180,7 +180,7 @@ def test_branches_bounds_the_rows_likeliest_outcomes_first() -> None:
     assert forks_of(alone, single) == {}
 
 
-def test_the_trunk_counts_as_a_branch_even_if_its_own_course_is_unlikely() -> None:
+def test_the_trunk_counts_as_a_branch_even_if_its_own_outcome_is_unlikely() -> None:
     branches = 4
     sim = Simulation(Sizes(branches=branches))
     for number in range(60):  # hardly anything is accepted
@@ -304,7 +304,7 @@ def test_a_tree_is_complete_when_the_outcomes_still_to_be_guessed_are_trimmed_aw
     assert tree.complete
 
 
-def test_a_stopped_branch_that_came_true_after_all_goes_on_where_it_stopped() -> None:
+def test_a_stopped_branch_that_is_hit_goes_on_where_it_stopped() -> None:
     sim, request = at_rest()
     sim.verify(request, 0, sim.greedy(request, 1)[0])
     sim.trim(request, 1)

@@ -47,7 +47,7 @@ class Branch:
 
 
 class Forest:
-    """Branches over one model, and what transformers says to their texts."""
+    """Branches over one model, and transformers' model to compare with."""
 
     def __init__(self, model: ModelProcess, reference: Any) -> None:
         assert model.block_size == BLOCK_SIZE
@@ -171,7 +171,7 @@ def text(count: int, seed: int = 0) -> list[int]:
     return tokens
 
 
-def test_a_prompt_in_chunks_is_followed_as_transformers_does(forest: Forest) -> None:
+def test_a_prompt_in_chunks_gives_what_transformers_gives(forest: Forest) -> None:
     branch, prompt = forest.plant(), text(50)
     for start, end in [(0, 1), (1, 8), (8, 31), (31, 32), (32, 50)]:
         forest.feed((branch, prompt[start:end]))
@@ -224,8 +224,8 @@ def test_as_many_branches_as_there_are_rows_are_one_batch(forest: Forest) -> Non
     forest.feed(*[(branch, [3 + i]) for i, branch in enumerate(branches)])
 
 
-def test_a_table_that_grows_is_told_alone(forest: Forest) -> None:
-    """The other rows' tables are those of forwards before."""
+def test_a_table_that_grows_is_sent_alone(forest: Forest) -> None:
+    """The other rows keep their tables of earlier forwards."""
     one, other = forest.plant(), forest.plant()
     forest.feed((one, text(60)))
     forest.feed((other, text(61, seed=1)))
@@ -248,7 +248,7 @@ def test_a_branch_goes_on_in_another_row(forest: Forest) -> None:
     forest.feed((fork, [7]), (trunk, [8]))
 
 
-def test_the_order_of_a_batch_is_free(forest: Forest) -> None:
+def test_the_order_of_a_batch_does_not_matter(forest: Forest) -> None:
     branches = [forest.plant() for _ in range(5)]
     for seed, branch in enumerate(branches):
         forest.feed((branch, text(20 + seed, seed)))

@@ -1,8 +1,8 @@
 """A draft model that answers from what its KV cache really holds.
 
 Its next token is a hash of the whole text as read back through the block table. A wrong block
-table, a missing copy, a stale slot or a write into a shared block changes what it says, or is
-caught right here.
+table, a missing copy, a stale slot or a write into a shared block changes its answer, or fails an
+assertion here.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ class ToyModel:
 class LookaheadToyModel(ToyModel):
     """The same, with answers that are read later, as on a device with a stream of its own.
 
-    What a launch computes is computed in the order of launches; the host just may not see it yet.
+    Launches compute in their order; the host reads the results later.
     """
 
     def __init__(self, *args: int) -> None:

@@ -11,9 +11,9 @@ from tests.engine.harness import LONG_WAIT_MS, Pair, Spec
 from tests.tiny_models import TinyModels
 
 SPECS = {
-    # Nothing but luck makes a random draft hit: 60 of 512 tokens guessed after each miss.
+    # A random draft hits by chance only: 60 of 512 tokens are guessed after each miss.
     "random": Spec("random", 2, {"fan_out": 20, "branches": 60, "max_wait_ms": LONG_WAIT_MS}),
-    # Most of what it proposes is half wrong; and a short wait leaves drafts half done.
+    # Most of its proposals are partly wrong, and a short wait leaves drafts partly done.
     "near": Spec("near", 5, {"fan_out": 4, "max_wait_ms": 10.0}),
     "itself": Spec("itself", 4, {"max_wait_ms": LONG_WAIT_MS}),
 }
@@ -63,7 +63,7 @@ def start_pair(
 
 @pytest.fixture(scope="package", params=SPECS)
 def draft_spec(request: pytest.FixtureRequest) -> Spec:
-    """A spec for each kind of draft; of this scope so that tests with one engine run together."""
+    """A spec for each kind of draft; package scope, so that tests of one engine run together."""
     return SPECS[request.param]
 
 

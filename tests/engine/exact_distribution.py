@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 _LEFT_OUT = 1e-3
-"""Probability of the prefixes that are not followed: of ten thousand samples ten, spread over all
-tokens, which moves the statistic less than chance does."""
+"""Probability of the prefixes that are not followed: ten of ten thousand samples, spread over all
+tokens, which changes the statistic less than chance does."""
 
 
 class ExactSampler:

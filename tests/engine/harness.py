@@ -25,7 +25,7 @@ ENGINE_ARGS: dict[str, Any] = {
     "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
 }
 LONG_WAIT_MS = 2000.0
-"""Longer than any round of the tiny draft: what it has guessed is always there in time."""
+"""Longer than any round of the tiny draft: its branches are always complete in time."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Answer:
-    """What became of one completion of a job; two engines agree when these are equal."""
+    """The result of one completion of a job; two engines agree when these are equal."""
 
     tokens: tuple[int, ...]
     text: str
@@ -150,7 +150,7 @@ class Pair:
     """
 
     _answers: ClassVar[dict[bytes, list[list[Answer]]]] = {}
-    """What the plain engines answered, by their arguments and the jobs: it is the same again."""
+    """The plain engines' answers, by their arguments and the jobs: they do not change."""
 
     def __init__(self, spec: Spec, models: TinyModels) -> None:
         self.spec = spec
@@ -164,12 +164,12 @@ class Pair:
 
     @cached_property
     def plain(self) -> Engine:
-        """The engine without SSD, started when it is first asked something."""
+        """The engine without SSD, started when it is first used."""
         return Engine(self._target, **self.spec.engine)
 
     def close(self) -> None:
         """Shut both engines down."""
-        # One after the other destroys vLLM's process groups, which both use: never one alone.
+        # Closing one destroys vLLM's process groups, which both use: never close one alone.
         self.ssd.close()
         if "plain" in self.__dict__:
             self.plain.close()
@@ -211,7 +211,7 @@ class Pair:
         found = self.ssd.run(jobs)
         grown = difference(self.ssd.stats(), before)
         assert_identical(jobs, expected, found)
-        # Without speculation the comparison would say nothing.
+        # Without speculation the comparison would prove nothing.
         assert grown["rounds"] > 0
         assert grown["misses_draft_down"] == grown["errors"] == grown["resyncs"] == 0
         return grown

@@ -18,15 +18,15 @@ TOKENS = 4
 PROMPT = prompt(9)
 ONE_LEFT = [*prompt(32, 37), 418]
 """A full block of 32 tokens and one more. After it and two tokens 0, which the target computes in
-place of drafts that are absent, the last token of the vocabulary is likely: the one an absent
-draft's id, -1, stands for in memory."""
+place of absent drafts, the last token of the vocabulary is likely: the one that an absent draft's
+id, -1, indexes in memory."""
 ALLOWED = 4.5
 """Standard deviations: one run in three hundred thousand goes beyond by chance."""
 
 
 SPECS = {
     "itself": Spec("itself", 3, {"branches": 4, "max_wait_ms": 200.0}),
-    # Nothing but luck makes a random draft hit: it gets many guesses.
+    # A random draft hits by chance only: it gets many guesses.
     "random": Spec("random", 3, {"fan_out": 16, "branches": 40, "max_wait_ms": 200.0}),
 }
 
@@ -97,7 +97,7 @@ def test_samples_follow_the_targets_distribution(
 def test_prompts_with_one_token_left_to_compute_follow_it_too(
     engine: Engine, tiny_pair: TinyModels
 ) -> None:
-    # All but the last token is in the prefix cache: vLLM then verifies drafts nobody made (-1).
+    # All but the last token is in the prefix cache: vLLM then verifies placeholders (-1).
     drafts = engine.metric("spec_decode_num_draft_tokens")
     before = engine.stats()["tokens_drafted"]
     texts = sample(engine, ONE_LEFT, temperature=1.0)
@@ -111,7 +111,7 @@ def test_prompts_with_one_token_left_to_compute_follow_it_too(
 
 @pytest.fixture
 def unfixed_sampler() -> Iterator[None]:
-    """vLLM's rejection sampler as it comes, for the length of a test."""
+    """vLLM's own rejection sampler, for the length of a test."""
     from vllm.platforms import current_platform
     from vllm.v1.sample import rejection_sampler
 
@@ -128,7 +128,7 @@ def unfixed_sampler() -> Iterator[None]:
 @pytest.mark.parametrize("engine", ["itself"], indirect=True)
 def test_the_comparison_finds_vllms_own_faults(engine: Engine, tiny_pair: TinyModels) -> None:
     # Without our fix (target/rejection.py) the temperature is uninitialised memory. With a random
-    # draft this comparison was seen not to find it, so the target drafts for itself here.
+    # draft this comparison has failed to find it, so the target drafts for itself here.
     texts = sample(engine, PROMPT, temperature=0.7)
     marginals = ExactSampler(tiny_pair.target, PROMPT, temperature=0.7).marginals(3)
     worst = max(
@@ -148,7 +148,7 @@ def absent_drafts_not_rejected(unfixed_sampler: None) -> Iterator[None]:
     original = rejection_sampler.expand_batch_to_tokens
     rejection_sampler.expand_batch_to_tokens = expand_batch_to_tokens
     yield
-    # Or the whole fix would take itself for done.
+    # Otherwise the whole fix would count as applied.
     rejection_sampler.expand_batch_to_tokens = original
 
 

@@ -1,4 +1,4 @@
-"""A draft that knows few of the target's tokens proposes those, and the text is the same."""
+"""A draft with few of the target's tokens proposes only those, and the text is the same."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def test_padded_misses(start_pair: Callable[[Spec], Pair]) -> None:
     )
 
 
-def test_tokens_that_the_draft_does_not_have(
+def test_tokens_that_the_draft_lacks(
     models: TinyModels, start_pair: Callable[[Spec], Pair], tmp_path: Path
 ) -> None:
     # A padded vocabulary of the target, and a client that uses what is beyond the draft's.

@@ -25,7 +25,7 @@ LOGPROBS_AGREE = 1e-3
     ids=["repetition", "presence-frequency", "bad-words", "allowed-tokens", "min-tokens"],
 )
 def test_processed_logits(pair: Pair, parameters: dict[str, Any]) -> None:
-    # The draft knows nothing of these, and the requests beside them must not feel them.
+    # The draft ignores these, and they must not affect the requests beside them.
     jobs = [
         Job(prompt(12 + i, i), greedy(40, **(parameters if i % 2 else {})), arrives=i)
         for i in range(6)

@@ -52,7 +52,7 @@ def test_aborts_in_mid_flight(pair: Pair) -> None:
         for i, n in enumerate(MIXED_LENGTHS[:10])
     ]
     pair.check_identical(jobs)
-    # Whoever comes next finds nothing of the aborted ones.
+    # The next requests find nothing of the aborted ones.
     pair.check_identical(jobs[::-1])
 
 
@@ -131,7 +131,7 @@ def test_no_end_token_is_proposed_however_many_there_are(pair: Pair) -> None:
 def test_long_texts_are_announced_in_turn(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(notices, "ANNOUNCED_TOKENS", 1)
     stats = pair.check_identical([Job(prompt(n, n + 50), greedy(40)) for n in MIXED_LENGTHS])
-    # One a step; whoever waits decodes plainly until it is its turn.
+    # One a step; the others decode plainly until it is their turn.
     assert stats["misses_resync"] >= sum(range(len(MIXED_LENGTHS) - 1))
     if pair.spec.draft != "random":
         assert stats["hits"] > len(MIXED_LENGTHS)
@@ -161,7 +161,7 @@ def test_errors_of_the_plugin_cost_hits_and_one_line_of_the_log(
     said = [one.getMessage() for one in caplog.records if one.name == proposer.logger.name]
     assert said == ["ssd: error in the plugin; decoding goes on plainly"]
     monkeypatch.undo()
-    # The next requests are drafted for as ever.
+    # The next requests are drafted for as before.
     pair.check_identical(jobs)
 
 

@@ -1,4 +1,4 @@
-"""A draft that knows the target's mind, and the time to speak it, hits."""
+"""A draft that is the target, and has enough time, hits."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_the_look_up_after_the_end_of_a_text_does_not_count(
     start_pair: Callable[[Spec], Pair],
 ) -> None:
     pair = start_pair(SPECS["near"])
-    # As many end tokens as the draft knows of: most answers meet one, in the middle of a draft.
+    # As many end tokens as the draft checks: most answers reach one in the middle of a draft.
     params = greedy(150, stop_token_ids=list(range(5, 69, 8)))
     jobs = [Job(prompt(10 + 7 * i, i), params, arrives=3 * i) for i in range(16)]
     answers = [answer for (answer,) in pair.expected(jobs)]

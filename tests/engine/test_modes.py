@@ -73,7 +73,7 @@ def plain_spelling(models: TinyModels) -> dict[str, Any]:
 
 
 def check(speculating: Engine, jobs: Sequence[Job], expected: Sequence[list[Answer]]) -> None:
-    """Identical text, and by way of drafts."""
+    """Check that the text is identical, and that drafts were accepted."""
     assert_identical(jobs, expected, speculating.run(jobs))
     stats = speculating.stats()
     assert stats["tokens_drafted"] > 100
@@ -91,7 +91,7 @@ def test_the_plain_spelling(
 ) -> None:
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", worker_processes)
     arguments = plain_spelling(models)
-    # The core vLLM leaves free, said aloud: a worker process is bound to the others.
+    # The core that vLLM leaves free, given explicitly: a worker process is bound to the others.
     last = max(os.sched_getaffinity(0))
     arguments["additional_config"][ADDITIONAL_CONFIG_KEY]["draft_cpu_cores"] = [last]
     with engine(models.target, **arguments) as speculating:

@@ -1,4 +1,4 @@
-"""The draft that ships with the package guesses SmolLM2 as well as its card says."""
+"""The draft that ships with the package predicts SmolLM2 as well as its card says."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def acceptance_length(running: Engine) -> float:
 def answers(
     demo_pair: DemoModels, jobs: list[Job], stop_pair: Callable[[], None]
 ) -> tuple[list[list[Answer]], float]:
-    """What the target says with vLLM's ``draft_model``, and the acceptance length."""
+    """The target's answers with vLLM's ``draft_model``, and the acceptance length."""
     stop_pair()
     with engine(demo_pair, method="draft_model") as running:
         said = running.run(jobs)
@@ -94,7 +94,7 @@ def test_ssd_drafts_with_it_from_its_own_vocabulary(
         assert running.stats()["hits"] > 0
 
 
-def test_it_is_small_and_says_where_it_comes_from() -> None:
+def test_it_is_small_and_its_card_names_its_origin() -> None:
     assert (SHIPPED / WEIGHTS).stat().st_size <= MOST_BYTES
     card = (SHIPPED / "README.md").read_text()
     assert "Apache-2.0" in card

@@ -36,7 +36,7 @@ def _job(seed: int, max_tokens: int = 120, **grammar: Any) -> Job:
 
 def test_regular_expressions(pair: Pair) -> None:
     jobs = [_job(seed, regex=REGEX) for seed in range(4)]
-    # Free requests beside them give the draft something it can guess.
+    # Requests without a grammar beside them give the draft something it can guess.
     pair.check_identical([*jobs, Job(prompt(20), greedy(60))])
     for (answer,) in pair.ssd.run(jobs):
         assert re.fullmatch(REGEX, answer.text)

@@ -20,7 +20,7 @@ LONG_TOKENS = 900
 
 @pytest.fixture(scope="session")
 def plain_answers(tiny_pair: TinyModels) -> list[list[int]]:
-    """What vLLM without speculation answers to ``TEXTS``, then to ``LONG_TEXT``."""
+    """The answers of vLLM without speculation to ``TEXTS``, then to ``LONG_TEXT``."""
     with harness.running_engine(tiny_pair) as llm:
         answers = Decoding(llm, TEXTS, MAX_TOKENS).finish()
         return answers + Decoding(llm, [LONG_TEXT], LONG_TOKENS).finish()

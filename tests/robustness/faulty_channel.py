@@ -116,7 +116,7 @@ def garbled(frame: Frame, source: random.Random) -> Frame:
         return msgspec.structs.replace(frame, epoch=frame.epoch + source.choice((-1, 1, 5, 2**40)))
     if what < 0.2:
         return msgspec.structs.replace(frame, number=frame.number + source.choice((1, -1, 2**40)))
-    # A failure that is reported is believed, and counters are only shown.
+    # Not failures, which end the draft when reported, nor counters, which are only shown.
     candidates = [
         i
         for i, m in enumerate(frame.messages)

@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from vllm_ssd.target.client import DraftClient
 
 GONE_SECONDS = 2.0
-"""How soon nothing may be left of an engine."""
+"""After this time nothing may be left of an engine."""
 STEP_SECONDS = 8.0
-"""No step of the tiny target takes so long, however busy the machine is, unless it is blocked."""
+"""No step of the tiny target takes this long, however busy the machine, unless it is blocked."""
 RECOVERY_SECONDS = 240.0
-"""A draft starts within it on a busy machine."""
+"""A draft starts within this time on a busy machine."""
 
 NUM_SPECULATIVE_TOKENS = 3
 ENGINE: dict[str, Any] = {
@@ -74,7 +74,7 @@ def running_engine(
 
 
 def client_of(llm: LLM) -> DraftClient:
-    """The line to the draft of an engine in this process."""
+    """The client of the draft of an engine in this process."""
     core: Any = llm.llm_engine.engine_core
     client: DraftClient = core.engine_core.model_executor.driver_worker.worker._client
     return client
@@ -146,10 +146,10 @@ def stats(llm: LLM) -> dict[str, float]:
 
 
 def wait_for(condition: Callable[[], bool], seconds: float, what: str) -> None:
-    """Poll until it is so.
+    """Poll until the condition holds.
 
     Raises:
-        AssertionError: it was not so in time.
+        AssertionError: it did not hold in time.
     """
     deadline = time.monotonic() + seconds
     while not condition():
@@ -194,7 +194,7 @@ def is_draft(pid: int) -> bool:
 
 
 def in_session(session: int) -> list[int]:
-    """The living processes of a session: all that a script started, whoever their parent is now."""
+    """The living processes of a session: all that a script started, whatever their parent now."""
     found = []
     for pid in psutil.pids():
         try:

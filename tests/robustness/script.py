@@ -10,7 +10,7 @@ import sys
 
 
 def main() -> None:
-    """Read the arguments, start, decode until somebody ends it."""
+    """Read the arguments, start, decode until the process is ended."""
     from vllm import LLM
 
     from tests.robustness.harness import ENGINE, greedy

@@ -19,7 +19,7 @@ from tests.robustness import harness
 from tests.tiny_models import TinyModels
 
 START_SECONDS = 240.0
-"""An engine starts within it on a busy machine."""
+"""An engine starts within this time on a busy machine."""
 
 
 class Script:
@@ -67,7 +67,7 @@ class Script:
                     return json.loads(line)
 
     def forget_answers(self) -> None:
-        """What it has printed so far does not count."""
+        """Discard what it has printed so far."""
         while not self._lines.empty():
             self._lines.get()
 

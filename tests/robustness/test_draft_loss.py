@@ -19,7 +19,7 @@ from vllm_ssd.target import client
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A draft counts as stopped after one second."""
+    """A draft is presumed hung after one second."""
     monkeypatch.setattr(client, "SILENCE_SECONDS", 1.0)
 
 
@@ -105,7 +105,7 @@ def test_pause_between_two_steps_does_not_cost_the_draft(
 
 
 @pytest.mark.slow
-def test_draft_that_keeps_dying_is_started_ever_more_rarely_until_one_stays(
+def test_draft_that_keeps_dying_is_restarted_with_back_off_until_one_stays(
     engine: LLM, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     line = harness.client_of(engine)
@@ -118,7 +118,7 @@ def test_draft_that_keeps_dying_is_started_ever_more_rarely_until_one_stays(
         pauses.append(time.monotonic() - began)
     assert all(pause >= 0.2 * 2**i for i, pause in enumerate(pauses)), pauses
 
-    # Nor does it help that no process can be started at all for a while.
+    # Attempts also go on while no process can be started at all.
     monkeypatch.setattr(line, "_failures", 0)
     attempts = stats(engine)["restarts"]
     with monkeypatch.context() as broken:

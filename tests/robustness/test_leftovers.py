@@ -1,4 +1,4 @@
-"""However an engine ends, nothing of it is left behind; and two engines do not meet."""
+"""However an engine ends, nothing of it is left behind; and two engines do not interfere."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_dropped_engine_leaves_no_draft(tiny_pair: TinyModels) -> None:
 
 
 @pytest.mark.slow
-def test_two_engines_at_once_do_not_meet_and_leave_nothing(
+def test_two_engines_at_once_do_not_interfere_and_leave_nothing(
     tiny_pair: TinyModels, expected: list[list[int]], tmp_path: Path
 ) -> None:
     with (

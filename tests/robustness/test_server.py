@@ -1,4 +1,4 @@
-"""vLLM's own OpenAI server with SSD, started by ``vllm-ssd serve``, asked by a real client."""
+"""vLLM's own OpenAI server with SSD, started by ``vllm-ssd serve``, used by a real client."""
 
 from __future__ import annotations
 
@@ -127,7 +127,9 @@ def test_counters_are_read_over_http(server: Server) -> None:
     assert stats["hits"] > 0
 
 
-def test_client_that_goes_away_disturbs_nobody(server: Server, expected: list[list[int]]) -> None:
+def test_client_that_goes_away_disturbs_no_other_request(
+    server: Server, expected: list[list[int]]
+) -> None:
     stream: Any = server.client.completions.create(
         model="tiny", prompt=TEXTS[0], max_tokens=900, stream=True, extra_body={"ignore_eos": True}
     )

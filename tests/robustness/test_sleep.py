@@ -11,7 +11,7 @@ from tests.robustness.conftest import LONG_TEXT, LONG_TOKENS, MAX_TOKENS, TEXTS
 from tests.robustness.harness import Decoding, draft_pid, stats
 
 
-def test_draft_sleeps_with_the_engine_and_live_requests_find_it_again(
+def test_draft_sleeps_with_the_engine_and_serves_live_requests_again(
     engine: LLM, expected: list[list[int]], expected_long: list[int]
 ) -> None:
     line = harness.client_of(engine)

@@ -1,4 +1,4 @@
-"""How an engine starts: with vLLM's default memory settings; or not, and then it says why."""
+"""How an engine starts: with vLLM's default memory settings, or fails with the reason."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_draft_ends_when_the_target_does_not_start(
 def test_draft_with_a_device_of_its_own_loads_beside_the_target(
     tiny_pair: TinyModels, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # There is but one CPU; what matters is when the draft may take memory.
+    # There is only one CPU here; what matters is when the draft may take memory.
     monkeypatch.setattr(worker, "plan_draft", lambda *of: _with_its_own_device(plan_draft(*of)))
     order: list[str] = []
     for owner, name in ((DraftClient, "allocate"), (worker.SSDWorker, "load_model")):
@@ -162,7 +162,7 @@ def _longest_followed(worker: Any) -> int:
 def _failure(
     models: TinyModels, draft: Path, engine: dict[str, Any] | None = None, **options: Any
 ) -> str:
-    """What an engine that cannot start says."""
+    """The error of an engine that cannot start."""
     with pytest.raises((RuntimeError, ValueError)) as caught:
         LLM(
             model=str(models.target),

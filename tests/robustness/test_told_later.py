@@ -1,4 +1,4 @@
-"""The draft is told of a step after its launch, as on a GPU: it still follows every request."""
+"""Steps announced to the draft after their launch, as on a GPU: it still follows every request."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def worker_of(llm: LLM) -> Any:
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_draft_follows_whether_it_is_told_before_the_launch_or_after(
+def test_draft_follows_whether_a_step_is_announced_before_the_launch_or_after(
     engine: LLM, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch, first: bool
 ) -> None:
     worker = worker_of(engine)

@@ -1,4 +1,4 @@
-"""The line to the draft process: how long a start may take, how soon the next one follows."""
+"""The client of the draft process: how long a start may take, how soon the next one follows."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TIMEOUT = 100.0
 
 
 class Draft:
-    """Stands for a draft process: what it sends is sent over a real socket pair.
+    """A stand-in for a draft process, at the other end of a real socket pair.
 
     Args:
         cores: as a draft process has them.
@@ -67,7 +67,7 @@ class Draft:
 
 
 class Clock:
-    """The time, as the test has it."""
+    """The time, set by the test."""
 
     now = 1000.0
 
@@ -114,7 +114,7 @@ def lose(client: DraftClient, clock: Clock) -> float:
     return clock.now - died
 
 
-def test_the_time_a_target_takes_to_load_is_not_the_drafts(
+def test_the_targets_loading_time_does_not_count_as_the_drafts(
     client: DraftClient, clock: Clock
 ) -> None:
     client.launch()
@@ -125,9 +125,7 @@ def test_the_time_a_target_takes_to_load_is_not_the_drafts(
     assert client.up
 
 
-def test_restarts_come_ever_later_while_the_draft_is_lost_soon(
-    client: DraftClient, clock: Clock
-) -> None:
+def test_restarts_back_off_while_the_draft_is_lost_soon(client: DraftClient, clock: Clock) -> None:
     client.launch()
     client.allocate(1 << 20)
     waited = []
@@ -163,7 +161,7 @@ def test_the_drafts_counters_go_on_after_a_restart(client: DraftClient, clock: C
         lose(client, clock)
 
 
-def test_what_is_small_goes_before_texts_and_each_text_by_itself(
+def test_small_messages_go_before_texts_and_each_text_by_itself(
     client: DraftClient, clock: Clock
 ) -> None:
     client.launch()
@@ -199,7 +197,7 @@ def test_a_draft_that_loads_beside_the_target_has_the_timeout_from_there(
         client.wait_until_up()
 
 
-def test_a_draft_put_to_sleep_stays_away_until_it_is_woken(
+def test_a_draft_put_to_sleep_stays_down_until_it_is_woken(
     client: DraftClient, clock: Clock
 ) -> None:
     client.launch()
@@ -215,7 +213,7 @@ def test_a_draft_put_to_sleep_stays_away_until_it_is_woken(
     client.wake_up()
     draft = Draft.started[-1]
     assert len(Draft.started) == 2
-    assert not client.up  # and nobody has waited for it
+    assert not client.up  # and nothing has waited for it
     heard = [message for frame in draft.hears() for message in frame]
     assert [type(message) for message in heard] == [Setup, Allocate]
     assert heard[1] == Allocate(1 << 20)

@@ -18,7 +18,7 @@ needs_two_cores = pytest.mark.skipif(len(ALL) < 2, reason="needs two cores")
 
 @pytest.fixture
 def bound(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """Lets a test say how vLLM has bound the target; no two cores share a physical one."""
+    """Lets a test set how vLLM has bound the target; no two cores share a physical one."""
     for name in ("GOMP_CPU_AFFINITY", "OMP_PLACES", "KMP_AFFINITY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(cores, "_siblings", lambda found: set(found))
@@ -47,7 +47,7 @@ def test_the_draft_gets_what_the_setting_leaves(bound: pytest.MonkeyPatch, setti
         ("KMP_AFFINITY", "granularity=fine,explicit,proclist=[{0}],verbose"),
     ],
 )
-def test_with_automatic_binding_the_openmp_runtime_tells(
+def test_with_automatic_binding_the_openmp_settings_count(
     bound: pytest.MonkeyPatch, name: str, value: str
 ) -> None:
     bind_by_vllm(bound, "auto")

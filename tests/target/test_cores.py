@@ -1,4 +1,4 @@
-"""Which cores the target and the draft get, and what happens to the process that gives them."""
+"""Which cores the target and the draft get, and that the process gets its own back."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""What the draft process is told: where its model comes from, how long its texts, how large its
-cache."""
+"""The draft process's set-up: where its model comes from, how long its texts are, how large its
+cache is."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_with_an_automatic_length_the_drafts_fits_its_share(tiny_pair: TinyModel
     engine = {"max_model_len": -1, "max_num_seqs": 1, "kv_cache_memory_bytes": MIB}
     found = plan(tiny_pair, engine, branches=1)
     assert found.max_model_len == MAX_POSITIONS
-    # Its length is told to the draft process at the start, so that has to wait.
+    # Its length is part of the set-up, so the start has to wait.
     assert not found.may_start_early
     found.share_memory(100 * 4096, target_kv_bytes_per_token=4096.0)
     # A hundred tokens like the target and two blocks of the fork: five blocks, one of them vLLM's.

@@ -26,11 +26,11 @@ from vllm_ssd.wire.messages import DraftBound, Ready, Setup, Start, TargetBound,
 VOCABULARY, DEPTH, BRANCHES, CANDIDATES, BLOCK = 50_000, 4, 8, 8, 32
 LENGTH = 100_000
 PREFILL_SECONDS = 60.0
-"""The target needs that long at most here; the draft's model needs none."""
+"""The most that the prefill may take here; the draft's model takes no time."""
 
 
 def successor(token: int) -> int:
-    """What both models put after a token."""
+    """The token that both models choose after a token."""
     return (token * 31 + 7) % VOCABULARY
 
 
@@ -47,7 +47,7 @@ class TableModel:
 
 
 class Draft:
-    """The draft's side of the line: a real engine in a thread of its own."""
+    """The draft's side of the channel: a real engine in a thread of its own."""
 
     def __init__(self, connection: socket.socket) -> None:
         self.drafted = threading.Event()
@@ -99,7 +99,7 @@ class Draft:
 
 @pytest.fixture
 def draft() -> Iterator[tuple[Draft, SSDProposer]]:
-    """A draft, and a proposer that speaks to it."""
+    """A draft, and a proposer that is connected to it."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     options = {"model": "table", "num_speculative_tokens": DEPTH, "strict": True}
     config: Any = SimpleNamespace(
@@ -143,7 +143,8 @@ def test_a_long_prompt_is_drafted_for_at_its_first_look_up(
     began = time.monotonic()
     proposer.scheduled(step)
     assert time.monotonic() - began < 1.0
-    # The draft was in the middle of a step. And now the target prefills: nobody looks at the line.
+    # Until now the draft was in the middle of a step. The target prefills: nothing calls the
+    # client meanwhile.
     drafting.start()
     assert drafting.drafted.wait(PREFILL_SECONDS)
 

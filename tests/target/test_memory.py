@@ -90,7 +90,7 @@ def test_the_drafts_cache_is_that_of_vllms_own_spec(tiny_pair: TinyModels) -> No
     assert memory.draft_kv_bytes_per_token(draft) == 2 * spec.page_size_bytes // 16
 
 
-def test_a_checkpoint_that_quantises_its_cache_is_believed(tiny_pair: TinyModels) -> None:
+def test_a_checkpoint_that_quantises_its_cache_is_followed(tiny_pair: TinyModels) -> None:
     draft = ModelConfig(model=str(tiny_pair.draft), dtype="float32")
     plain = memory.draft_kv_bytes_per_token(draft)
     draft.hf_config.quantization_config = {
@@ -113,7 +113,7 @@ def test_beside_a_target_of_given_size_the_drafts_comes_on_top() -> None:
 
 def test_the_draft_takes_no_more_than_its_requests_can_use() -> None:
     assert memory.kv_cache_bytes(1 << 30, 0, 8.0, 2, 50, 7, False) == 2 * (50 + 7)
-    # Attention-free: the target's cache says nothing.
+    # Attention-free: the target has no cache to compare with.
     assert memory.kv_cache_bytes(0, 0, 0.0, 2, 50, 7, True) == 2 * (50 + 7)
 
 
@@ -201,14 +201,12 @@ def test_of_two_copies_of_the_weights_the_one_that_is_loaded_counts(tmp_path: Pa
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff" * 8, b"\x02" + b"\0" * 7 + b"{]"])
-def test_a_file_that_is_none_is_left_to_the_draft_to_complain_of(
-    tmp_path: Path, content: bytes
-) -> None:
+def test_a_broken_checkpoint_is_left_to_the_draft_to_report(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "model.safetensors").write_bytes(content)
     assert checkpoint_tensors(str(tmp_path), None, None) == {}
 
 
-def test_of_a_hub_name_only_what_is_here_is_read(tmp_path: Path) -> None:
+def test_of_a_hub_name_only_downloaded_files_are_read(tmp_path: Path) -> None:
     assert checkpoint_tensors("nobody/nothing", None, str(tmp_path)) == {}
     snapshot = tmp_path / "models--nobody--draft" / "snapshots" / ("0" * 40)
     snapshot.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""What the draft is told of a step, and when."""
+"""The messages to the draft about a step, and when they are sent."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PROMPT = [5, 6, 7, 8]
 
 
 class Line:
-    """As much of the line to the draft as notices look at."""
+    """As much of the client as notices use."""
 
     up = True
 
@@ -27,7 +27,7 @@ class Line:
 
 
 def step(new: tuple[str, ...] = (), finished: tuple[str, ...] = (), **drafts: list[int]) -> Any:
-    """A step as the scheduler describes it; of running requests, the drafts to verify."""
+    """A step as the scheduler describes it; ``drafts``: what running requests verify."""
     return SimpleNamespace(
         finished_req_ids=set(finished),
         scheduled_new_reqs=[
@@ -47,7 +47,7 @@ def step(new: tuple[str, ...] = (), finished: tuple[str, ...] = (), **drafts: li
 
 
 def trimmed_to(notices: Notices, a_step: Any) -> list[int]:
-    """How many drafts of each request the step verifies, as the draft is told."""
+    """How many drafts of each request the step verifies, from the message to the draft."""
     (message,) = notices.scheduled(a_step)
     assert isinstance(message, Trimmed)
     return unpack_list(message.verified_counts)
@@ -64,7 +64,7 @@ def notices(table: RequestTable) -> Notices:
     return Notices(line, table)
 
 
-def test_on_cpu_the_draft_is_told_first_and_on_a_gpu_once_the_target_has_launched() -> None:
+def test_on_cpu_a_step_is_announced_before_the_forward_and_on_a_gpu_after_its_launch() -> None:
     assert tells_before_launch(on_cpu=True)
     assert not tells_before_launch(on_cpu=False)
 
@@ -88,7 +88,7 @@ def test_the_draft_is_told_how_many_of_its_tokens_are_verified(
     request.proposed, request.verifying = [1, 2, 3], 3
     assert notices.scheduled(step(a=[1, 2, 3])) == []
     assert trimmed_to(notices, step(a=[1])) == [1]
-    # Place holders are no drafts, padding is nobody's; a preempted request verifies nothing.
+    # Placeholders and padding do not count as drafts; a preempted request verifies nothing.
     assert notices.scheduled(step(a=[1, -1, -1])) == []
     assert trimmed_to(notices, step(a=[1, 2, 3, 3])) == [3]
     assert notices.scheduled(step()) == []
@@ -105,7 +105,9 @@ def test_long_texts_take_turns(notices: Notices, monkeypatch: pytest.MonkeyPatch
     assert notices.announced_again("c", PROMPT, state) == []
 
 
-def test_a_line_that_is_down_announces_nobody(notices: Notices, table: RequestTable) -> None:
+def test_nothing_is_announced_while_the_draft_is_down(
+    notices: Notices, table: RequestTable
+) -> None:
     notices._client.up = False
     assert notices.scheduled(step(new=("a",))) == []
     assert table.get("a") is None

@@ -1,4 +1,4 @@
-"""Which CUDA device the draft gets: plain values, since none can be had here."""
+"""Which CUDA device the draft gets: tested on plain values, without a device."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_a_setting_names_them_by_index_or_uuid() -> None:
     assert visible_devices("GPU-aa,MIG-bb", 2) == ["GPU-aa", "MIG-bb"]
 
 
-def test_what_stands_behind_a_wrong_entry_is_not_there() -> None:
+def test_entries_after_an_invalid_one_are_ignored() -> None:
     assert visible_devices("2,-1,3", 1) == ["2"]
 
 
@@ -119,7 +119,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 
 def parallel(machine: pytest.MonkeyPatch, assigned: list[int] | None = None, **values: Any) -> Any:
-    """A target's parallel configuration, in a worker that vLLM has told its devices."""
+    """A target's parallel configuration, in a worker to which vLLM has assigned its devices."""
     config = ParallelConfig()
     config.assigned_physical_gpu_ids = assigned
     for name, value in values.items():
@@ -172,7 +172,7 @@ def test_other_platforms_are_refused(platform: str) -> None:
 
 
 @pytest.mark.parametrize("wanted", ["auto", "cuda", "cuda:0", "cuda:1"])
-def test_a_device_that_there_is_is_not_refused(wanted: str) -> None:
+def test_a_device_that_exists_is_accepted(wanted: str) -> None:
     check_device(wanted, "cuda", 2)
 
 
@@ -185,12 +185,12 @@ def test_a_device_that_there_is_is_not_refused(wanted: str) -> None:
         ("cuda:1", "cuda", 1, "sees 1 CUDA device, and they count from cuda:0"),
     ],
 )
-def test_a_device_that_there_is_not_is_refused(
+def test_a_device_that_does_not_exist_is_refused(
     wanted: str, platform: str, count: int | None, said: str
 ) -> None:
     with pytest.raises(ValueError, match=rf"^ssd: option 'draft_device' = '{wanted}': .*{said}"):
         check_device(wanted, platform, count)
 
 
-def test_devices_of_another_machine_are_not_judged_here() -> None:
+def test_devices_of_another_machine_are_not_checked_here() -> None:
     check_device("cuda:7", "cuda", None)

@@ -19,7 +19,7 @@ from vllm_ssd.target.process import DraftProcess
         (subprocess, "Popen", TypeError("no interpreter")),
     ],
 )
-def test_whatever_keeps_it_from_starting_is_an_error_of_the_system(
+def test_whatever_keeps_it_from_starting_is_raised_as_an_oserror(
     monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, error: Exception
 ) -> None:
     def fail(*_: Any, **__: Any) -> None:

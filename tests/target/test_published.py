@@ -1,4 +1,4 @@
-"""The target's copy of the trees: what finished requests leave on the way, and what is refused."""
+"""The target's copy of the trees: messages for finished requests, and what is refused."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HANDLE = 3
 
 @pytest.fixture
 def published() -> PublishedTrees:
-    """One request with trunk ``1 2`` in row 0, of which the draft has been told."""
+    """One announced request, with trunk ``1 2`` in row 0."""
     trees = PublishedTrees(DEPTH, VOCAB_SIZE)
     trees.start(Ready(ROWS, 100, 16))
     trees.announce(HANDLE)
@@ -66,7 +66,7 @@ def test_a_withdrawn_tree_is_gone_until_the_next_one_is_planted(published: Publi
     assert published.withdrawn == set()
 
 
-def test_a_fork_that_was_withdrawn_is_found_no_more(published: PublishedTrees) -> None:
+def test_a_pruned_fork_is_not_found(published: PublishedTrees) -> None:
     published.fork(forked(HANDLE, [0, 1], [7, 8], [4, 5], complete=1))
     published.prune(Pruned(pack([HANDLE]), pack([1]), pack([4])))
     cache = published.cache
@@ -108,7 +108,7 @@ def test_a_tree_on_its_way_for_a_finished_request_is_not_kept(published: Publish
 
 
 def test_rows_of_a_finished_request_stay_in_step(published: PublishedTrees) -> None:
-    # Rows 0 and 1 are full from a former life; the draft does not know yet that it is over.
+    # Rows 0 and 1 are full; the draft does not have the message yet that their request is finished.
     for row in (0, 1):
         published.plant(planted(HANDLE, row, [1] * WIDTH))
     published.drop(HANDLE)
@@ -145,7 +145,7 @@ def test_rows_of_a_finished_request_stay_in_step(published: PublishedTrees) -> N
         ("fork", forked(HANDLE, [0, 1], [1], [1])),
     ],
 )
-def test_what_makes_no_sense_is_refused(published: PublishedTrees, verb: str, message: Any) -> None:
+def test_invalid_messages_are_refused(published: PublishedTrees, verb: str, message: Any) -> None:
     with pytest.raises((ValueError, IndexError)):
         getattr(published, verb)([message] if verb == "steps" else message)
 
@@ -172,7 +172,7 @@ def _with_fork() -> PublishedTrees:
     return published
 
 
-def test_steps_of_wrong_lengths_do_not_make_up_for_one_another() -> None:
+def test_steps_of_wrong_lengths_do_not_cancel_out() -> None:
     with pytest.raises(ValueError, match="does not fit its rows"):
         _with_fork().steps([stepped([0, 2], [5]), stepped([0, 2], [6, 7, 8])])
 

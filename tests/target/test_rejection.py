@@ -1,4 +1,4 @@
-"""What is put right in vLLM's rejection sampler on CPU, by itself and through the real sampler."""
+"""The fixes of vLLM's rejection sampler on CPU, by themselves and through the real sampler."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PLACEHOLDER = -1
 
 @pytest.fixture
 def _in_a_worker() -> None:
-    """Kernels as every vLLM worker has them before the fix comes."""
+    """Kernels as every vLLM worker has them before the fix."""
     current_platform.import_kernels()
     current_platform.register_triton_kernel_overrides()
     fix_cpu_rejection_sampler()
@@ -57,7 +57,7 @@ def test_expanding_keeps_the_type(dtype: torch.dtype) -> None:
 
 @needs_the_fix
 @pytest.mark.usefixtures("_in_a_worker")
-def test_the_fix_is_in_place_once_however_often_it_is_applied() -> None:
+def test_the_fix_is_applied_only_once() -> None:
     in_place = rejection_sampler._rejection_random_sample
     fix_cpu_rejection_sampler()
     assert rejection_sampler._rejection_random_sample is in_place
@@ -97,7 +97,7 @@ def test_drafts_with_a_chance_are_accepted_by_the_real_kernel() -> None:
 
 @needs_the_fix
 @pytest.mark.usefixtures("_in_a_worker")
-def test_a_draft_that_is_none_is_rejected_by_the_real_kernel() -> None:
+def test_a_placeholder_is_rejected_by_the_real_kernel() -> None:
     # Token -1 would read the last probability of the row before it: here a certain one.
     probabilities = [0.2, 0.2, 0.0, 0.0, 0.6]
     assert verify([[-1, -1]], probabilities) == [[3]]
@@ -106,8 +106,8 @@ def test_a_draft_that_is_none_is_rejected_by_the_real_kernel() -> None:
 
 @needs_the_fix
 @pytest.mark.usefixtures("_in_a_worker")
-def test_top_k_has_nothing_to_do_where_nobody_has_a_draft() -> None:
-    # As after every prompt: unpatched, the maximum of no numbers ends the engine.
+def test_top_k_is_skipped_where_no_request_has_a_draft() -> None:
+    # As after every prompt: unpatched, the maximum of an empty tensor crashes the engine.
     sampling = SimpleNamespace(
         all_greedy=False, temperature=torch.ones(2), top_k=torch.tensor([3, 5]), top_p=None
     )

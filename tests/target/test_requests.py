@@ -1,4 +1,4 @@
-"""What the draft is told of a request."""
+"""The message that announces a request to the draft."""
 
 from __future__ import annotations
 
@@ -43,17 +43,17 @@ def test_a_request_announced_again_gets_a_new_handle() -> None:
     assert table.announce("a", PROMPT, 4, parameters(max_tokens=10)).handle != before
 
 
-def test_a_request_announced_in_the_middle_of_its_life_is_a_resync() -> None:
+def test_a_request_announced_while_it_is_running_is_a_resync() -> None:
     table = RequestTable(MAX_LENGTH)
     start = table.announce("a", [*PROMPT, 1, 2], 4, parameters(max_tokens=10))
     known = table.get("a")
     assert known is not None
     assert known.resynced
-    # max_tokens counts from the prompt's end, not from where the draft comes in.
+    # max_tokens counts from the prompt's end, not from where the request is announced.
     assert start.limit == 4 + 10 - 1
 
 
-def test_a_new_epoch_forgets_everybody() -> None:
+def test_a_new_epoch_forgets_all_requests() -> None:
     table = RequestTable(MAX_LENGTH)
     table.announce("a", PROMPT, 4, parameters(max_tokens=10))
     table.forget_all()
@@ -90,7 +90,7 @@ def test_an_ignored_end_token_does_not() -> None:
 
 @pytest.mark.parametrize(
     ("length", "most"),
-    # The bonus token after so many drafts is still one that vLLM's mask is right for.
+    # vLLM's mask is still right for the bonus token after this many drafts.
     [(5, 4), (6, 3), (7, 2), (8, 1), (9, 0), (10, 4), (17, 2), (19, 0)],
 )
 def test_no_verification_crosses_the_length_from_which_a_request_may_end(

@@ -63,7 +63,7 @@ def encoded(a_frame: msgspec.Struct) -> bytes:
 
 
 def receive_all(receiver: Channel[DraftBound], sender: Channel[TargetBound]) -> list[DraftBound]:
-    """Read until the sender has nothing left to hand over."""
+    """Read until the sender has nothing left to send."""
     frames: list[DraftBound | None] = []
     done = False
     while not done:
@@ -114,22 +114,22 @@ def test_frames_cut_anywhere_arrive_whole(sizes: list[int], data: st.DataObject)
         pair.close()
 
 
-def test_a_frame_larger_than_the_socket_goes_over_in_parts(pair: Pair) -> None:
+def test_a_frame_larger_than_the_socket_is_sent_in_parts(pair: Pair) -> None:
     tokens = bytes(range(256)) * (20 * MEGABYTE // 256)
     big = DraftBound(1, 2, [Start(3, tokens, 4, [5])])
     pair.target.send(big)
-    assert not pair.target.flush()  # nobody has read yet
+    assert not pair.target.flush()  # nothing has been read yet
     pair.target.send(frame(3))
     assert receive_all(pair.draft, pair.target) == [big, frame(3)]
 
 
-def test_what_the_socket_leaves_goes_over_while_the_sender_does_other_things(pair: Pair) -> None:
+def test_what_the_socket_leaves_is_sent_while_the_sender_does_other_things(pair: Pair) -> None:
     text = frame(0, size=8 * MEGABYTE)
     pair.target.send(text, frame(1))
     got: list[DraftBound | None] = []
     deadline = time.monotonic() + 10.0
     while len(got) < 2 and time.monotonic() < deadline:
-        got += pair.draft.receive(timeout=1.0)  # nobody calls the target's end
+        got += pair.draft.receive(timeout=1.0)  # the target's end is not called
     assert got == [text, frame(1)]
 
 
@@ -179,7 +179,7 @@ def test_a_process_forked_while_something_is_left_over_disturbs_nothing(pair: Pa
     assert got == [text]
 
 
-def test_waiting_for_frames_hands_over_what_waits_to_be_sent(pair: Pair) -> None:
+def test_waiting_for_frames_sends_what_is_left_over(pair: Pair) -> None:
     pair.target.send(frame(0, size=4 * MEGABYTE))
     got: list[DraftBound | None] = []
 
@@ -199,7 +199,7 @@ def test_waiting_for_frames_hands_over_what_waits_to_be_sent(pair: Pair) -> None
     assert got == [frame(0, size=4 * MEGABYTE)]
 
 
-def test_looking_for_frames_hands_over_what_waits_to_be_sent(pair: Pair) -> None:
+def test_looking_for_frames_sends_what_is_left_over(pair: Pair) -> None:
     pair.target.send(frame(0, size=MEGABYTE))
     got: list[DraftBound | None] = []
     deadline = time.monotonic() + 10.0
@@ -232,7 +232,7 @@ def test_one_thread_may_send_while_another_receives(pair: Pair) -> None:
 
     def receive_answers() -> None:
         while len(got) < sent:
-            pair.target.receive()  # hands over what waits, too
+            pair.target.receive()  # also sends what is left over
 
     threads = [threading.Thread(target=read), threading.Thread(target=receive_answers)]
     for thread in threads:
@@ -244,7 +244,7 @@ def test_one_thread_may_send_while_another_receives(pair: Pair) -> None:
     assert [a_frame and a_frame.number for a_frame in got] == list(range(sent))
 
 
-def test_garbage_stands_as_none_and_the_next_frame_is_read(pair: Pair) -> None:
+def test_garbage_gives_none_and_the_next_frame_is_read(pair: Pair) -> None:
     garbage = b"\xc1 is no msgpack"
     wrong_type = encoded(DraftBound(0, 0, []))
     pair.socket.sendall(struct.pack("<I", len(garbage)) + garbage)
@@ -254,7 +254,7 @@ def test_garbage_stands_as_none_and_the_next_frame_is_read(pair: Pair) -> None:
     assert pair.target.receive() == [None, None, None, TargetBound(0, 1, [])]
 
 
-def test_a_length_no_frame_has_closes_the_channel(pair: Pair) -> None:
+def test_an_impossible_length_closes_the_channel(pair: Pair) -> None:
     pair.socket.sendall(b"\xff\xff\xff\xff")
     with pytest.raises(ChannelClosedError, match="not our protocol"):
         pair.target.receive()
@@ -304,7 +304,7 @@ def test_a_reader_that_does_not_read_fills_the_channel_without_blocking(
 
     with pytest.raises(ChannelFullError, match="wait for the reader"):
         send_until_full()
-    # Nothing of the refused frame went out: what arrives are whole frames, and the channel serves.
+    # Nothing of the refused frame was sent: only whole frames arrive, and the channel still works.
     frames = receive_all(pair.draft, pair.target)
     assert [a_frame.number for a_frame in frames] == list(range(sent))
     pair.target.send(frame(sent))

@@ -1,4 +1,4 @@
-"""Every message survives the wire."""
+"""Every message arrives as it was sent."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What decides: trees, fan-out, row budget, counters. No vLLM, no sockets."""
+"""The decisions: trees, outcomes, forks, the budget for branches, counters. No vLLM, no sockets."""

@@ -1,4 +1,4 @@
-"""The array types of the package; shapes stand in square brackets in the docstrings."""
+"""The array types of the package; docstrings give shapes in square brackets."""
 
 from __future__ import annotations
 

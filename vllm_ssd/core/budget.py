@@ -1,4 +1,4 @@
-"""How many branches a round can afford: what the draft's measured speed lets become useful."""
+"""How many branches pay in a round, given the measured times of steps and verifications."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class StepTimeModel:
         self._xy = self._xy * decay + rows * seconds
 
     def predict(self, rows: Float64Array) -> Float64Array:
-        """Seconds of steps with so many rows; 0.0 before anything was observed."""
+        """Seconds of a step with each number of rows; 0.0 before anything was observed."""
         if self._n == 0.0:
             return np.zeros(len(rows))
         mean_x, mean_y = self._x / self._n, self._y / self._n
@@ -53,7 +53,7 @@ def worth_of_a_hit(
     prepared: bool,
     lookahead: bool = False,
 ) -> Float64Array:
-    """How many tokens more a round yields on a hit, with 1, 2, ... branches for every request.
+    """How many more tokens a round yields on a hit, with 1, 2, ... branches for every request.
 
     More branches catch more outcomes but make every step slower and so the branches shallower
     when the verification ends after ``seconds``. The best number maximises the expected tokens of
@@ -61,10 +61,10 @@ def worth_of_a_hit(
     ``a + a^2 + ... + a^d`` (arXiv 2603.03251: the verification of d drafted tokens yields
     ``(1 - a^(d+1)) / (1 - a)``, without them 1).
 
-    A verification begins and ends somewhere in a step of the draft: of x steps that would fit,
+    A verification begins and ends somewhere within a step of the draft: of x steps that would fit,
     x - 1 are completed on average. With look-ahead the step launched behind the one under way has
-    to end first as well: x - 2. Unless ``prepared``, the candidates for the guesses come out of a
-    step of their own, with the trunks alone.
+    to end first as well: x - 2. Unless ``prepared``, one step with the trunks alone must first
+    find the candidates for the guesses.
 
     Args:
         most: branches per request.
@@ -77,7 +77,7 @@ def worth_of_a_hit(
         lookahead: whether the draft launches a step while another one is under way.
 
     Returns:
-        ``[most]``; all the same while the times are not known: then more is better.
+        ``[most]``; all 1 while the times are not known, so that more branches are better.
     """
     steps = clock.predict(requests * np.arange(1.0, most + 1.0, dtype=np.float64))
     if not steps[0] or seconds <= 0.0:
@@ -91,7 +91,7 @@ def worth_of_a_hit(
 
 
 class RoundTimes:
-    """What steps and verifications take at the moment, as far as it was measured.
+    """How long steps and verifications take now, as far as measured.
 
     Args:
         depth: K.
@@ -104,11 +104,11 @@ class RoundTimes:
         self._batch = 1
         """Requests that are drafted for."""
         self._verifying = False
-        """Whether any drafted token is being verified, beside the one that is certain."""
+        """Whether any drafted token is being verified."""
         self._verify_seconds = {False: 0.0, True: 0.0}
-        """How long that takes, smoothed: a step without drafts is a good deal shorter."""
+        """How long a verification takes, smoothed; without drafts it is a good deal shorter."""
         self._worth: Float64Array | None = None
-        """In this round."""
+        """The result of :meth:`worth_of_a_hit` in this round."""
 
     def begin_round(self, batch: int, verifying: bool, verify_seconds: float) -> None:
         """A verification has ended and the next one has begun.

@@ -1,7 +1,7 @@
 """Which outcomes get a fork: the likeliest, as many as pay.
 
-The number of forks is bounded in total. A fan-out F_k bounds it for each k besides: that is how
-arXiv 2603.03251 chooses them, and what the default is compared with.
+The number of forks is bounded in total. A fan-out F_k also bounds it for each k, as in
+arXiv 2603.03251; the default is compared with that.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Forks(NamedTuple):
     choice: Int64Array
     """Which of the draft's choices after them t* is, from 1 on."""
     chance: Float64Array
-    """That of this outcome."""
+    """The chance of this outcome."""
 
     def where(self, kept: BoolArray | Int64Array) -> Forks:
         """Some of them."""
@@ -39,8 +39,8 @@ def choose_forks(
 ) -> Forks:
     """The likeliest outcomes beside the trunk's own (all n tokens and the first choice after them).
 
-    How many of them has most expected tokens in the next round: ``p_hit * worth_of_a_hit``, where
-    p_hit is the chance of the outcomes guessed, the trunk's own among them.
+    Their number maximises the expected tokens of the next round, ``p_hit * worth_of_a_hit``, where
+    p_hit is the chance of the outcomes guessed, the trunk's own included.
 
     Args:
         chances: ``[B, K + 1, C]``, of each outcome (:meth:`OutcomeModel.chances`); 0 where no fork
@@ -58,7 +58,7 @@ def choose_forks(
     chance = np.take_along_axis(flat, order, axis=1)
     count = most
     if worth_of_a_hit is not None:
-        # Rows of the trunks: only for k = n is there anything at choice 0.
+        # The trunk's own outcome: choice 0 has a chance only at k = n.
         hit = np.empty((len(chances), order.shape[1] + 1))
         hit[:, 0] = chances[..., 0].sum(axis=1)
         np.cumsum(chance, axis=1, out=hit[:, 1:])
@@ -74,8 +74,8 @@ def choose_forks(
 def caps_for(fan_out: Sequence[int], verified: int) -> tuple[int, ...]:
     """The caps of a verification of ``verified`` tokens; K + 1 numbers are given for K tokens.
 
-    When fewer than K are verified, the guesses of the outcomes that cannot happen are given to
-    those that can: after a prompt (``verified = 0``) all of them to ``k = 0``.
+    When fewer than K are verified, the guesses for outcomes that cannot happen go to those that
+    can: after a prompt (``verified = 0``) all of them to ``k = 0``.
     """
     possible = tuple(fan_out[: verified + 1])
     if sum(possible) == 0:

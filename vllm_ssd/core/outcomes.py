@@ -2,13 +2,13 @@
 
 An outcome is ``(k, t*)``: ``k`` of the ``n`` verified tokens were accepted and the target
 emitted ``t*`` after them. One question decides it at every position: is the draft's first choice
-right? The target accepts it as often as it would emit it. Where it is wrong for the first time k
-ends, and ``t*`` is one of the draft's other choices there. If all n are right, ``t*`` is the first
+right? The target accepts it as often as it would emit it. ``k`` is the first position where it is
+wrong; ``t*`` is then one of the draft's other choices. If all n are right, ``t*`` is the first
 choice after them or, again, another one.
 
-The draft states a probability for each of its choices. How often what is stated so comes true is
-learned from the verifications seen (:class:`Calibration`), for first choices and for the others
-apart. Until then the draft is taken at its word.
+The draft states a probability for each of its choices. How often a choice with a given stated
+probability turns out right is learned from the verifications seen (:class:`Calibration`),
+separately for first choices and for the others. Until then the stated probability is used.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import numpy as np
 from vllm_ssd.core.arrays import BoolArray, Float32Array, Float64Array, Int64Array
 
 PRIOR = 10.0
-"""How many observations the draft's own word is worth, at each level."""
+"""How many observations the stated probability counts for, at each level."""
 MEMORY = 1000
-"""Observations after which one counts for a third."""
+"""Number of observations after which the weight of an older one has fallen to 1 / e."""
 _DECAY = 1.0 - 1.0 / MEMORY
 _ODDS = np.arange(-8.0, 9.0)
 """The log-odds of each level: 0.88 and 0.9999 are seven levels apart."""
@@ -30,14 +30,14 @@ _ALMOST_CERTAIN = np.float32(1.0 - 1e-6)
 
 
 class Calibration:
-    """How often something comes true, by the probability stated for it, in levels of log-odds."""
+    """How often a choice is right, by the probability stated for it, in levels of log-odds."""
 
     def __init__(self) -> None:
         self._seen = np.full(len(_ODDS), PRIOR)
         self._true = PRIOR / (1.0 + np.exp(-_ODDS))
 
     def observe(self, stated: Float32Array, came_true: BoolArray) -> None:
-        """Take in what was stated and whether it came true, in one shape."""
+        """Take in stated probabilities and, in the same shape, which choices were right."""
         levels, hits = np.searchsorted(_EDGES, stated.ravel()), came_true.ravel()
         seen = np.bincount(levels, minlength=len(_ODDS))
         true = np.bincount(levels[hits], minlength=len(_ODDS))
@@ -46,7 +46,7 @@ class Calibration:
         self._true = self._true * faded + true
 
     def of(self, stated: Float32Array) -> Float64Array:
-        """The chance that each comes true, in the shape of ``stated``."""
+        """The chance that each choice is right, in the shape of ``stated``."""
         chances: Float64Array = (self._true / self._seen)[np.searchsorted(_EDGES, stated)]
         return chances
 
@@ -61,7 +61,7 @@ class OutcomeModel:
     def __init__(self, choices: int) -> None:
         self._first, self._others = Calibration(), Calibration()
         self._seen, self._right = PRIOR, 0.5 * PRIOR
-        # What the draft states on average stands for positions it has not come to yet.
+        # The average of the stated probabilities, used for positions not computed yet.
         self._usual = np.full(choices, 0.5 / max(1, choices - 1))
         self._usual[0] = 0.5
 
@@ -71,7 +71,7 @@ class OutcomeModel:
         return self._right / self._seen
 
     def observe(self, stated: Float32Array, came: Int64Array) -> None:
-        """Take in which choice the target made at positions that were verified.
+        """Take in which choice of the draft the target emitted at verified positions.
 
         Args:
             stated: ``[m, C]``, the draft's probabilities of its choices, best first.
@@ -102,8 +102,8 @@ class OutcomeModel:
             stated: ``[B, K + 1, C]``, the draft's probabilities of its choices, best first.
 
         Returns:
-            ``[B, K + 1, C]``: that k tokens are accepted and choice c after them follows. It is 0
-            for k > n, and for k < n at choice 0: a token cannot follow its own rejection.
+            ``[B, K + 1, C]``: the chance that k tokens are accepted and choice c follows them. It
+            is 0 for k > n, and for k < n at choice 0: a token cannot follow its own rejection.
         """
         k = np.arange(stated.shape[1])
         unknown = k >= known[:, None]

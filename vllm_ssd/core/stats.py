@@ -21,9 +21,9 @@ class Stats:
     misses_no_branch: int = 0
     """The draft had guessed, but not this outcome."""
     misses_not_ready: int = 0
-    """The draft was still at it."""
+    """The branch was not drafted yet."""
     misses_resync: int = 0
-    """The draft had just been told of the request anew."""
+    """The request had just been announced to the draft again."""
     misses_draft_down: int = 0
     """There was no draft process."""
     tokens_drafted: int = 0
@@ -43,15 +43,15 @@ class Stats:
     """Time from one proposal to the next, while decoding goes on."""
     verify_intervals: int = 0
     notices: int = 0
-    """Steps of which the draft was told before the target began them, or right after."""
+    """Steps announced to the draft, before the target begins them or right after."""
     notice_seconds: float = 0.0
-    """Time in that; where it is told before the launch, the target waits for it."""
+    """Time in that; where it comes before the launch, the target waits for it."""
     resyncs: int = 0
     restarts: int = 0
     errors: int = 0
 
     def missed(self, why: Literal["draft_down", "resync"], rounds: int) -> None:
-        """So many look-ups that could not even be tried."""
+        """Count look-ups that were not possible."""
         self.rounds += rounds
         if why == "draft_down":
             self.misses_draft_down += rounds
@@ -59,7 +59,7 @@ class Stats:
             self.misses_resync += rounds
 
     def as_dict(self) -> dict[str, float]:
-        """All counters, and the ratios people ask for (absent while they would divide by zero)."""
+        """All counters, and ratios of them (absent while they would divide by zero)."""
         result: dict[str, float] = asdict(self)
         _ratio(result, "hit_rate", self.hits, self.rounds)
         _ratio(result, "mean_depth_at_hit", self.depth_at_hit, self.hits)

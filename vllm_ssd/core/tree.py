@@ -31,9 +31,9 @@ class Where(Enum):
     FOUND = "found"
     """On the tree: what lies below is the draft."""
     PENDING = "pending"
-    """At the end of what is known; a later publication may still go on from here."""
+    """At the end of what has been published; a later publication may continue from here."""
     OFF = "off"
-    """The text left the tree: nobody guessed it."""
+    """The text left the tree: this outcome was not guessed."""
     UNKNOWN = "unknown"
     """There is no tree for this request."""
 
@@ -81,16 +81,16 @@ class Tree:
         """The row forked after ``k`` trunk tokens with first token ``token``; -1 if none."""
         key = (k << 32) | token
         for keys, rows in self.forks:
-            known = keys.tolist()  # a few: a list is searched sooner than an array
+            known = keys.tolist()  # for a few keys searching a list is faster than an array
             if key in known:
                 return int(rows[known.index(key)])
         return -1
 
 
 _MANY = 48
-"""From so many requests on operations on arrays of them all are faster than one after another."""
+"""From this many requests on, operations on arrays of all are faster than a loop over them."""
 _PRUNED = -1
-"""In place of the key of a fork that is not there any more."""
+"""Replaces the key of a pruned fork."""
 
 
 def fork_keys(k: Int32Array | Int64Array, tokens: Int32Array) -> Int64Array:
@@ -138,10 +138,10 @@ class SpeculationCache:
 
         Args:
             handles: the requests.
-            bases: of each the first position of its trunk.
-            trunks: its row.
-            counts: how many tokens the trunk has so far.
-            tokens: ``[sum(counts)]``, these.
+            bases: the first position of each one's trunk.
+            trunks: the row of each trunk.
+            counts: how many tokens each trunk has so far.
+            tokens: ``[sum(counts)]``, these tokens, grouped by trunk.
             ended: nonzero where the trunk ends with them.
 
         Raises:
@@ -172,7 +172,7 @@ class SpeculationCache:
         tokens: Int32Array,
         rows: Int32Array,
     ) -> None:
-        """Add forks to trees; those of a tree that does not exist any more are passed over.
+        """Add forks to trees; those of a tree that no longer exists are skipped.
 
         Args:
             handles: the requests.
@@ -193,7 +193,7 @@ class SpeculationCache:
             at += count
 
     def prune(self, handles: list[int], counts: list[int], rows: Int32Array) -> None:
-        """Take forks off trees; those of a tree that does not exist any more are passed over.
+        """Take forks off trees; those of a tree that no longer exists are skipped.
 
         Args:
             handles: the requests.
@@ -249,14 +249,14 @@ class SpeculationCache:
         return Walk(Where.PENDING if still_open else Where.OFF, tree.trunk, k)
 
     def look_up(self, handles: list[int], texts: list[list[int]]) -> list[Below]:
-        """Walk the texts of several requests, and take what lies below.
+        """Walk the texts of several requests, and read what lies below.
 
         Args:
             handles: the requests.
-            texts: of each its confirmed tokens from its tree's ``base`` on, as for :meth:`walk`.
+            texts: each one's confirmed tokens from its tree's ``base`` on, as for :meth:`walk`.
 
         Returns:
-            For each what :meth:`walk` says, with the tokens found.
+            For each the result of :meth:`walk`, with the tokens found.
         """
         if len(handles) >= _MANY:
             return self.look_up_many(handles, texts)
@@ -282,7 +282,7 @@ class SpeculationCache:
         flat = [token for i in known for token in texts[i]]
         new[np.arange(new.shape[1]) < sizes[:, None]] = flat
 
-        # Down the trunks; and where a text leaves its trunk, down the fork that begins there.
+        # Down the trunks and, where a text leaves its trunk, down the fork that begins there.
         trunks = np.array([tree.trunk for tree in trees])
         kept = self._agree(trunks, new, sizes)
         left = np.flatnonzero(kept < sizes)
@@ -325,8 +325,8 @@ class SpeculationCache:
         return found
 
     def _agree(self, rows: Int64Array, texts: Int32Array, sizes: Int64Array) -> Int64Array:
-        """How many leading tokens of each text (``[n, width]``, its ``size`` first ones count)
-        are those of its row; ``[n]``."""
+        """How many leading tokens of each text (``[n, width]``, of which the first ``size``
+        count) equal those of its row; ``[n]``."""
         width = min(texts.shape[1], self.tokens.shape[1])
         known = np.minimum(sizes, self.length[rows])
         same = np.zeros((len(rows), width + 1), np.bool_)
@@ -342,9 +342,9 @@ class SpeculationCache:
     def below(self, walk: Walk, limit: int) -> list[int]:
         """The draft after a ``FOUND`` walk: at most ``limit`` tokens, and no end token.
 
-        An end token that is verified as a draft gains nothing: without it the same verification
-        yields it as its own last token. And it would have been computed, where vLLM goes on from
-        what a request has computed when more input is streamed to it.
+        Proposing an end token gains nothing: the same verification yields it without that, as its
+        bonus token. And it would count as computed, which matters when more input is streamed to
+        the request: vLLM goes on from what is computed.
         """
         length = int(self.length[walk.row]) - int(self.ended[walk.row])
         end = max(walk.offset, min(length, walk.offset + limit))

@@ -37,7 +37,7 @@ def main() -> None:
 
     connection = socket.socket(fileno=options.fd)
     DraftServer(Channel(connection, DraftBound)).run()
-    # The engine holds threads and compiled code that have nothing left to say.
+    # Without the interpreter's shutdown: the engine holds threads and compiled code.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

@@ -1,7 +1,7 @@
-"""Who holds rows and KV blocks, and who loses them when they run short.
+"""Which request holds which rows and KV blocks, and what is evicted when they run short.
 
-Short of either, the least likely forks of all requests go first, then requests that the target has
-not wanted lately lose their KV and are prefilled again when they come back. It never fails.
+Short of either, the least likely forks of all requests go first. Then requests that the target has
+not used lately are evicted; they are prefilled again when they come back. It never fails.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Allocator:
     Args:
         rows: the rows of the batch.
         blocks: the blocks of the KV cache.
-        trees: told of trees and forks that are withdrawn.
+        trees: the trees, from which withdrawn forks are taken.
         counters: counters to keep.
     """
 
@@ -52,8 +52,8 @@ class Allocator:
         self.catching_up.clear()
         self._trees.clear()
         self.rows.reset()
-        if not self.blocks.all_free:  # an error came between taking them and noting who has them
-            logger.warning("ssd draft: an error has lost KV blocks; emptying the prefix cache")
+        if not self.blocks.all_free:  # an error came between taking them and noting their owner
+            logger.warning("ssd draft: KV blocks lost in an error; emptying the prefix cache")
             self.blocks.reset()
 
     def take_changes(self) -> BlockChanges:
@@ -63,7 +63,7 @@ class Allocator:
     # ---- trunks
 
     def admit(self, request: Request) -> bool:
-        """Give a request a trunk row and its cached prefix; False if no row can be had."""
+        """Give a request a trunk row and its cached prefix; False if no row can be freed."""
         while self.rows.free_count == 0:
             if not self._make_room(request):
                 return False
@@ -77,7 +77,7 @@ class Allocator:
         return True
 
     def release(self, request: Request) -> None:
-        """Take everything from a request but its text."""
+        """Free everything that a request holds; its text stays."""
         if request.trunk == DORMANT:
             return
         self.drop_forks(request)
@@ -90,7 +90,7 @@ class Allocator:
         self._trees.withdraw(request.handle)
 
     def remove(self, request: Request) -> None:
-        """A request is over."""
+        """Forget a finished request."""
         self.release(request)
         self._trees.forget(request.handle)
         del self.requests[request.handle]
@@ -109,13 +109,13 @@ class Allocator:
             self.catching_up[request.handle] = request
 
     def cover(self, request: Request, length: int) -> bool:
-        """See that the trunk has blocks for ``length`` positions; False if they cannot be had."""
+        """Get the trunk blocks for ``length`` positions; False if not enough can be freed."""
         missing = -(-length // self.blocks.block_size) - len(request.blocks)
         if missing <= 0:
             return True
         short = self.blocks.free_count < missing
         if short and missing > self._within_reach(request):
-            return False  # evict nobody if that would not free enough blocks
+            return False  # evict nothing if that would not free enough blocks
         while self.blocks.free_count < missing:
             if not self._make_room(request):
                 return False
@@ -217,7 +217,7 @@ class Allocator:
         request.trunk = row
 
     def drop_forks(self, request: Request) -> None:
-        """Free all forks of a request, whose tree goes as well."""
+        """Free all forks of a request; the caller replaces or withdraws its tree."""
         for own in request.forks.values():
             self.blocks.give_back(own)
         self.rows.give_back(list(request.forks))
@@ -238,10 +238,10 @@ class Allocator:
     # ---- shortage
 
     def _make_room(self, wanting: Request) -> bool:
-        """Free something: the least likely fork, then the request not wanted for longest.
+        """Free the least likely fork or, if there is none, evict the least recently used request.
 
-        Requests the target wanted in this very round keep their trunk: taking turns among them
-        would draft for none.
+        Requests used in this round keep their trunk: if they evicted each other in turn, none
+        would get a draft.
         """
         forks = [(request, row) for request in self.requests.values() for row in request.forks]
         if forks:
@@ -258,7 +258,7 @@ class Allocator:
         return True
 
     def _idle(self, wanting: Request) -> list[Request]:
-        """Requests that may lose their KV to ``wanting``."""
+        """Requests that may be evicted for ``wanting``."""
         return [
             request
             for request in self.requests.values()
@@ -268,7 +268,7 @@ class Allocator:
         ]
 
     def _within_reach(self, wanting: Request) -> int:
-        """The most blocks that can be had if all others lose theirs; shared ones count twice."""
+        """The most blocks that evicting all others can free; shared ones count twice."""
         forks = sum(
             len(own) for request in self.requests.values() for own in request.forks.values()
         )

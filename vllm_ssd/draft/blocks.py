@@ -48,8 +48,8 @@ class KVBlocks:
         self._hash: Callable[..., BlockHash] = partial(hash_block_tokens, sha256)
         self._num_blocks = num_blocks
         self._copies: dict[int, KVCacheBlock] = {}
-        """Copies that the next forward must begin with: source by destination. They hold their
-        sources: a block that is given back meanwhile is not reused before it was copied."""
+        """Copies that the next forward must begin with: source by destination. Each holds a
+        reference to its source: a block that is freed meanwhile is not reused before the copy."""
         self.reset()
 
     def reset(self) -> None:
@@ -61,20 +61,20 @@ class KVBlocks:
 
     @property
     def all_free(self) -> bool:
-        """Whether nobody holds a block."""
+        """Whether no block has an owner."""
         return self.free_count == self._num_blocks - 1  # vLLM keeps the null block
 
     @property
     def free_count(self) -> int:
-        """Blocks that can be had, cached ones that nobody holds included."""
+        """Blocks that can be taken, cached ones without an owner included."""
         return self._pool.get_num_free_blocks()
 
     def take(self, count: int) -> list[KVCacheBlock]:
-        """``count`` blocks nobody else holds. The caller has checked :attr:`free_count`."""
+        """``count`` free blocks. The caller has checked :attr:`free_count`."""
         return self._pool.get_new_blocks(count)
 
     def give_back(self, blocks: Sequence[KVCacheBlock]) -> None:
-        """Let go of blocks; the tail of a text is reused before its beginning."""
+        """Drop the caller's hold on blocks; the tail of a text is reused before its beginning."""
         if self._copies:
             ids = [block.block_id for block in blocks if block.block_id in self._copies]
             self._pool.free_blocks([self._copies.pop(block_id) for block_id in ids])
@@ -101,7 +101,7 @@ class KVBlocks:
             forks.append(own)
             if start % self.block_size:
                 source = trunk[start // self.block_size]
-                # What was not copied yet itself holds what its own source does.
+                # A source whose own copy is not made yet: copy from where it comes from.
                 self._copies[own[0].block_id] = self._copies.get(source.block_id, source)
                 self._pool.touch([self._copies[own[0].block_id]])
         return forks
@@ -119,7 +119,7 @@ class KVBlocks:
     ) -> list[KVCacheBlock]:
         """Take the cached blocks that hold the beginning of ``tokens``; fills ``prefix``.
 
-        At least one token is left over, because somebody must compute the next logits.
+        At least one token is left over: the forward over it yields the next logits.
 
         Args:
             tokens: a text.

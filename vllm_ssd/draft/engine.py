@@ -50,7 +50,7 @@ COUNTERS = (
 
 
 class OutOfStepError(Exception):
-    """What the target says does not fit what it said before: a new epoch is needed."""
+    """A message does not fit those before it: a new epoch is needed."""
 
 
 class DraftEngine:
@@ -63,7 +63,7 @@ class DraftEngine:
         policy: which outcomes are guessed.
         prefill_chunk: most prompt tokens per step while other requests decode.
         prefill_chunk_idle: the same while none does.
-        interrupted: whether the target has said something that waits for the step under way.
+        interrupted: whether a message from the target waits for the step under way.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class DraftEngine:
         """When the newest step was counted."""
         self._round_began: float | None = None
 
-    # ---- what the target says
+    # ---- messages from the target
 
     def reset(self) -> None:
         """Forget all requests; the KV of verified prefixes stays in the cache."""
@@ -127,7 +127,7 @@ class DraftEngine:
         self._end_idle_round()
 
     def trimmed(self, message: Trimmed) -> None:
-        """The scheduler lets fewer drafts be verified than were proposed."""
+        """The scheduler has cut proposals: fewer tokens are verified than were proposed."""
         self._settle()
         counts = unpack(message.verified_counts).tolist()
         for handle, verified in zip(unpack(message.handles).tolist(), counts, strict=True):
@@ -229,18 +229,18 @@ class DraftEngine:
             self._end_round(now)
 
     def _end_idle_round(self) -> None:
-        """End a round that has lost its last branch, or the time until the next would count."""
+        """End a round that has lost its last branch, so that idle time is not counted."""
         if not self.has_work:
             self._end_round(time.perf_counter())
 
     def _cut_round(self) -> None:
-        """The next outcomes cut off a round that is still being drafted."""
+        """End a round that is still being drafted when the next outcomes arrive."""
         if self._round_began is not None:
             self.counters["draft_rounds_cut"] += 1
             self._end_round(time.perf_counter())
 
     def _end_round(self, now: float) -> None:
-        """A round ends with its last branch, or when the next outcomes cut it off."""
+        """Count a round: it ends with its last branch, or when the next outcomes arrive."""
         if self._round_began is not None:
             self.counters["draft_rounds"] += 1
             self.counters["draft_round_seconds"] += now - self._round_began

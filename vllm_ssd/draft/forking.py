@@ -1,7 +1,7 @@
 """The forks of a round: which outcomes get a row, over all requests at once.
 
-Which outcomes are likely and how many branches pay is decided in :mod:`vllm_ssd.core`; here that
-meets what is known of each trunk so far, and the rows and blocks there are.
+Which outcomes are likely and how many branches pay is decided in :mod:`vllm_ssd.core`; this module
+applies it to the choices known for each trunk so far and to the free rows and blocks.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Policy(NamedTuple):
     branches: int
     """Branches per request, the trunk being one; 0: as many as the measured times afford."""
     max_branches: int
-    """The most of them."""
+    """The most branches a request can have."""
 
 
 class _Trunks(NamedTuple):
@@ -41,7 +41,7 @@ class _Trunks(NamedTuple):
     verified: Int64Array
     """n, how many tokens after it are being verified."""
     known: Int64Array
-    """After how many numbers k of accepted tokens the choices are known, from 0 to n + 1."""
+    """The choices are known for this many numbers k of accepted tokens, 0 to n + 1."""
     tokens: Int64Array
     """How many tokens the trunk holds after the confirmed text."""
     ended: BoolArray
@@ -53,7 +53,7 @@ class Forking:
 
     Args:
         allocator: the requests and what they hold.
-        trees: told of the forks.
+        trees: where the forks are entered.
         policy: what is guessed.
         outcomes: how likely the outcomes are.
         times: the measured times of steps and verifications.
@@ -98,7 +98,7 @@ class Forking:
         self._make(looked_at, trunks, forks.where(now))
 
     def _news(self, request: Request) -> bool:
-        """Whether more choices have become known than were looked at, or none will."""
+        """Whether choices have become known since the last look, or no more will."""
         if request.trunk == DORMANT or request.forks_open == 0:
             return False
         known = int(self._rows.computed[request.trunk]) - request.length + 1
@@ -118,7 +118,7 @@ class Forking:
         return _Trunks(row, length, verified, known, tokens, cache.ended[row], limit)
 
     def _chances(self, requests: Sequence[Request], trunks: _Trunks) -> Float64Array:
-        """Of each outcome, ``[B, K + 1, C]``; 0 where there is no fork to make (any more)."""
+        """The chance of each outcome, ``[B, K + 1, C]``; 0 where no fork is to be made (again)."""
         positions = self._policy.num_speculative_tokens + 1
         stated = self._rows.stated[trunks.row, :positions]
         chances = self._outcomes.chances(trunks.verified, trunks.known, stated)
@@ -147,7 +147,7 @@ class Forking:
         if not policy.branches and undecided.any():
             prepared = (trunks.verified > 0).astype(np.int64)
             worth = self._times.worth_of_a_hit(policy.max_branches, self._outcomes.acceptance)
-            # What was decided at the first look stands: there, more are better.
+            # The number decided at the first look is kept: after it, more are better.
             more = np.arange(1.0, policy.max_branches + 1.0)
             worth = np.where(undecided[:, None], worth[prepared], more)
         return choose_forks(chances, most, worth, self._caps(requests, trunks))
@@ -169,7 +169,7 @@ class Forking:
         return caps
 
     def _make(self, requests: Sequence[Request], trunks: _Trunks, forks: Forks) -> None:
-        """Make forks and publish them, as far as rows and blocks last: the likeliest first."""
+        """Make and publish forks, the likeliest first, as many as there are rows and blocks for."""
         starts = (trunks.length[forks.request] + forks.k).astype(np.int32)
         left = trunks.limit[forks.request] - starts - 1
         room = np.minimum(self._policy.num_speculative_tokens, left).astype(np.int32)

@@ -35,9 +35,9 @@ class Padded(NamedTuple):
     tokens: int
     """Length of token ids, positions and slots."""
     sequences: int
-    """Sequences the attention is told of; those beyond the batch are empty."""
+    """Sequences in the attention's metadata; those beyond the batch are empty."""
     attended: int
-    """Tokens the attention is told of."""
+    """Tokens in the attention's metadata."""
 
 
 def pad(

@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 
 def select_head_rows(model: nn.Module, config: VllmConfig, token_ids: torch.Tensor) -> None:
-    """Let a loaded model compute logits for some tokens only; what it embeds stays whole.
+    """Let a loaded model compute logits for some tokens only; its embedding stays whole.
 
     vLLM's models hand their head (the embedding, where the two are tied) to a ``LogitsProcessor``,
-    which applies it. It is given a smaller one in its place, and scales and caps as before. The
-    memory of the old head is freed, but for an embedding's.
+    which applies it. The processor gets a smaller head instead, and scales and caps as before. The
+    memory of the old head is freed unless it is the embedding.
 
     Args:
         model: a model without tensor parallelism, its weights processed.
@@ -57,9 +57,9 @@ def select_head_rows(model: nn.Module, config: VllmConfig, token_ids: torch.Tens
         try:
             selected = model.compute_logits(probe)[:, :count].float()
             expected = logits[:, ids].float()
-            # Matrix products of other shapes round otherwise; other rows differ by far more.
+            # Matrix products of other shapes round differently; wrong rows differ by far more.
             same = torch.allclose(selected, expected, rtol=0.02, atol=0.02 * float(expected.std()))
-        except (RuntimeError, IndexError):  # something in between knows the vocabulary's size
+        except (RuntimeError, IndexError):  # something in between needs the vocabulary's size
             same = False
     if not same:
         raise _unselectable("the draft model's logits are not just its head's")
@@ -70,7 +70,7 @@ def select_head_rows(model: nn.Module, config: VllmConfig, token_ids: torch.Tens
 
 
 def _watch_head(model: nn.Module, probe: torch.Tensor) -> tuple[Any, Any, Any, torch.Tensor]:
-    """What computes a model's logits: the processor, its head and bias; and some logits."""
+    """What computes a model's logits (processor, head, bias), and those of the probe."""
     from vllm.model_executor.layers.linear import UnquantizedLinearMethod
     from vllm.model_executor.layers.logits_processor import LogitsProcessor
     from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod

@@ -14,7 +14,7 @@ from vllm_ssd.draft.model import FROM_LAST_STEP, BlockChanges, Sequences
 
 
 class HostInputs(NamedTuple):
-    """What the attention of a forward is told, on the host."""
+    """The attention's metadata of a forward, on the host."""
 
     starts: Int32Array
     """``[sequences + 1]``, where each sequence's query tokens start; padding is empty."""
@@ -81,12 +81,12 @@ def unpack(packed: torch.Tensor, shapes: Sequence[tuple[int, ...]]) -> list[torc
 def after_last_step(
     tokens: torch.Tensor, rows: torch.Tensor, first_choices: torch.Tensor
 ) -> torch.Tensor:
-    """The tokens to feed, with those that were left to the step before filled in.
+    """The tokens to feed, with :data:`FROM_LAST_STEP` replaced by the choice of the step before.
 
     Args:
         tokens: ``[n]``, one for each sequence; may be :data:`FROM_LAST_STEP`.
         rows: ``[n]``, the rows of the sequences.
-        first_choices: ``[max_rows]``, what each row's last forward has chosen.
+        first_choices: ``[max_rows]``, the first choice of each row's last forward.
     """
     return torch.where(tokens == FROM_LAST_STEP, first_choices[rows], tokens)
 

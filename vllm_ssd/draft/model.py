@@ -1,4 +1,4 @@
-"""What the draft's algorithm asks of a model: forwards over forkable sequences."""
+"""The interface of a draft model: forwards over forkable sequences."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Sequences(NamedTuple):
     """What one forward computes: ``n`` sequences with ``T`` query tokens in all."""
 
     rows: Int32Array
-    """``[n]``, the row of each sequence: its block table is the one last told for that row."""
+    """``[n]``, the row of each sequence: its block table is the last one sent for that row."""
     query_lens: Int32Array
     """``[n]``; sequences with one query token come first."""
     tokens: Int32Array
@@ -38,10 +38,10 @@ class Sequences(NamedTuple):
 
 
 class Choices(NamedTuple):
-    """What a model would go on with after ``n`` texts."""
+    """The best next tokens after ``n`` texts."""
 
     tokens: Int32Array
-    """``[n, C]``, the best C next tokens, best first, all below the target's vocabulary size."""
+    """``[n, C]``, best first, all below the target's vocabulary size."""
     probabilities: Float32Array
     """``[n, C]``, their shares of the probability that the C have together: they sum to 1."""
 
@@ -68,7 +68,7 @@ class DraftModel(Protocol):
 
     lookahead: bool
     """Whether a forward may be launched before the result of the one before it is taken; if not,
-    launching computes."""
+    ``launch`` itself computes."""
 
     def launch(self, changes: BlockChanges, sequences: Sequences) -> Ticket:
         """Copy blocks and update tables, write the KV of all query tokens and choose the best next

@@ -1,10 +1,10 @@
-"""The draft's steps: what the next one computes, launched before its turn where the model can.
+"""The draft's steps: what the next one computes, and launching it ahead where the model can.
 
 With a model that looks ahead, a step is launched while the one before it is under way: the device
 does not wait while the host reads a result, publishes it and makes forks. Such a step holds the
-rows that go on whatever the one before finds (the token they feed is taken from it on the device),
-and the forks made by then. What it computes for a row that turns out to have ended is dropped.
-No step is ahead while anything else changes the rows: :meth:`Pipeline.settle` comes first.
+rows with room for one more token after the one before (they feed its token, taken from it on the
+device), and the forks made by then. What it computes for a row that turns out to have ended is
+dropped. Before anything else changes the rows, :meth:`Pipeline.settle` finishes the step ahead.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from vllm_ssd.draft.rows import Grown
 
 
 class Taken(NamedTuple):
-    """What a step came to."""
+    """The result of a step."""
 
     grown: Grown
     """The rows that grew, and by what."""
@@ -50,11 +50,11 @@ class _Step(NamedTuple):
 def chunk_sizes(missing: list[int], budget: int) -> list[int]:
     """How many tokens each prompt gets of a step's budget.
 
-    Half goes to the one that has waited longest, so that it comes to an end; the rest to the
-    shortest first, so that those who lack little do not wait for it.
+    Half goes to the one that has waited longest, so that it completes; the rest to the shortest
+    first, so that they do not wait for it.
 
     Args:
-        missing: tokens each prompt lacks, at least 1; those that wait longest come first.
+        missing: tokens each prompt still needs, at least 1; those that wait longest come first.
         budget: tokens, at least 1.
     """
     counts = [0] * len(missing)
@@ -76,7 +76,7 @@ class Pipeline:
         allocator: the requests and what they hold.
         prefill_chunk: most prompt tokens per step while other requests decode.
         prefill_chunk_idle: the same while none does.
-        interrupted: whether the target has said something that waits for the step under way.
+        interrupted: whether a message from the target waits for the step under way.
     """
 
     def __init__(
@@ -105,10 +105,10 @@ class Pipeline:
         return bool(self._rows.pending.any())
 
     def step(self) -> Taken:
-        """Take in the step under way, or one launched now; by then the next one may be."""
+        """Take in the step under way, or one launched now; the next one may be launched first."""
         step = self._under_way or self._launch()
-        # Nothing is launched beside chunks: their trunks join the rows with the result. Nor when
-        # the target has said something, which would have to wait for that step as well.
+        # Nothing is launched beside chunks: their trunks join the rows with the result. Nor while
+        # a message from the target waits, which would have to wait for that step as well.
         ahead = self._model.lookahead and not step.chunks and not self._interrupted()
         self._under_way = self._launch_after(step) if ahead else None
         return self._take(step)
@@ -120,7 +120,7 @@ class Pipeline:
             step.ticket.result()
 
     def settle(self) -> Taken | None:
-        """Take in the step that is under way, if one is; none is then."""
+        """Take in the step that is under way, if one is; afterwards none is."""
         step, self._under_way = self._under_way, None
         return None if step is None else self._take(step)
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 DORMANT = -1
 """Trunk of a request that holds neither rows nor blocks, only its text."""
 UNDECIDED = -1
-"""Forks that are open before the first look at the outcomes of a round."""
+"""``Request.forks_open`` before the first look at the outcomes of a round."""
 
 
 @dataclass(slots=True)
@@ -43,7 +43,7 @@ class Request:
     verified: int = 0
     """n, how many tokens after ``length`` are being verified."""
     strayed: bool = False
-    """Something else is verified than the trunk holds."""
+    """The tokens being verified are not those that the trunk holds."""
     drafted: Int32Array = field(default_factory=lambda: np.zeros(0, np.int32))
     """What the trunk holds after the confirmed text when a round begins."""
     ended: bool = False
@@ -53,9 +53,9 @@ class Request:
     forks_open: int = 0
     """Forks that may still be made once more choices are known."""
     next_k: int = 0
-    """The choices after fewer accepted tokens have been looked at."""
+    """The choices for all k below this have been looked at."""
     last_used: int = 0
-    """The round in which the target last wanted it."""
+    """The last round that it took part in."""
 
     def append(self, tokens: list[int]) -> None:
         """Confirm more tokens."""

@@ -2,7 +2,7 @@
 
 On a hit the fork reached becomes the trunk; on a miss the trunk is cut back to the confirmed text.
 All other forks are freed. Then each trunk is planted as the next tree, which grows past the tokens
-being verified now; its forks are :mod:`vllm_ssd.draft.forking`'s.
+being verified now; :mod:`vllm_ssd.draft.forking` makes its forks.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Rounds:
         """Take in outcomes: keep each hit branch, free the others. Takes no rows and no blocks.
 
         Args:
-            requests: whose.
+            requests: those verified.
             confirmed: the new tokens of each.
         """
         self._allocator.round += 1
@@ -88,7 +88,7 @@ class Rounds:
             if self._trees.cache.row_tokens(trunk)[:accepted] != tokens[:-1]:
                 continue
             came += [0] * accepted
-            # What the draft would have gone on with may not be known.
+            # The choices after them may not be known yet.
             known = min(accepted, int(rows.computed[trunk]) - request.length)
             if known == accepted:
                 found = np.flatnonzero(rows.choices[trunk, accepted] == tokens[-1])
@@ -103,7 +103,7 @@ class Rounds:
         """Plant the next trees.
 
         Args:
-            requests: whose; they may hold nothing yet, after a prompt or when they come back.
+            requests: their owners; new or evicted ones hold nothing yet.
             proposed: the drafted tokens of each that are verified now.
         """
         for request, tokens in zip(requests, proposed, strict=True):
@@ -115,11 +115,12 @@ class Rounds:
         """Plant one; False if nothing can be drafted for this request now."""
         allocator, rows = self._allocator, self._rows
         if request.length >= request.limit - 1:
-            return False  # the next token is the last, and the target's own
+            return False  # the next token is the last, and comes from the target itself
         if request.trunk == DORMANT and not allocator.admit(request):
             return False
         trunk, drafted = request.trunk, request.drafted
-        # If the trunk does not hold the proposal (it was lost), only its own course is drafted.
+        # If the trunk does not hold the proposal (its branch is lost), only the trunk's own course
+        # is drafted, as if nothing were being verified.
         request.strayed = drafted[: len(proposed)].tolist() != proposed
         request.verified = 0 if request.strayed else len(proposed)
         grow_to = min(len(proposed) + 1 + self._depth, request.limit - request.length)
@@ -147,7 +148,7 @@ class Rounds:
         beyond = [row for row in request.forks if self._rows.start[row] > last]
         if beyond:
             self._allocator.prune(request, beyond)
-        # Other outcomes may have their rows and blocks.
+        # Their rows and blocks may go to other outcomes.
         request.made = [outcome for outcome in request.made if outcome[0] <= verified]
         if request.forks_open != UNDECIDED:
             request.forks_open += len(beyond)

@@ -16,11 +16,11 @@ from vllm_ssd.core.tree import row_width
 from vllm_ssd.draft.model import Choices
 
 MAX_STOP_TOKENS = 8
-"""End tokens checked per request; a request with more merely drafts past the others."""
+"""End tokens checked per request; drafting goes on past any further ones."""
 
 
 class Grown(NamedTuple):
-    """What a step came to, ``[m]`` all."""
+    """How rows grew in a step, ``[m]`` all."""
 
     rows: Int32Array
     tokens: Int32Array
@@ -62,7 +62,7 @@ class Rows:
         self.stated: Float32Array = np.zeros((max_rows, width, num_choices), np.float32)
         """``[row, i]``: the draft's probabilities of these."""
         self.chance: Float32Array = np.zeros(max_rows, np.float32)
-        """Of a fork: that its outcome comes true, when it was made."""
+        """Of a fork: the chance of its outcome, as estimated when it was made."""
         self._changed: BoolArray = np.zeros(max_rows, np.bool_)
         self.reset()
 
@@ -91,7 +91,7 @@ class Rows:
     # ---- block tables
 
     def set_blocks(self, row: int, first: int, block_ids: list[int]) -> None:
-        """Entries of a row's block table from ``first`` on; there are none after them."""
+        """Set a row's block table from entry ``first`` on; it ends with these blocks."""
         end = first + len(block_ids)
         self.block_table[row, first:end] = block_ids
         self.num_blocks[row] = end
@@ -121,7 +121,7 @@ class Rows:
         self.pending[row] = False
 
     def resume(self, row: int, length: int) -> int | None:
-        """Let a row that rests grow again, as far as it has room.
+        """Let an idle row grow again, as far as it has room.
 
         Args:
             row: has ``length`` tokens.

@@ -1,4 +1,4 @@
-"""The draft process's loop: read what the target says, re-plan, decode one step, publish."""
+"""The draft process's loop: read the target's messages, re-plan, decode one step, publish."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ from vllm_ssd.wire.messages import (
 logger = logging.getLogger("vllm.vllm_ssd.draft")
 
 ALIVE_SECONDS = 0.5
-"""A step longer than this is accompanied by signs of life."""
+"""During a step longer than this, signs of life are sent."""
 REPORT_SECONDS = 0.25
 _LOST_SECONDS = 0.05
 _MAX_CANDIDATES = 64
 _BUSY_CHUNK_FRACTION = 4
-"""While others decode, a prompt gets this fraction of what a step could prefill."""
+"""While others decode, a step prefills at most one in this many of the tokens it could."""
 
 
 class DraftServer:
@@ -70,7 +70,7 @@ class DraftServer:
         self._bounds: Bounds | None = None
 
     def run(self) -> None:
-        """Serve until the target closes the channel or says so."""
+        """Serve until the target closes the channel."""
         heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         heart.start()
         try:
@@ -95,7 +95,7 @@ class DraftServer:
         if engine is None:
             return
         if frames:
-            # Sent even when empty: the target takes silence for death.
+            # Sent even when empty: the target presumes a silent draft hung.
             self._send(engine.publications())
         if engine.has_work:
             self._in_step = True
@@ -134,7 +134,7 @@ class DraftServer:
             self._lost(str(error))
 
     def _lost(self, reason: str) -> None:
-        """Ask for a new epoch; nothing more of this one is taken."""
+        """Ask for a new epoch; the rest of this one is ignored."""
         self._broken = True
         if self._engine is not None:
             self._engine.reset()
@@ -190,7 +190,7 @@ class DraftServer:
         self._setup = message
         try:
             self._model = VllmDraftModel(dict(message.engine_args))
-        except Exception as error:  # whatever vLLM finds wrong is the target's to report
+        except Exception as error:  # the target reports whatever vLLM finds wrong
             self._fail(error)
 
     def _allocate(self, message: Allocate) -> None:

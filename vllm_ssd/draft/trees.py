@@ -30,7 +30,7 @@ _NO_TREE = _Tree(0, DORMANT, np.zeros(0, np.int32), False)
 
 
 class Trees:
-    """The trees of all requests, and what the target must be told of them.
+    """The trees of all requests, and the changes to publish.
 
     Args:
         max_rows: rows of the draft's batch.
@@ -39,9 +39,9 @@ class Trees:
 
     def __init__(self, max_rows: int, width: int) -> None:
         self.cache = SpeculationCache(max_rows, width)
-        """To read from."""
+        """For reading; only this class changes it."""
         self._planted: dict[int, _Tree] = {}
-        """Since the newest message."""
+        """Trees planted or withdrawn since the newest message, by request."""
         self._messages: list[ToTarget] = []
 
     def clear(self) -> None:
@@ -51,7 +51,7 @@ class Trees:
         self._messages.clear()
 
     def plant(self, handle: int, base: int, trunk: int, tokens: Int32Array, ended: bool) -> None:
-        """A request's next tree; its forks are gone with the tree before.
+        """Plant a request's next tree; the one before is dropped with its forks.
 
         Args:
             handle: the request.
@@ -65,13 +65,13 @@ class Trees:
         self._planted[handle] = _Tree(base, trunk, tokens, ended)
 
     def withdraw(self, handle: int) -> None:
-        """A request has no tree any more."""
+        """Drop a request's tree, and publish that it has none."""
         self.cache.trees.pop(handle, None)
         self._planted.pop(handle, None)
         self._planted[handle] = _NO_TREE
 
     def forget(self, handle: int) -> None:
-        """A request is over: the target needs to know nothing more."""
+        """Drop a finished request's tree; the target needs no message for it."""
         self.cache.trees.pop(handle, None)
         self._planted.pop(handle, None)
 
@@ -84,12 +84,12 @@ class Trees:
         tokens: Int32Array,
         rows: Int32Array,
     ) -> None:
-        """Forks of several trees.
+        """Add forks to several trees.
 
         Args:
             handles: the requests.
             counts: how many forks each gets.
-            complete: whether that is all for its tree.
+            complete: whether its tree gets no more forks.
             k: ``[forks]``, after how many trunk tokens each fork starts, grouped by request.
             tokens: ``[forks]``, its first token.
             rows: ``[forks]``, its row.

@@ -1,4 +1,4 @@
-"""What the target says, checked before anything is computed: garbage must not end the draft."""
+"""Checks of the target's messages before anything is computed: garbage must not end the draft."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MAX_HANDLE = 2**31 - 1
 
 
 class Bounds(NamedTuple):
-    """What no message may exceed."""
+    """The bounds of the fields of a message."""
 
     vocab_size: int
     max_model_len: int
@@ -23,7 +23,7 @@ def check(message: ToDraft, bounds: Bounds) -> None:
     """Refuse a message with a field out of range.
 
     Raises:
-        ValueError: says which.
+        ValueError: says what is out of range.
     """
     match message:
         case Start():

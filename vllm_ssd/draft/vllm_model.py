@@ -73,12 +73,13 @@ class VllmDraftModel:
             kv_cache_memory_bytes: size of the KV cache; 0 for what vLLM finds to be free.
             num_candidates: C, how many best tokens a forward returns; no more than there are.
             vocab_size: only smaller ids are returned.
-            draft_vocab: ``[N]``, the only ids that are returned, all of them below ``vocab_size``;
-                the head is computed for no others. None for all.
+            draft_vocab: ``[N]``, the ids that the head is computed for, all of them below
+                ``vocab_size``; no others are returned. None for all.
 
         Raises:
             RuntimeError: the runner of this vLLM lacks an attribute that is used.
-            ValueError: the model's attention cannot be forked, or ``draft_vocab`` be selected.
+            ValueError: the model's attention cannot be forked, or the head's rows that
+                ``draft_vocab`` names cannot be selected.
         """
         self.config.cache_config.kv_cache_memory_bytes = kv_cache_memory_bytes or None
         # The process group of this one process meets in a file that has no name: a draft that is
@@ -111,7 +112,7 @@ class VllmDraftModel:
         self._num_candidates = num_candidates
         self._batch_table: Any = runner.input_batch.block_table[0]
         self._row_tables = torch.zeros_like(self._batch_table.block_table.gpu)
-        """``[max_rows, blocks]``, the block table of each row, in no batch's order."""
+        """``[max_rows, blocks]``, the block table of each row, whatever the batch."""
         self._index = torch.arange(len(self._row_tables), device=self._device)
         self.lookahead = self._device.type == "cuda"
         if self.lookahead:
@@ -120,14 +121,14 @@ class VllmDraftModel:
             self._first_choices = torch.zeros(
                 len(self._row_tables), dtype=torch.int32, device=self._device
             )
-            """``[max_rows]``, what each row's last forward has chosen: what it feeds next."""
+            """``[max_rows]``, the first choice of each row's last forward: what it feeds next."""
 
     @torch.inference_mode()
     def launch(self, changes: BlockChanges, sequences: Sequences) -> Ticket:
         """One forward; see :class:`vllm_ssd.draft.model.DraftModel`.
 
-        An error leaves the model usable. Tables that ``changes`` has told may be lost with it: they
-        must be told again.
+        An error leaves the model usable. The tables in ``changes`` may be lost with it: they must
+        be sent again.
         """
         with self._input_buffers():
             if len(changes.sources):
@@ -137,7 +138,7 @@ class VllmDraftModel:
         logits = self._runner.model.compute_logits(hidden)[:, : self._num_logits]
         values, best = best_tokens(logits, self._num_candidates)
         tokens = best.to(torch.int32) if self._token_ids is None else self._token_ids[best]
-        # Over the few that were chosen: as good a measure as over all, and nearly free.
+        # Over the C chosen tokens: as good a measure as over all, and nearly free.
         probabilities = values.float().softmax(-1).nan_to_num()
         if not self.lookahead:
             return Done(Choices(tokens.numpy(), probabilities.numpy()))
@@ -161,7 +162,7 @@ class VllmDraftModel:
             self._inputs_copied.record()
 
     def _prepare(self, changes: BlockChanges, sequences: Sequences) -> _Forward:
-        """Bring a step's inputs to the device and build what the attention is told."""
+        """Bring a step's inputs to the device and build the attention's metadata."""
         from vllm.config import CUDAGraphMode
 
         count, total = len(sequences.query_lens), len(sequences.tokens)
@@ -197,7 +198,7 @@ class VllmDraftModel:
         if self.lookahead and total == count:
             tokens = after_last_step(tokens, inputs.rows, self._first_choices)
         ids = runner.input_ids.gpu[: padded.tokens]
-        # A padded vocabulary of the target may have ids that this embedding has not.
+        # A padded vocabulary of the target may have ids that this embedding lacks.
         torch.clamp(tokens, max=self._last_token, out=ids[:total])
         positions = runner.positions[: padded.tokens]
         positions[:total] = inputs.positions
@@ -219,7 +220,7 @@ class VllmDraftModel:
     def _attention_metadata(
         self, buffers: _Buffers, host: HostInputs, padded: Padded, max_query: int
     ) -> dict[str, Any]:
-        """What each attention layer is told, by its name."""
+        """The metadata of each attention layer, by its name."""
         from vllm.v1.attention.backend import CommonAttentionMetadata
 
         common = CommonAttentionMetadata(

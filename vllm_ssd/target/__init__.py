@@ -1,1 +1,1 @@
-"""Inside vLLM's worker: the proposer, the worker, and their line to the draft process."""
+"""Inside vLLM's worker: the proposer, the worker, and the client of the draft process."""

@@ -1,4 +1,4 @@
-"""The tensors of a model's checkpoint, as far as it is on this machine already."""
+"""The tensors of a model's checkpoint, if it is on this machine already."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 
 class Tensor(NamedTuple):
-    """What a safetensors header says of one tensor."""
+    """One tensor, from a safetensors header."""
 
     dtype: str
     """As safetensors spells it: ``"F32"``, ``"BF16"``, ``"I8"``, ..."""
@@ -39,7 +39,7 @@ def checkpoint_tensors(model: str, revision: str | None, download_dir: str | Non
         for file in _files(folder):
             found.update(_read_header(file))
     except (OSError, ValueError, KeyError, struct.error):
-        return {}  # the draft will say what is wrong with it
+        return {}  # the draft reports what is wrong with it
     return found
 
 
@@ -70,7 +70,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _read_header(file: Path) -> dict[str, Tensor]:
-    """The tensors of one file, from the table at its begin."""
+    """The tensors of one file, from its header."""
     with file.open("rb") as content:
         (length,) = struct.unpack("<Q", content.read(8))
         header = json.loads(content.read(min(length, file.stat().st_size)))

@@ -1,7 +1,8 @@
-"""The line to the draft process: epochs, the speculation cache, loss and restart.
+"""The client of the draft process: epochs, the speculation cache, loss and restart.
 
-Nothing here blocks the target beyond the wait it is told to make; whatever goes wrong ends in a new
-epoch (the requests are announced again) or a new process (in the background, with back-off).
+Nothing here blocks decoding, except for the time :meth:`DraftClient.poll` is asked to wait. Every
+failure ends in a new epoch (the requests are announced again) or a new process (started in the
+background, with back-off).
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ CLOSE_SECONDS = 10.0
 """How long closing waits for the draft to be gone; a killed process is gone in much less."""
 EXIT_CODE_SECONDS = 1.0
 STABLE_SECONDS = 60.0
-"""A draft that was up for so long before it was lost is restarted at once again."""
+"""A draft that was up for this long starts the back-off anew."""
 
 
 class DraftClient:
@@ -55,7 +56,7 @@ class DraftClient:
         cores: CPU cores of the draft process.
         startup_timeout_s: how long a start may take.
         stats: counters to keep.
-        forget_requests: called when all requests must be announced anew.
+        forget_requests: called when all requests must be announced again.
         device: the draft's CUDA device, as ``CUDA_VISIBLE_DEVICES`` names it; None on CPU.
     """
 
@@ -69,10 +70,10 @@ class DraftClient:
         device: str | None = None,
     ) -> None:
         self.up = False
-        """Whether the draft can be talked to."""
+        """Whether the draft has come up and takes requests."""
         self.published = PublishedTrees(setup.num_speculative_tokens, setup.vocab_size)
         self.draft_counters: dict[str, float] = {}
-        """Of this draft process and those before it."""
+        """Counters of this draft process, added to those of the processes before it."""
         self._counters_before: dict[str, float] = {}
         self.process: DraftProcess | None = None
         self._setup = setup
@@ -101,7 +102,7 @@ class DraftClient:
         """Start the process; it loads its libraries but takes no memory yet."""
         self._started_at = time.monotonic()
         self._failure = ""
-        # A process of its own has a channel of its own: nothing old can arrive there.
+        # A new process has a new channel: no frame of an earlier epoch can arrive there.
         self.epoch = 0
         self._begin_epoch()
         try:
@@ -113,7 +114,7 @@ class DraftClient:
 
     def allocate(self, kv_cache_memory_bytes: int) -> None:
         """Let the process load the model and allocate a KV cache of this size."""
-        # Until now it has waited for the target, which may take its time.
+        # Until now it may have waited for the target: that does not count as its start-up.
         self._started_at = time.monotonic()
         self._allocate = Allocate(kv_cache_memory_bytes)
         self._put([self._allocate])
@@ -130,7 +131,7 @@ class DraftClient:
                 self._closed = True
                 raise RuntimeError(f"ssd: the draft process did not come up: {self._failure}")
             remaining = deadline - time.monotonic()
-            # It may have come up long ago, while nobody looked.
+            # Look even with no time left: it may have come up long ago.
             self.poll(max(0.0, remaining))
             if remaining <= 0.0 and not self.up and self.process is not None:
                 self.close()
@@ -140,7 +141,7 @@ class DraftClient:
                 )
 
     def maintain(self) -> None:
-        """Replace a draft that hangs, start one when it is time to. Never blocks."""
+        """Replace a draft that hangs; start the next one after its back-off. Never blocks."""
         if self._closed or self._asleep:
             return
         now = time.monotonic()
@@ -181,17 +182,17 @@ class DraftClient:
         self.up = False
         if self.process is not None:
             self.process.end()
-            # Whoever comes next wants this one's memory.
+            # Its memory must be free before anything else starts.
             self.process.wait(CLOSE_SECONDS)
             self.process = None
 
     def _lose(self, reason: str) -> None:
-        """The process is of no use any more: end it and plan the next start."""
+        """End a process that is lost, and plan the next start."""
         process, self.process = self.process, None
         was_up, self.up = self.up, False
         if process is not None:
             if not self._was_up:
-                process.wait(EXIT_CODE_SECONDS)  # at the engine's start there is time to be exact
+                process.wait(EXIT_CODE_SECONDS)  # at the engine's start there is time to wait
             code = process.exit_code
             process.end()
             if code is not None:
@@ -217,7 +218,7 @@ class DraftClient:
     def send(self, messages: list[ToDraft]) -> None:
         """Send without blocking; what cannot be sent ends the epoch.
 
-        What is small goes first, in a frame of its own: it is not to wait for long texts.
+        Small messages go first, in a frame of their own, so as not to wait for long texts.
         """
         if self.up and messages:
             frames: list[list[ToDraft]] = [[]]
@@ -248,18 +249,18 @@ class DraftClient:
                 self._take(frame)
             self._apply_steps()
         except (ValueError, IndexError, KeyError, OverflowError) as error:
-            # What else has arrived is of the epoch that ends here.
+            # The other frames that have arrived belong to the epoch that ends here.
             self.resync(f"a message that does not make sense: {error!r}")
 
     def resync(self, reason: str, told: bool = False) -> None:
-        """Give up this epoch: forget all trees and announce the live requests anew.
+        """Give up this epoch: forget all trees and announce the live requests again.
 
         Args:
             reason: for the log.
-            told: the log has it already.
+            told: it has been logged already.
         """
         if not self.up:
-            # What brings a draft up is said only once, at its start.
+            # The messages that bring a draft up are sent only once, at its start.
             self._lose(reason)
             return
         if not told:
@@ -308,7 +309,7 @@ class DraftClient:
             return
         ahead = frame.epoch - self.epoch
         if 0 < ahead <= MAX_EPOCH_JUMP:
-            # Garbage; but if the draft believes in that epoch, only a later one reaches it.
+            # An error; but if the draft is in that epoch, it takes only frames of a later one.
             self.epoch = frame.epoch
         if ahead > 0:
             self.resync(f"a frame of epoch {frame.epoch}")
@@ -329,7 +330,7 @@ class DraftClient:
                 self._apply(message)
 
     def _apply_steps(self) -> None:
-        """Decode steps wait for one another: those that came in a row are applied as one."""
+        """Apply the decode steps that have come in a row, as one."""
         if self._steps:
             steps, self._steps = self._steps, []
             self.published.steps(steps)

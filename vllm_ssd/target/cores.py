@@ -1,4 +1,4 @@
-"""Which CPU cores the target's threads and the draft run on: never the same ones, if there are two.
+"""Which CPU cores the target's threads and the draft run on: different ones, if there are two.
 
 With worker processes vLLM binds the target's threads itself and leaves cores free; in-process
 (``VLLM_ENABLE_V1_MULTIPROCESSING=0``) it binds nothing, so the plugin does.
@@ -50,7 +50,7 @@ def split_cores(wanted: list[int] | None, in_process: bool, num_workers: int = 1
     taken = bound | _siblings(bound)
     free = [core for core in allowed if core not in taken]
     if num_workers > 1:
-        # Each worker is told its own cores only; by itself vLLM gives each a NUMA node.
+        # A worker finds only its own cores in its environment; by default each has a NUMA node.
         nodes = {_node(core) for core in bound}
         free = [core for core in free if _node(core) in nodes]
     draft = wanted or free or allowed[-1:]
@@ -65,8 +65,8 @@ def bind_target(cores: list[int]) -> bool:
     Returns:
         Whether that was done. Not after an earlier engine in this process, even one without the
         plugin, that has more threads: vLLM then keeps their number, because its cached matrix
-        kernels give wrong results with weights laid out for another one; and threads that have to
-        take turns on a core wait for each other by spinning.
+        kernels give wrong results with weights laid out for another number; and threads that share
+        a core would spin while they wait for each other.
     """
     import torch
 
@@ -98,7 +98,7 @@ def _bound_by_vllm() -> set[int]:
 
 
 def _own_binding() -> set[int]:
-    """The cores of this worker, from what vLLM told its OpenMP runtime."""
+    """The cores of this worker, from vLLM's settings of its OpenMP runtime."""
     for name in ("GOMP_CPU_AFFINITY", "OMP_PLACES", "KMP_AFFINITY"):
         value = os.environ.get(name)
         if value:
@@ -125,7 +125,7 @@ def _siblings(cores: set[int]) -> set[int]:
 
 
 def _node(core: int) -> str:
-    """The NUMA node of a core; nothing where the system does not tell."""
+    """The NUMA node of a core; "" where the system does not show it."""
     try:
         names = os.listdir(f"/sys/devices/system/cpu/cpu{core}")
     except OSError:

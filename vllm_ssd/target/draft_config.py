@@ -1,4 +1,4 @@
-"""vLLM's configuration of the draft model, from the options and what follows the target."""
+"""vLLM's configuration of the draft model, from the options and the target's configuration."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def draft_model_config(config: SSDConfig, target: ModelConfig) -> ModelConfig:
 
 
 def fits_length(config: SSDConfig, target: ModelConfig) -> bool:
-    """Whether the draft follows texts as long as its KV cache holds: as ``--max-model-len auto``.
+    """Whether the draft's length is what its KV cache holds, as with ``--max-model-len auto``.
 
     vLLM lowers the target's length once it knows how much its cache holds, which is later.
     """
@@ -78,10 +78,10 @@ def absolute_folder(name: str) -> str:
 
 
 def _refusal(config: SSDConfig, reason: str) -> str:
-    """The sentence for a draft that vLLM refuses for ``reason``."""
+    """The error message for a draft that vLLM refuses for ``reason``."""
     if config.draft_quantization and "quantization" in reason:
         return f"ssd: option 'draft_quantization' = {config.draft_quantization!r}: {reason}"
-    reason = reason.partition(". ")[0]  # what follows is a list of all its architectures, say
+    reason = reason.partition(". ")[0]  # what follows may list all its architectures
     revision = f" and that has revision {config.draft_revision!r}" if config.draft_revision else ""
     return (
         f"ssd: option 'model' = {config.model!r}: {reason}; give the folder or the hub name of a "
@@ -90,7 +90,7 @@ def _refusal(config: SSDConfig, reason: str) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of what an error says, without pydantic's frame around it."""
+    """The first line of an error's message, without what pydantic puts around it."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     if isinstance(error, ValidationError):
         lines = str(error.errors()[0]["msg"]).splitlines()

@@ -20,7 +20,7 @@ PREFILL_TOKENS_CUDA = 2048
 
 @dataclass
 class DraftPlan:
-    """What the draft process is told at its start, and what it costs the target."""
+    """The draft process's set-up, and the memory it takes from the target."""
 
     setup: Setup
     device: str | None
@@ -31,7 +31,7 @@ class DraftPlan:
     """Whether that is lowered to what its KV cache holds (``--max-model-len auto``)."""
     shares_device: bool
     target_size_is_given: bool
-    """Whether the user has said how large the target's KV cache is."""
+    """Whether the user has set the size of the target's KV cache."""
     kv_bytes_per_token: int
     overhead_bytes: int
     """What it needs beside its KV cache."""
@@ -48,8 +48,8 @@ class DraftPlan:
     def may_start_early(self) -> bool:
         """Whether the draft may load its libraries while the target still comes up.
 
-        Not where vLLM measures a shared device's free memory: the draft's would be missing there.
-        Nor before it is known how long a text may be.
+        Not while vLLM measures the free memory of a shared device: the draft's would count as
+        used. Nor before the longest text is known.
         """
         if not self.shares_device:
             return True
@@ -58,8 +58,8 @@ class DraftPlan:
     def share_memory(self, available: int, target_kv_bytes_per_token: float) -> None:
         """Give the draft its part of ``available`` bytes, unless it has a device of its own.
 
-        By default both hold the same number of tokens. An explicit size of the target's KV cache is
-        the user's word: then the draft's comes on top.
+        By default both hold the same number of tokens. If the user has set the size of the
+        target's KV cache, that is kept and the draft's comes on top.
 
         Args:
             available: bytes that vLLM found for the target's KV cache on this device.
@@ -101,7 +101,7 @@ class DraftPlan:
             holds = memory.longest_text(
                 self.kv_cache_memory_bytes, self.kv_bytes_per_token, self.block_size
             )
-            # One that holds no text at all is refused with the full length.
+            # A cache that holds no text at all is refused later, with the full length.
             self.max_model_len = min(self.max_model_len, holds) or self.max_model_len
             # The draft process has not been started yet.
             self.setup.engine_args["max_model_len"] = self.max_model_len
@@ -111,7 +111,7 @@ def plan_draft(checked: Checked, vllm_config: Any) -> DraftPlan:
     """Derive the draft's setup from the options and the target's configuration.
 
     Args:
-        checked: what the checks have found.
+        checked: the result of the checks.
         vllm_config: the target's.
 
     Raises:
@@ -138,7 +138,7 @@ def plan_draft(checked: Checked, vllm_config: Any) -> DraftPlan:
         "max_num_batched_tokens": tokens,
         "enforce_eager": _enforce_eager(config, target),
         "skip_tokenizer_init": True,
-        "enable_prefix_caching": False,  # the draft keeps its own
+        "enable_prefix_caching": False,  # the draft has its own (draft/blocks.py)
         # A size of its own also keeps vLLM from measuring memory that the target has taken.
         "kv_cache_memory_bytes": config.draft_kv_cache_memory_bytes or 1 << 30,
     }

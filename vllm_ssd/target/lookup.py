@@ -15,7 +15,7 @@ from vllm_ssd.target.requests import RequestTable, Tracked, most_drafts
 
 
 class Batch(NamedTuple):
-    """What one verification has yielded, for every row of the engine's batch."""
+    """The result of one verification, for every row of the engine's batch."""
 
     req_ids: Sequence[str]
     sampled: list[list[int]]
@@ -28,13 +28,13 @@ class Batch(NamedTuple):
 
 @dataclass(slots=True)
 class LookUp:
-    """One request of the batch whose text goes on."""
+    """One request of the batch that has not finished."""
 
     row: int
     """Its row in the batch."""
     request: Tracked
     confirmed: list[int]
-    """Its tokens since the draft was last told."""
+    """Its tokens since the last message to the draft."""
     length: int
     """Length of its text now."""
     wanted: int
@@ -50,12 +50,12 @@ def choose(
 
     Args:
         batch: the verification.
-        requests: those the draft knows.
+        requests: those announced to the draft.
         depth: K.
         stats: counters to keep.
 
     Returns:
-        The look-ups, and the rows of requests that the draft does not know.
+        The look-ups, and the rows of requests that must be announced again.
     """
     look_ups: list[LookUp] = []
     unknown: list[int] = []
@@ -74,12 +74,12 @@ def choose(
             drafted += request.verifying
             accepted += min(len(tokens) - 1, request.verifying)
         if not request.ends.isdisjoint(tokens):
-            # It is over, as the scheduler is about to find out.
+            # It has finished; the scheduler will notice next.
             request.proposed, request.verifying = [], 0
             continue
         confirmed = tokens
         if request.length + len(tokens) != length:
-            # The draft was not told of some round before this one.
+            # Some earlier round was not sent to the draft.
             confirmed = batch.texts[row, request.length : length].tolist()
         wanted = most_drafts(request, length, depth)
         look_ups.append(LookUp(row, request, confirmed, length, wanted))
@@ -121,7 +121,7 @@ def _may_grow(each: LookUp, published: PublishedTrees, depth: int) -> bool:
         return behind or below.where is Where.PENDING
     if len(below.drafted) >= each.wanted or below.ended:
         return False
-    # A row that is as long as it was to be only grows with the next tree.
+    # A row that has reached its planned length grows only with the next tree.
     is_trunk = tree is not None and below.row == tree.trunk
     length = int(published.cache.length[below.row])
     return behind or length <= depth + is_trunk * len(request.proposed)
@@ -130,9 +130,9 @@ def _may_grow(each: LookUp, published: PublishedTrees, depth: int) -> bool:
 def answer(look_ups: Sequence[LookUp], stats: Stats) -> None:
     """Decide each request's next proposal; counts hits and misses.
 
-    An end token is never proposed. Verified as a draft it gains nothing: without it the same
-    verification yields it as its own last token. And it would have been computed, where vLLM goes
-    on from what a request has computed when more input is streamed to it.
+    An end token is never proposed: that gains nothing, since the same verification yields it
+    without that, as its bonus token. And it would count as computed, which matters when more input
+    is streamed to the request: vLLM goes on from what is computed.
     """
     for each in look_ups:
         request, below = each.request, each.below
@@ -144,7 +144,7 @@ def answer(look_ups: Sequence[LookUp], stats: Stats) -> None:
             if ended and len(found) == len(below.drafted):
                 del found[-1:]
             if not request.ends.isdisjoint(found):
-                # The draft knows the first few of a request's end tokens only.
+                # The draft checks only the first few of a request's end tokens.
                 ended = True
                 del found[next(at for at, token in enumerate(found) if token in request.ends) :]
             _count(each, len(found), bool(found) or ended, stats)

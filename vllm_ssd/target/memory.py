@@ -1,7 +1,7 @@
 """How much memory the draft takes from the target where both share a device.
 
-Functions over plain values; what they are given comes from vLLM's own figures: the target's KV
-cache specs, and the sizes in the draft's checkpoint.
+Functions of plain values, which come from vLLM's own KV cache specs for the target and from the
+draft's checkpoint.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from vllm_ssd.target.checkpoint import Tensors
 LIBRARY_BYTES = 512 << 20
 """Libraries, the CUDA context, workspaces and graphs of the draft process."""
 CPU_BLOCK_SIZE = 32
-"""Tokens per KV block on CPU, the least its attention likes; a fork copies at most one block."""
+"""Tokens per KV block on CPU, the fewest for its attention's fast path; a fork copies at most one
+block."""
 CUDA_BLOCK_SIZE = 16
 """vLLM's own default, which its backends for plain full attention keep."""
 _NULL_BLOCKS = 1
 """Blocks of a KV cache that vLLM keeps for padding."""
 _FLOATS = ("F64", "F32", "F16", "BF16")
-"""Safetensors types that vLLM brings to the model's own; others (quantised) it leaves."""
+"""Safetensors types that vLLM converts to the model's own; it keeps others (quantised)."""
 
 
 # ---- KV cache
@@ -34,14 +35,14 @@ def block_size(on_cpu: bool) -> int:
 def target_kv_bytes_per_token(specs: Iterable[Any], vllm_config: Any) -> float:
     """KV cache bytes of one token of the target on this device.
 
-    vLLM's specs know what no formula over the model's shape does: latent attention, the shards of
-    tensor parallelism, the cache's own type, windows.
+    vLLM's specs take into account what a formula over the model's shape would not: latent
+    attention, the shards of tensor parallelism, the cache's own type, windows.
 
     Args:
         specs: of its layers (``Worker.get_kv_cache_spec``).
         vllm_config: the target's.
     """
-    # A text of full length, so that windows and states count as what they are.
+    # For a text of full length, so that windows and states count with their true size.
     text = sum(spec.max_memory_usage_bytes(vllm_config) for spec in specs)
     return float(text / vllm_config.model_config.max_model_len)
 
@@ -50,7 +51,7 @@ def draft_kv_bytes_per_token(model_config: Any) -> int:
     """KV cache bytes of one token of the draft: plain full attention in all layers, unsharded."""
     from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype, resolve_kv_cache_dtype_string
 
-    # A quantised checkpoint may say that its cache is, too.
+    # A quantised checkpoint may ask for a quantised cache.
     dtype = kv_cache_dtype_str_to_dtype(
         resolve_kv_cache_dtype_string("auto", model_config), model_config
     )
@@ -77,10 +78,9 @@ def kv_cache_bytes(
         overhead: bytes the draft needs beside its KV cache.
         target_bytes_per_token: of the target.
         draft_bytes_per_token: of the draft.
-        useful_tokens: more than these no draft can need.
+        useful_tokens: the most that the draft can use.
         fork_tokens: tokens of the blocks that forks own, on top.
-        target_size_is_given: the user has said how large the target's is, so the draft's comes on
-            top of it.
+        target_size_is_given: the user has set the target's size, so the draft's comes on top.
     """
     if target_size_is_given:
         tokens = available / target_bytes_per_token if target_bytes_per_token else useful_tokens
@@ -120,7 +120,7 @@ def longest_text(size: int, bytes_per_token: int, block_size: int) -> int:
 
 
 class Shape(NamedTuple):
-    """What the memory of a decoder with gated feed-forward parts follows from."""
+    """The numbers that determine the memory of a decoder with gated feed-forward parts."""
 
     layers: int
     hidden: int
@@ -171,11 +171,11 @@ def weight_bytes(
     """Memory of the draft's weights.
 
     Args:
-        tensors: of the checkpoint; empty if it cannot be read (yet), then ``shape`` must do.
+        tensors: of the checkpoint; empty if it cannot be read (yet): then ``shape`` is used.
         shape: the model's.
-        itemsize: bytes of the model's type, to which what is not quantised is brought.
+        itemsize: bytes of the model's type, to which all that is not quantised is converted.
         head_rows: rows selected from the head (``draft_vocab``); None for the head as it is.
-        on_cpu: there vLLM holds the head's rows a second time, laid out for matrix products.
+        on_cpu: vLLM then holds the head's rows a second time, laid out for matrix products.
     """
     row = shape.hidden * itemsize
     if tensors:
@@ -201,11 +201,11 @@ def working_bytes(rows: int, tokens: int, logits: int, shape: Shape, itemsize: i
     Args:
         rows: sequences of a step; each has one row of logits.
         tokens: query tokens of a step.
-        logits: tokens a row's logits are for.
+        logits: logits of a row: the size of the vocabulary or of the selected head.
         shape: the model's.
         itemsize: bytes of the model's type.
     """
-    # Probabilities are taken of them in float32.
+    # Their probabilities are computed in float32.
     scores = rows * logits * (itemsize + 4)
     widest = 4 * shape.hidden + 3 * max(shape.intermediate, shape.expert_intermediate)
     return scores + tokens * widest * itemsize

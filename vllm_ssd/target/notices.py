@@ -1,4 +1,4 @@
-"""What the draft is told: new and finished requests, trimmed drafts, outcomes of verifications."""
+"""Messages to the draft: new and finished requests, trimmed proposals, outcomes."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ ANNOUNCED_TOKENS = 4 << 20
 
 
 def tells_before_launch(on_cpu: bool) -> bool:
-    """Whether the draft is told of a step before the target's forward is called, or after.
+    """Whether a step is announced to the draft before the target's forward is called, or after.
 
-    On CPU the call is the forward: told afterwards, the draft would have lost all that time. On a
-    GPU it returns once the kernels are queued: what comes before it delays their launch, on all
-    tensor-parallel ranks, since they wait for this one.
+    On CPU the call is the forward: a message sent after it would come late by all that time. On a
+    GPU the call returns once the kernels are queued: whatever comes before it delays their launch,
+    on all tensor-parallel ranks, since they wait for this one.
     """
     return on_cpu
 
 
 class Notices:
-    """Builds the messages to the draft, and keeps the table of the requests it knows.
+    """Builds the messages to the draft, and keeps the table of the requests announced to it.
 
     Args:
-        client: the line to the draft.
-        requests: those it has been told of.
+        client: the client of the draft process.
+        requests: that table.
     """
 
     def __init__(self, client: DraftClient, requests: RequestTable) -> None:
@@ -43,7 +43,7 @@ class Notices:
         """Tokens of text announced in this step."""
 
     def scheduled(self, step: SchedulerOutput) -> list[ToDraft]:
-        """Of a step that is about to be computed: who is new, who is gone, what was trimmed."""
+        """The messages of a step: its new and finished requests, and proposals that were cut."""
         client, requests = self._client, self._requests
         messages: list[ToDraft] = []
         self._announced = 0
@@ -74,7 +74,7 @@ class Notices:
             if request is None or not request.proposed:
                 continue
             drafts = scheduled.get(req_id, ())
-            # vLLM's place holders are no drafts; padding is verified, but nobody drafted it.
+            # vLLM's placeholders (-1) are not verified; our padding is, but was not drafted.
             real = len(drafts) if not drafts or drafts[-1] >= 0 else sum(d >= 0 for d in drafts)
             verified = min(real, len(request.proposed))
             if verified != request.verifying:
@@ -84,12 +84,12 @@ class Notices:
         return [Trimmed(pack(handles), pack(counts))] if handles else []
 
     def announced_again(self, req_id: str, text: Any, state: Any) -> list[ToDraft]:
-        """Of a request in the middle of its life, which is new to this epoch.
+        """The messages that announce a running request, which this epoch does not have yet.
 
         Args:
             req_id: vLLM's id.
             text: its tokens, ``[length]`` int32.
-            state: vLLM's cached state of it; :func:`can_draft` says yes.
+            state: vLLM's cached state of it; :func:`can_draft` holds for it.
         """
         messages: list[ToDraft] = []
         known = self._requests.forget(req_id)
@@ -103,7 +103,7 @@ class Notices:
         return messages
 
     def verified(self, look_ups: Sequence[LookUp], verify_us: int) -> Verified:
-        """Of a verification: what was confirmed, and what is proposed now."""
+        """The message of a verification: what was confirmed, and what is proposed now."""
         handles, lengths, confirmed, proposed = [], [], [], []
         tokens: list[int] = []
         for look_up in look_ups:

@@ -1,4 +1,4 @@
-"""Filling short proposals up to K tokens, where that is cheaper for the target than it looks."""
+"""Filling short proposals up to K tokens, where that makes the target's step faster."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def pads(option: bool | Literal["auto"], graphs: CUDAGraphMode | None) -> bool:
 def pad(
     proposals: list[list[int]], batch: Batch, states: Mapping[str, Any], num_tokens: int
 ) -> None:
-    """Fill proposals up, also those of requests the draft does not know.
+    """Fill proposals up, also those of requests that were not announced to the draft.
 
     Args:
         proposals: for each row; replaced, not modified.
@@ -47,12 +47,12 @@ def pad(
             continue
         state = states[batch.req_ids[row]]
         length, params = batch.lengths[row], state.sampling_params
-        # Not past the end: a session of streaming input goes on where its text ended.
+        # Not past the end: with streaming input a request goes on where its text ended.
         depth = num_tokens
         if params.max_tokens is not None:
             depth = min(depth, state.num_prompt_tokens + params.max_tokens - 1 - length)
         depth = before_min_length(depth, length, state.num_prompt_tokens + params.min_tokens)
-        # Any token is exact; one that repeats needs no other row of the embedding.
+        # Any token is exact; a repeated one reads no further row of the embedding.
         found = proposals[row]
         # Not in place: the list is also the request's record of what was drafted.
         proposals[row] = found + (found or tokens)[-1:] * (depth - len(found))

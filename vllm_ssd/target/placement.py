@@ -1,8 +1,8 @@
-"""Which device the draft gets, decided where the draft is: on the rank whose drafts are used.
+"""Which device the draft gets, decided on the rank that has the draft.
 
 A device is named as ``CUDA_VISIBLE_DEVICES`` names it (an index or a UUID). The draft process sees
-that one alone, as its first: vLLM's compile cache is keyed by rank, so drafts on two devices, each
-by an index of its own, would otherwise not share their compiled code.
+only that one, as its first: vLLM's compile cache is keyed by rank, so drafts on devices of
+different index would otherwise not share their compiled code.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def visible_devices(setting: str | None, count: int) -> list[str]:
 
     Args:
         setting: the variable's value; empty counts as unset, as for vLLM.
-        count: how many there are; CUDA ignores entries from the first wrong one on.
+        count: how many there are; CUDA ignores entries from the first invalid one on.
     """
     if not setting:
         return [str(index) for index in range(count)]
@@ -68,7 +68,7 @@ def place(
 
 
 def place_draft(wanted: str, parallel: ParallelConfig) -> Placement:
-    """Choose the draft's device, in a worker that has its own.
+    """Choose the draft's device, in a worker that has its own device already.
 
     Args:
         wanted: the option ``draft_device``.
@@ -87,7 +87,7 @@ def place_draft(wanted: str, parallel: ParallelConfig) -> Placement:
     workers = workers_here(parallel.local_world_size, assigned)
     to_visible = current_platform.logical_device_id_to_visible_device_id
     used = {to_visible(logical) for logical in range(workers)}
-    # Ray's executors fill the list in too, with just the devices of the workers.
+    # Ray's executors set the list too, to the devices of the workers alone.
     ray = parallel.use_ray
     offered = None if assigned is None or ray else {to_visible(i) for i in range(len(assigned))}
     placement = place(wanted, visible, used, offered)

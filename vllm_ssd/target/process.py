@@ -31,8 +31,8 @@ class DraftProcess:
     """A draft process and the channel to it.
 
     The two share a socket pair: there is no path, no port, and end of file tells either side that
-    the other is gone. The child also dies with the thread that started it; that one is its own, so
-    that it makes no difference which thread of the caller's builds the engine or steps it.
+    the other is gone. The child also dies with the thread that started it. That is a thread of its
+    own, so it makes no difference which of the caller's threads builds the engine or steps it.
 
     Args:
         cores: CPU cores the draft runs on; empty for wherever the system puts it.
@@ -58,7 +58,7 @@ class DraftProcess:
                     env=draft_environment(os.environ, len(cores), device),
                     stdin=subprocess.DEVNULL,
                 )
-            except Exception as error:  # whoever waits for it must hear of it
+            except Exception as error:  # raised again by the constructor, which waits for it
                 started.put(error)
                 return
             started.put(process)
@@ -96,9 +96,9 @@ class DraftProcess:
 
 
 def _end(process: subprocess.Popen[bytes], channel: Channel[TargetBound], owner: int) -> None:
-    """End the process at once, without waiting: it holds nothing that needs a farewell."""
+    """Kill the process, without waiting: it holds nothing that needs to be saved."""
     if os.getpid() != owner:
-        return  # a fork of the engine's process, on its way out
+        return  # this is a fork of the engine's process, exiting
     channel.close()
     process.kill()
 
@@ -106,11 +106,11 @@ def _end(process: subprocess.Popen[bytes], channel: Channel[TargetBound], owner:
 def draft_environment(
     target: Mapping[str, str], threads: int, device: str | None
 ) -> dict[str, str]:
-    """The target's environment without what belongs to the target's process alone.
+    """The draft's environment: the target's, without what is for the target's process alone.
 
     Args:
         target: the target's.
-        threads: how many the draft may have; 0 for what the system has.
+        threads: how many the draft may have; 0 for no limit.
         device: the one CUDA device it sees; None on CPU.
     """
     environment = {
@@ -122,7 +122,7 @@ def draft_environment(
         environment["OMP_NUM_THREADS"] = str(threads)
     if device is not None:
         environment["CUDA_VISIBLE_DEVICES"] = device
-    # vLLM's first model runner is the one that both CPU and CUDA have.
+    # vLLM's V1 model runner is the one that both CPU and CUDA have.
     environment["VLLM_USE_V2_MODEL_RUNNER"] = "0"
     environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     return environment

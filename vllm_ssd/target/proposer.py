@@ -1,4 +1,4 @@
-"""The proposer: what vLLM asks for drafts, right after sampling, on the critical path."""
+"""The proposer, which vLLM calls for drafts right after sampling, on the critical path."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class SSDProposer:
         self._notices = None if client is None else Notices(client, self.requests)
 
     def warmed_up(self, vllm_config: VllmConfig) -> None:
-        """The target is ready to decode: how its graphs came out is known."""
+        """The target is ready to decode: vLLM has resolved its graph mode."""
         graphs = vllm_config.compilation_config.cudagraph_mode
         self._pads = pads(self.config.pad_misses, graphs)
 
@@ -77,7 +77,7 @@ class SSDProposer:
             )
 
     def scheduled(self, scheduler_output: SchedulerOutput) -> None:
-        """Tell the draft of a step that is about to be computed. Never blocks."""
+        """Announce a step to the draft. Never blocks."""
         client, notices = self.client, self._notices
         if client is None or notices is None:
             return
@@ -86,7 +86,7 @@ class SSDProposer:
             client.poll()
             client.maintain()
             client.send(notices.scheduled(scheduler_output))
-        except Exception as error:  # nothing of ours may stop the engine
+        except Exception as error:  # no error of the plugin may stop the engine
             self._degrade(error)
         self.stats.notices += 1
         self.stats.notice_seconds += time.perf_counter() - began
@@ -132,7 +132,7 @@ class SSDProposer:
         return proposals
 
     def _round(self, batch: Batch, began: float) -> Sequence[LookUp]:
-        """One round: look up, wait, answer, tell. The look-ups, answered."""
+        """One round: look up, wait, answer, report. Returns the look-ups, answered."""
         client, notices, stats = self.client, self._notices, self.stats
         assert client is not None
         assert notices is not None
@@ -158,7 +158,7 @@ class SSDProposer:
         """Wait for the hit branches until they are complete or the time allowed is over.
 
         Returns:
-            Whether the draft still knows the requests. If not, the next step announces them all.
+            False if a new epoch has begun: then the next step announces all requests again.
         """
         client = self.client
         assert client is not None
@@ -176,13 +176,13 @@ class SSDProposer:
             look_up(waiting, batch, client.published)
             waiting = growing(waiting, client.published, self.depth)
             now = time.perf_counter()
-        # What arrived meanwhile may have moved the other requests' trees as well.
+        # What arrived meanwhile may have changed the other requests' trees as well.
         look_up(look_ups, batch, client.published)
         self.stats.wait_seconds += now
         return client.epoch == epoch
 
     def _measure_verification(self, look_ups: list[LookUp], now: float) -> int:
-        """Microseconds since the last proposal, if decoding has been going on since; else 0."""
+        """Microseconds since the last proposal; 0 if no request has been decoding since."""
         going_on = any(each.request.look_ups for each in look_ups)
         if self._proposed_at is None or not going_on:
             return 0
@@ -192,7 +192,7 @@ class SSDProposer:
         return int(seconds * 1e6)
 
     def _announce_again(self, rows: list[int], batch: Batch) -> list[ToDraft]:
-        """Announce the requests that a new epoch made unknown, as far as the draft can follow."""
+        """Announce the requests that the new epoch lacks, if the draft can follow them."""
         assert self._notices is not None
         messages: list[ToDraft] = []
         for row in rows:

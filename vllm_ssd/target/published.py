@@ -1,4 +1,4 @@
-"""What the draft has published, validated before it touches the speculation cache."""
+"""The trees that the draft publishes, validated before they enter the speculation cache."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from vllm_ssd.wire.messages import (
 
 
 class PublishedTrees:
-    """The target's copy of the speculation trees. Nothing the draft says can break it.
+    """The target's copy of the speculation trees. No message of the draft can break it.
 
     Args:
         num_speculative_tokens: K.
@@ -32,7 +32,7 @@ class PublishedTrees:
     def __init__(self, num_speculative_tokens: int, vocab_size: int) -> None:
         self.cache = SpeculationCache(1, 1)
         self.withdrawn: set[int] = set()
-        """Handles the draft holds nothing for at the moment."""
+        """Handles of requests that have no tree in the draft now."""
         self._announced: set[int] = set()
         self._width = row_width(num_speculative_tokens)
         self._vocab_size = vocab_size
@@ -44,11 +44,11 @@ class PublishedTrees:
         self._announced.clear()
 
     def announce(self, handle: int) -> None:
-        """The draft is told of this request: what it publishes for it counts from now on."""
+        """This request is announced to the draft: its trees are kept from now on."""
         self._announced.add(handle)
 
     def drop(self, handle: int) -> None:
-        """Forget a request; what is still on its way for it is of no use."""
+        """Forget a request; trees of it that are still on their way will be dropped."""
         self._announced.discard(handle)
         self.withdrawn.discard(handle)
         self.cache.trees.pop(handle, None)
@@ -64,8 +64,8 @@ class PublishedTrees:
     def steps(self, messages: list[Stepped]) -> None:
         """Rows have grown by one token in each of some steps.
 
-        While the target verified, the same rows have grown several times: such steps are applied
-        as one array.
+        During a verification the same rows grow several times: such steps are applied as one
+        array.
         """
         for packed, run in groupby(messages, key=attrgetter("rows")):
             self._grow(packed, list(run))
@@ -74,7 +74,7 @@ class PublishedTrees:
         rows = _indices(packed_rows)
         tokens = unpack(b"".join([step.tokens for step in steps]))
         self._check_tokens(tokens)
-        # Each for itself: two steps that are wrong could make up for one another.
+        # Each step by itself: in the total, the errors of two could cancel out.
         if any(len(step.tokens) != len(packed_rows) for step in steps):
             raise ValueError("a step that does not fit its rows")
         self.cache.append(rows, tokens.reshape(len(steps), len(rows)))
@@ -107,7 +107,8 @@ class PublishedTrees:
             handles, bases, trunks, counts, ended = ([tree[i] for tree in kept] for i in range(5))
         self.withdrawn.difference_update(handles)
         self.cache.plant_all(handles, bases, trunks, counts, tokens, ended)
-        # Those are over. Their rows count all the same: they grow until the draft knows.
+        # Those have finished. Their rows are planted all the same: they grow until the draft has
+        # the message.
         for handle in set(handles) - self._announced:
             self.cache.trees.pop(handle, None)
 

@@ -1,12 +1,12 @@
-"""What vLLM's rejection sampler gets wrong on CPU without Triton, put right.
+"""Fixes of vLLM's rejection sampler on CPU without Triton.
 
 Three faults show at temperature > 0 there (vLLM 0.32 and 0.33):
 
 * per-request temperature, top-k and top-p are expanded into a copy that is thrown away, so that
   uninitialised memory is used (upstream issue 55005);
-* a draft of -1, vLLM's "no draft here", indexes memory instead of being rejected;
-* top-k without top-p takes the maximum of nothing when no request of a batch has a draft, as after
-  a prompt, and the engine dies of it.
+* a draft of -1, vLLM's placeholder for no draft, is used as an index instead of being rejected;
+* top-k without top-p takes the maximum of an empty tensor when no request of a batch has a draft,
+  as after a prompt, which crashes the engine.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 _REJECTED = 2.0
-"""A uniform number no ratio of probabilities reaches."""
+"""In place of a uniform random number: no ratio of probabilities reaches it."""
 
 
 def fix_cpu_rejection_sampler() -> None:
@@ -56,7 +56,7 @@ def fix_cpu_rejection_sampler() -> None:
             *rest,
         )
 
-    # The sampler of the next engine in this process asks its kernel for this at construction.
+    # The sampler of the next engine in this process reads this attribute when it is built.
     reject_negative_ids.register_warmup = original.register_warmup  # type: ignore[attr-defined]
     rejection_sampler._rejection_random_sample = reject_negative_ids
     constrain = rejection_sampler.apply_sampling_constraints

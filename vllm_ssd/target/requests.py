@@ -1,4 +1,4 @@
-"""Which of the engine's requests the draft knows, and what it has been told of each."""
+"""The requests announced to the draft, and what was sent to it of each."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from vllm_ssd.wire.messages import Start, pack
 
 @dataclass(slots=True)
 class Tracked:
-    """One request the draft has been told of."""
+    """One request announced to the draft."""
 
     handle: int
     length: int
-    """Length of its confirmed text, as told to the draft."""
+    """Length of its confirmed text, as sent to the draft."""
     limit: int
     """No token is drafted at this position or later."""
     min_length: int = 0
@@ -28,7 +28,7 @@ class Tracked:
     """How many of the proposed tokens the scheduler lets be verified."""
     look_ups: int = 0
     resynced: bool = False
-    """Announced in the middle of its life."""
+    """Announced when it was running already."""
 
 
 def most_drafts(request: Tracked, length: int, depth: int) -> int:
@@ -43,8 +43,8 @@ def most_drafts(request: Tracked, length: int, depth: int) -> int:
 def before_min_length(most: int, length: int, min_length: int) -> int:
     """``most``, or fewer if the verification would begin before ``min_length`` and end beyond.
 
-    vLLM keeps end tokens from a whole verification that begins before ``min_tokens``, its bonus
-    token included, even if that one lies beyond: none of ours does.
+    In a verification that begins before ``min_tokens``, vLLM bans end tokens at every position, its
+    bonus token included, even at positions beyond: so none of ours reaches beyond.
     """
     return most if length >= min_length else min(most, min_length - length - 1)
 
@@ -62,23 +62,23 @@ class RequestTable:
         self._next_handle = 0
 
     def get(self, req_id: str) -> Tracked | None:
-        """The request, if the draft knows it."""
+        """The request, if it has been announced."""
         return self._tracked.get(req_id)
 
     def items(self) -> Iterable[tuple[str, Tracked]]:
-        """All requests the draft knows."""
+        """All announced requests."""
         return self._tracked.items()
 
     def forget_all(self) -> None:
-        """A new epoch has begun: the draft knows nobody."""
+        """A new epoch has begun: no request has been announced in it."""
         self._tracked.clear()
 
     def forget(self, req_id: str) -> Tracked | None:
-        """The request is over, or must be announced anew."""
+        """Remove a request that has finished or must be announced again."""
         return self._tracked.pop(req_id, None)
 
     def announce(self, req_id: str, tokens: Any, prompt_length: int, sampling_params: Any) -> Start:
-        """Make a request known; always under a handle of its own.
+        """Enter a request, always under a new handle.
 
         Args:
             req_id: vLLM's id.
@@ -111,8 +111,8 @@ def end_tokens(sampling_params: Any) -> list[int]:
 def can_draft(request: Any) -> bool:
     """Whether a request of vLLM's (new or cached state) is one the draft can follow: plain tokens.
 
-    Prompt embeddings and multimodal inputs are not text; a LoRA adapter changes the target's text
-    in a way the draft does not know.
+    Prompt embeddings and multimodal inputs are not text; a LoRA adapter changes the target's
+    distribution, but not the draft's.
     """
     return (
         request.prompt_token_ids is not None

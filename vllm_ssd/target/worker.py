@@ -57,7 +57,7 @@ class SSDWorker(PlatformWorker):
                 self._config.draft_cpu_cores, in_process, self.parallel_config.world_size
             )
             if split.target is not None and bind_target(split.target):
-                # Also when the engine does not come up, and nobody shuts it down.
+                # Also if the engine fails to start and is never shut down.
                 self._unbind = weakref.finalize(self, affinity.unbind)
             cores = split.draft
         super().init_device()
@@ -65,7 +65,7 @@ class SSDWorker(PlatformWorker):
         if current_platform.is_cpu():
             fix_cpu_rejection_sampler()
         proposer = self._proposer
-        # Our drafts live elsewhere: vLLM need not keep K positions free for a drafter of its own.
+        # Our draft model is elsewhere: vLLM need not keep K positions free for one in this process.
         self.model_runner.effective_drafter_max_model_len += proposer.depth
         if self._checked is not None:
             self._plan = plan_draft(self._checked, self.vllm_config)
@@ -101,7 +101,7 @@ class SSDWorker(PlatformWorker):
         return self.rank % self.parallel_config.tensor_parallel_size == 0
 
     def determine_available_memory(self) -> int:
-        """The target's KV budget, less the draft's share where both live on one device."""
+        """The target's KV budget, less the draft's share where both use one device."""
         available = super().determine_available_memory()
         if self._plan is None or self._client is None:
             return available
@@ -119,7 +119,7 @@ class SSDWorker(PlatformWorker):
             self._proposer.requests.max_length = longest
 
     def compile_or_warm_up_model(self) -> Any:
-        """With the target's memory taken and its model warm, let the draft take its own."""
+        """Warm the target up; then, with its memory taken, let the draft allocate its own."""
         result = super().compile_or_warm_up_model()
         self._proposer.warmed_up(self.vllm_config)
         if self._client is not None and self._plan is not None:
@@ -129,7 +129,7 @@ class SSDWorker(PlatformWorker):
         return result
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
-        """Compute a step, and tell the draft of it as soon as that delays nothing."""
+        """Compute a step, and announce it to the draft as soon as that delays nothing."""
         if self._tells_first:
             self._proposer.scheduled(scheduler_output)
         output = super().execute_model(scheduler_output)
@@ -145,7 +145,7 @@ class SSDWorker(PlatformWorker):
         self._asleep = set(SLEEP_TAGS)
 
     def wake_up(self, tags: list[str] | None = None) -> None:
-        """Bring the target back as vLLM does; with the last of it comes the draft."""
+        """Bring the target back as vLLM does; once all of it is back, start the draft."""
         super().wake_up(tags)
         self._asleep -= set(SLEEP_TAGS if tags is None else tags)
         if self._client is not None and not self._asleep:
@@ -162,7 +162,7 @@ class SSDWorker(PlatformWorker):
         }
 
     def shutdown(self) -> None:
-        """End the draft process, then the worker; an in-process caller gets its cores back."""
+        """End the draft process, undo the binding to cores made in-process, end the worker."""
         if self._client is not None:
             self._client.close()
         if self._unbind is not None:

@@ -1,1 +1,1 @@
-"""What the target's worker and the draft process say to each other, and how it travels."""
+"""The messages between the target's worker and the draft process, and their channel."""

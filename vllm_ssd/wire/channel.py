@@ -1,8 +1,8 @@
 """Frames over a local stream socket: sends never block, reads take what is there.
 
-What the socket does not take at once, a thread hands over while the caller goes on with its work: a
-long text reaches the draft while the target computes. The thread exists once it was needed, and
-sleeps while nothing is left over.
+What the socket does not take at once is sent by a thread while the caller goes on: a long text
+reaches the draft while the target computes. The thread is started when it is first needed, and
+sleeps while there is nothing to send.
 
 End of file and a broken pipe both mean that the other process is gone.
 """
@@ -27,11 +27,12 @@ MAX_PENDING_BYTES = 64 << 20
 """What may wait for a slow reader before the channel counts as full."""
 _READ_BYTES = 256 << 10
 _SEND_BYTES = 64 << 10
-"""Handed to the socket at once: another thread waits for that, some ten microseconds."""
+"""Most bytes of one call to the socket: another sending thread waits for it, some ten
+microseconds."""
 
 
 class ChannelClosedError(ConnectionError):
-    """The other process is gone, or what it sends is not a frame."""
+    """The other process is gone, or what it sent is not a frame."""
 
 
 class ChannelFullError(ConnectionError):
@@ -69,7 +70,7 @@ class Channel(Generic[Frame]):
             return
         self._closed = True
         if self._sender is not None:
-            # Wakes the thread wherever it waits; it must not see the descriptor's next owner.
+            # Wake the thread wherever it waits and join it: the descriptor may be reused next.
             self._left_over.set()
             with suppress(OSError):
                 self._socket.shutdown(socket.SHUT_RDWR)
@@ -78,16 +79,14 @@ class Channel(Generic[Frame]):
         self._socket.close()
 
     def send(self, *frames: msgspec.Struct) -> None:
-        """Send without blocking; what the socket does not take now goes as soon as it does.
+        """Send without blocking; what the socket does not take now is sent as soon as it does.
 
         Another thread may receive meanwhile.
 
         Raises:
-            ValueError: a frame is longer than the other end takes.
-            ChannelFullError: too much waits already.
+            ValueError: a frame is longer than the other end takes; none was sent.
+            ChannelFullError: too many bytes wait already; none was sent.
             ChannelClosedError: the other process is gone.
-
-        After the first two nothing of these frames was sent.
         """
         if len(self._outbox) > MAX_PENDING_BYTES:
             self.flush()
@@ -103,14 +102,14 @@ class Channel(Generic[Frame]):
         self._append(data)
 
     def _append(self, data: bytes | bytearray) -> None:
-        """Bytes that go after all others."""
+        """Send bytes after all others."""
         with self._sending:
             self._outbox += data
         if not self.flush():
             self._let_a_thread_send()
 
     def flush(self) -> bool:
-        """Hand over what waits; True when nothing waits any more.
+        """Send what waits, as far as the socket takes it; True if nothing is left.
 
         Raises:
             ChannelClosedError: the other process is gone.
@@ -125,7 +124,7 @@ class Channel(Generic[Frame]):
         return True
 
     def _send_some(self) -> None:
-        """Hand over a part of what waits."""
+        """Send a part of what waits."""
         with self._sending:
             with memoryview(self._outbox) as waiting, waiting[:_SEND_BYTES] as part:
                 sent = self._socket.send(part)
@@ -137,12 +136,12 @@ class Channel(Generic[Frame]):
             sender = threading.Thread(
                 target=self._send_left_over, name="vllm-ssd-send", daemon=True
             )
-            with suppress(RuntimeError):  # no more threads: it goes with the next call
+            with suppress(RuntimeError):  # no more threads: the next call sends it
                 sender.start()
                 self._sender = sender
 
     def _send_left_over(self) -> None:
-        """The thread: whenever something is left over, hand it over as the other end reads."""
+        """The thread: whenever bytes are left over, send them as the other end reads."""
         poll = select.poll()
         poll.register(self._socket, select.POLLOUT)
         while not self._closed:
@@ -152,7 +151,7 @@ class Channel(Generic[Frame]):
                 while not self._closed and not self.flush():
                     poll.poll()
             except ChannelClosedError:
-                return  # whoever sends or receives next is told
+                return  # the next call to send or receive raises it
 
     def receive(self, timeout: float | None = 0.0) -> list[Frame | None]:
         """The frames that have arrived, in order; ``None`` in place of one that cannot be decoded.

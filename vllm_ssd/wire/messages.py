@@ -1,9 +1,9 @@
 """The messages. Tokens travel, never tensors; arrays are little-endian int32 in ``bytes``.
 
 Messages travel in frames. A frame carries the *epoch*, a number the target raises whenever the two
-sides may have lost each other (a restart, a dropped or garbled frame), and its number within the
-epoch. Whoever sees a gap asks for a new epoch, in which every live request is announced afresh:
-there is one way to recover, whatever went wrong.
+sides may be out of step (a restart, a dropped or garbled frame), and its number within the epoch.
+A side that sees a gap asks for a new epoch, in which every live request is announced again: there
+is one way to recover, whatever went wrong.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 MAX_ROWS = 1024
 """Rows of the draft's batch, however many requests there are."""
 MAX_EPOCH_JUMP = 1 << 20
-"""Neither side gets so many epochs ahead of the other: a frame that claims it is garbage."""
+"""Neither side gets this many epochs ahead of the other: such a frame is garbage."""
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -33,7 +33,7 @@ def pack(values: list[int] | NDArray[np.int32]) -> bytes:
         OverflowError: one of a list does not fit into 32 bits.
     """
     if isinstance(values, list):
-        # Several times as fast as numpy, which looks at each element's type.
+        # Several times as fast as NumPy, which checks each element's type.
         packed = array("i", values)
         if sys.byteorder == "big":
             packed.byteswap()
@@ -117,7 +117,7 @@ class Verified(Message, frozen=True):
 
 
 class Trimmed(Message, frozen=True):
-    """The scheduler lets fewer drafts be verified than were proposed."""
+    """The scheduler has cut proposals: fewer tokens are verified than were proposed."""
 
     handles: bytes
     verified_counts: bytes
@@ -200,7 +200,7 @@ class Alive(Message, frozen=True):
 
 
 class Lost(Message, frozen=True):
-    """A gap in what the target sent: a new epoch is needed."""
+    """A gap in the target's frames: a new epoch is needed."""
 
 
 ToDraft = Setup | Allocate | Start | Verified | Trimmed | Finished
