@@ -89,7 +89,7 @@ class Draft:
         rows = requests * branches
         self.engine = DraftEngine(
             TableModel(),
-            Rows(rows, blocks, DEPTH, CANDIDATES),
+            Rows(rows, DEPTH, CANDIDATES),
             KVBlocks(requests * blocks + 3 * rows, BLOCK, enable_prefix_caching=True),
             Policy(DEPTH, None, branches, branches),
             prefill_chunk=100_000,
@@ -194,8 +194,8 @@ def main() -> None:
         "99 %",
     ):
         table.add_column(column, justify="right")
-    steps = Table(title="the draft's Python per step, beyond the model's forward")
-    for column in ("rows", "context", "mean"):
+    steps = Table(title="the draft's Python beside the model's forward, means")
+    for column in ("rows", "context", "rejected", "per step", "from outcomes to forks"):
         steps.add_column(column, justify="right")
     for requests, branches, context, rejected in CASES:
         seconds, engine, hit_rate = measure(requests, branches, context, rejected)
@@ -214,7 +214,9 @@ def main() -> None:
         steps.add_row(
             f"{counters['draft_rows'] / counters['draft_steps']:.1f}",
             str(context),
+            f"{rejected:.0%}",
             f"{1e3 * counters['draft_python_seconds'] / counters['draft_steps']:.2f} ms",
+            f"{1e3 * counters['draft_plan_seconds'] / counters['draft_rounds']:.2f} ms",
         )
     console = Console(width=110)
     console.print(table)

@@ -69,20 +69,20 @@ def serve(pipe: Connection, draft: str, ids: Int32Array | None, eager: bool, cor
             shared = context // model.block_size
             tables = np.tile(np.arange(1, shared + 2, dtype=np.int32), (rows, 1))
             tables[:, -1] = 1 + shared + np.arange(rows)
-            none, every = np.zeros(0, np.int32), np.arange(rows, dtype=np.int32)
+            every = np.arange(rows, dtype=np.int32)
             sequences = Sequences(
                 rows=every,
                 query_lens=np.ones(rows, np.int32),
                 tokens=np.arange(3, 3 + rows, dtype=np.int32),
                 positions=np.full(rows, shared * model.block_size, np.int32),
             )
-            changes = BlockChanges(none, none, every, tables)
+            changes = BlockChanges.of_tables(every, tables)
             seconds = []
             for _ in range(steps):
                 began = time.perf_counter()
                 model.launch(changes, sequences).result()
                 seconds.append(time.perf_counter() - began)
-                changes = BlockChanges(none, none, none, tables[:0])
+                changes = BlockChanges.of_tables(every[:0], tables[:0])
             pipe.send(seconds[3:])
     except EOFError:
         os._exit(0)

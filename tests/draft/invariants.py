@@ -81,17 +81,25 @@ def check_rows(sim: Simulation) -> None:
         owned += [request.trunk, *request.forks]
         trunk_cover = range(len(request.blocks))
         trunk_ids = [block.block_id for block in request.blocks]
-        assert rows.block_table[request.trunk, : len(trunk_ids)].tolist() == trunk_ids
+        assert table(sim, request.trunk)[: len(trunk_ids)] == trunk_ids
         _check_cover(sim, request.trunk, trunk_cover)
         for row, own in request.forks.items():
             first = int(rows.start[row]) // size
             ids = [block.block_id for block in own]
-            assert rows.block_table[row, first : first + len(own)].tolist() == ids
-            assert rows.block_table[row, :first].tolist() == trunk_ids[:first]
+            assert table(sim, row)[: first + len(own)] == trunk_ids[:first] + ids
             _check_cover(sim, row, range(first, first + len(own)))
     free = rows._free
     assert sorted(owned + free) == list(range(sim.sizes.max_rows))
     assert not rows.pending[free].any()
+
+
+def table(sim: Simulation, row: int) -> list[int]:
+    """A row's block table as the model will have it at the next forward."""
+    changes = sim.rows.tables
+    held: list[int] = sim.model._tables[changes._trunks.get(row, row)].tolist()
+    for first, blocks in changes._entries.get(row, []):
+        held[first : first + len(blocks)] = blocks
+    return held
 
 
 def _check_cover(sim: Simulation, row: int, own: range) -> None:

@@ -82,9 +82,7 @@ class Simulation:
         model_class = LookaheadToyModel if sizes.lookahead else ToyModel
         self.model = model_class(sizes.num_blocks, sizes.block_size, sizes.vocab_size, candidates)
         self.blocks = KVBlocks(sizes.num_blocks, sizes.block_size, sizes.caching)
-        self.rows = Rows(
-            sizes.max_rows, -(-sizes.max_length // sizes.block_size), sizes.depth, candidates
-        )
+        self.rows = Rows(sizes.max_rows, sizes.depth, candidates)
         self.engine = DraftEngine(
             self.model,
             self.rows,

@@ -60,8 +60,7 @@ def _forward(model: ModelProcess, texts: list[list[int]]) -> Int32Array:
     positions = np.concatenate([np.arange(length, dtype=np.int32) for length in lengths])
     tokens = np.array([token for tokens in texts for token in tokens], np.int32)
     rows = np.arange(len(texts), dtype=np.int32)
-    nothing = np.zeros(0, np.int32)
-    changes = BlockChanges(nothing, nothing, rows, blocks)
+    changes = BlockChanges.of_tables(rows, blocks)
     return model.forward(changes, Sequences(rows, lengths, tokens, positions)).tokens
 
 

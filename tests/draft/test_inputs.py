@@ -52,7 +52,7 @@ def test_what_is_sent_in_one_piece_is_what_arrives() -> None:
 
 def test_on_cpu_nothing_is_copied() -> None:
     nothing = ints()
-    changes = BlockChanges(nothing, nothing, nothing, np.zeros((0, 0), np.int32))
+    changes = BlockChanges.of_tables(nothing, np.zeros((0, 0), np.int32))
     host = host_inputs(MIXED, Padded(5, 3, 5))
     sent = send(changes, MIXED, host, torch.device("cpu"))
     assert sent.tokens.data_ptr() == MIXED.tokens.ctypes.data

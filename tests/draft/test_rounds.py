@@ -386,7 +386,7 @@ def test_nothing_is_learned_of_tokens_that_the_trunk_does_not_hold() -> None:
     # The draft has given up the branch that the target proposes.
     [held] = sim.engine.allocator.requests.values()
     while held.forks:
-        sim.engine.allocator._make_room(held)
+        sim.engine.allocator.prune(held, list(held.forks))
     sim.settle()
     assert request.verifying > held.verified == 0
     before = sim.engine._rounds._outcomes.acceptance

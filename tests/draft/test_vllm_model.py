@@ -98,11 +98,9 @@ class Forest:
         tables = np.zeros((len(changed), max([0, *_lengths(changed.values())])), np.int32)
         for table, branch in zip(tables, changed.values(), strict=True):
             table[: len(branch.blocks)] = branch.blocks
-        return BlockChanges(
-            np.array([source for source, _ in copies], np.int32),
-            np.array([destination for _, destination in copies], np.int32),
-            np.array(list(changed), np.int32),
-            tables,
+        return BlockChanges.of_tables(np.array(list(changed), np.int32), tables)._replace(
+            sources=np.array([source for source, _ in copies], np.int32),
+            destinations=np.array([destination for _, destination in copies], np.int32),
         )
 
     def feed(self, *parts: tuple[Branch, Sequence[int]]) -> Int32Array:

@@ -16,6 +16,7 @@ from vllm_ssd.core.arrays import Float32Array, Int32Array
 from vllm_ssd.draft.model import FROM_LAST_STEP, BlockChanges, Choices, Done, Sequences, Ticket
 
 NOTHING = -1
+_MOST_ROWS = 64
 _LONGEST = 4096
 _WEIGHTS = np.random.default_rng(0).integers(1, 2**63, _LONGEST, np.uint64) | np.uint64(1)
 
@@ -80,7 +81,7 @@ class ToyModel:
         """The confidence in the first choice for a position."""
         self._size = block_size
         self._num_candidates = num_candidates
-        self._tables: dict[int, Int32Array] = {}
+        self._tables = np.zeros((_MOST_ROWS, num_blocks), np.int32)
         self._position = np.full(shape, NOTHING, np.int32)
         self._token = np.full(shape, NOTHING, np.int32)
         self._prefix = np.zeros(shape, np.uint64)
@@ -98,8 +99,12 @@ class ToyModel:
         self._may_write(set(destinations))
         for held in (self._position, self._token, self._prefix):
             held[destinations] = held[sources]
-        for row, table in zip(changes.rows.tolist(), changes.tables, strict=True):
-            self._tables[row] = table
+        forks, trunks = changes.forks.tolist(), changes.trunks.tolist()
+        assert len(set(forks)) == len(forks)
+        self._tables[forks, : changes.shared] = self._tables[trunks, : changes.shared]
+        entries = list(zip(changes.rows.tolist(), changes.columns.tolist(), strict=True))
+        assert len(set(entries)) == len(entries)
+        self._tables[changes.rows, changes.columns] = changes.blocks
 
     def _compute(self, sequences: Sequences) -> Choices:
         """Write, then read back, then answer."""
@@ -109,11 +114,7 @@ class ToyModel:
         assert len(tokens) == len(positions) == lens.sum()
         assert (lens > 0).all()
         assert sorted(lens > 1) == (lens > 1).tolist(), "sequences of one query token come first"
-        longest = int(positions.max()) // self._size + 1
-        tables = np.zeros((len(rows), longest), np.int32)
-        for i, row in enumerate(rows.tolist()):
-            known = self._tables[row][:longest]
-            tables[i, : len(known)] = known
+        tables = self._tables[rows]
 
         owner = np.repeat(np.arange(len(lens)), lens)
         blocks, offsets = tables[owner, positions // self._size], positions % self._size

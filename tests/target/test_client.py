@@ -10,6 +10,7 @@ import pytest
 from vllm_ssd.core.stats import Stats
 from vllm_ssd.target import client as client_module
 from vllm_ssd.target.client import DraftClient
+from vllm_ssd.wire import channel as channel_module
 from vllm_ssd.wire.channel import Channel
 from vllm_ssd.wire.messages import (
     Allocate,
@@ -233,3 +234,38 @@ def test_waking_a_draft_that_does_not_sleep_does_nothing(client: DraftClient, cl
     client.close()
     client.wake_up()
     assert len(Draft.started) == 1
+
+
+def test_a_draft_that_reads_nothing_is_replaced_however_much_is_waiting(
+    client: DraftClient, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client.launch()
+    client.allocate(1 << 20)
+    bring_up(client, clock)
+    monkeypatch.setattr(channel_module, "MAX_PENDING_BYTES", 1 << 20)
+    for handle in range(5):  # the second or third no longer fits, nor what any new epoch says
+        client.send([Start(handle, bytes(4 << 20), 8, [])])
+        clock.now += 1.0
+        client.maintain()
+    clock.now += client_module.SILENCE_SECONDS
+    client.maintain()
+    assert not client.up
+    assert client.process is None
+
+
+def test_requests_that_could_not_be_announced_are_announced_again(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forgotten: list[float] = []
+    setup = Setup({}, 3, [1, 1, 1, 1], 0, 4, True, 512)
+    client = DraftClient(setup, [], TIMEOUT, Stats(), lambda: forgotten.append(clock.now))
+    client.launch()
+    client.allocate(1 << 20)
+    bring_up(client, clock)
+    monkeypatch.setattr(channel_module, "MAX_PENDING_BYTES", 1 << 20)
+    for handle in range(3):
+        client.send([Start(handle, bytes(4 << 20), 8, [])])
+    clock.now += 0.1
+    before = len(forgotten)
+    client.send([Start(9, bytes(16), 8, [])])
+    assert forgotten[before:] == [clock.now]

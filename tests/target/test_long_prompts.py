@@ -58,7 +58,7 @@ class Draft:
         blocks = -(-(LENGTH + 100) // BLOCK)
         self._engine = DraftEngine(
             TableModel(),
-            Rows(BRANCHES, blocks, DEPTH, CANDIDATES),
+            Rows(BRANCHES, DEPTH, CANDIDATES),
             KVBlocks(blocks + 3 * BRANCHES, BLOCK, enable_prefix_caching=True),
             Policy(DEPTH, None, BRANCHES, BRANCHES),
             prefill_chunk=2_000,

@@ -101,14 +101,26 @@ def test_a_checkpoint_that_quantises_its_cache_is_followed(tiny_pair: TinyModels
 
 
 def test_by_default_both_hold_the_same_number_of_tokens() -> None:
-    size = memory.kv_cache_bytes(1_100, 100, 8.0, 2, 10_000, 7, target_size_is_given=False)
+    size = memory.kv_cache_bytes(1_114, 100, 8.0, 2, 10_000, 7, target_size_is_given=False)
     assert size == 2 * (100 + 7)
-    # What is left for the target holds a hundred tokens, but for what the forks own.
-    assert 1_100 - 100 - size == 8 * 100 - 2 * 7
+    assert 1_114 - 100 - size == 8 * 100
+
+
+@pytest.mark.parametrize("gib", [4, 8, 20])
+def test_forks_leave_the_target_most_of_a_small_device(gib: int) -> None:
+    # An 8B target and a 0.6B draft in bfloat16; 1,024 rows of two blocks of 16.
+    target, draft, forks = 144 << 10, 112 << 10, 2 * 1024 * 16
+    size = memory.kv_cache_bytes(gib << 30, 2 << 30, target, draft, 1 << 30, forks, False)
+    left = (gib << 30) - (2 << 30)
+    # Without forks the target would have target / (target + draft) of it.
+    assert left - size >= 0.85 * left * target / (target + draft)
+    assert size >= 0.99 * left * draft / (target + draft)
 
 
 def test_beside_a_target_of_given_size_the_drafts_comes_on_top() -> None:
     assert memory.kv_cache_bytes(800, 100, 8.0, 2, 10_000, 7, True) == 2 * (100 + 7)
+    # Forks own no more than the texts.
+    assert memory.kv_cache_bytes(800, 100, 8.0, 2, 10_000, 500, True) == 2 * (100 + 100)
 
 
 def test_the_draft_takes_no_more_than_its_requests_can_use() -> None:

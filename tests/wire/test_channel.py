@@ -143,6 +143,28 @@ def test_sending_does_not_wait_for_a_reader_that_does_not_read(pair: Pair) -> No
     assert not pair.target.flush()
 
 
+def test_a_frame_behind_a_long_one_is_left_to_the_thread(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = frame(0, size=8 * MEGABYTE)
+    pair.target.send(text)
+    senders: list[threading.Thread] = []
+    send_some = Channel._send_some
+
+    def watched(channel: Channel[TargetBound]) -> None:
+        senders.append(threading.current_thread())
+        send_some(channel)
+
+    monkeypatch.setattr(Channel, "_send_some", watched)
+    pair.target.send(frame(1))
+    assert threading.current_thread() not in senders
+    got: list[DraftBound | None] = []
+    while len(got) < 2:
+        got += pair.draft.receive(timeout=10.0)
+    assert got == [text, frame(1)]
+    assert senders
+
+
 @pytest.mark.parametrize("reader", ["does not read", "is gone"])
 def test_the_thread_that_sends_ends_with_the_channel(reader: str) -> None:
     before = threading.active_count()

@@ -107,6 +107,8 @@ class RoundTimes:
         """Whether any drafted token is being verified."""
         self._verify_seconds = {False: 0.0, True: 0.0}
         """How long a verification takes, smoothed; without drafts it is a good deal shorter."""
+        self._plan_seconds = 0.0
+        """From an outcome until the next step can be launched, smoothed."""
         self._worth: Float64Array | None = None
         """The result of :meth:`worth_of_a_hit` in this round."""
 
@@ -124,11 +126,17 @@ class RoundTimes:
         self._batch, self._verifying = batch, verifying
         self._worth = None
 
+    def observe_plan(self, seconds: float) -> None:
+        """Take in what it took to follow outcomes and to plan and fork the next trees."""
+        self._plan_seconds += _SMOOTHING * (seconds - self._plan_seconds)
+
     def worth_of_a_hit(self, most: int, acceptance: float) -> Float64Array:
         """``[2, most]``: without and with the choices known already (:func:`worth_of_a_hit`)."""
         if self._worth is None:
             seconds = self._verify_seconds[self._verifying]
             seconds = seconds or self._verify_seconds[not self._verifying]
+            if seconds:
+                seconds = max(1e-9, seconds - self._plan_seconds)
             shared = (most, self.steps, seconds, self._batch, self._depth, acceptance)
             self._worth = np.stack(
                 [worth_of_a_hit(*shared, prepared, self._lookahead) for prepared in (False, True)]

@@ -76,6 +76,7 @@ def add_draft_ratios(counters: dict[str, float]) -> dict[str, float]:
     _ratio(result, "mean_draft_step_seconds", counters.get("draft_step_seconds", 0.0), steps)
     _ratio(result, "mean_draft_rows", counters.get("draft_rows", 0), steps)
     rounds = counters.get("draft_rounds", 0)
+    _ratio(result, "mean_draft_plan_seconds", counters.get("draft_plan_seconds", 0.0), rounds)
     _ratio(result, "mean_draft_round_seconds", counters.get("draft_round_seconds", 0.0), rounds)
     return result
 

@@ -7,7 +7,8 @@ not used lately are evicted; they are prefilled again when they come back. It ne
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,6 +18,9 @@ from vllm_ssd.draft.model import BlockChanges
 from vllm_ssd.draft.request import DORMANT, Request
 from vllm_ssd.draft.rows import Rows
 from vllm_ssd.draft.trees import Trees
+
+if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
 logger = logging.getLogger("vllm.vllm_ssd.draft")
 
@@ -58,20 +62,20 @@ class Allocator:
 
     def take_changes(self) -> BlockChanges:
         """What has happened to blocks and block tables since the last call."""
-        return BlockChanges(*self.blocks.take_copies(), *self.rows.take_changed())
+        sources, destinations = self.blocks.take_copies()
+        return self.rows.tables.take()._replace(sources=sources, destinations=destinations)
 
     # ---- trunks
 
     def admit(self, request: Request) -> bool:
         """Give a request a trunk row and its cached prefix; False if no row can be freed."""
-        while self.rows.free_count == 0:
-            if not self._make_room(request):
-                return False
+        if not self._make_room(request, rows=1):
+            return False
         trunk = request.trunk = self.rows.take(1)[0]
         text = request.text[: request.length]
         request.blocks = self.blocks.cached_prefix(text, request.prefix)
         request.shared_blocks = len(request.blocks)
-        self.rows.set_blocks(trunk, 0, [block.block_id for block in request.blocks])
+        self.rows.tables.set(trunk, 0, [block.block_id for block in request.blocks])
         self.rows.stop[trunk] = request.stop
         self.cut_back(request, len(request.blocks) * self.blocks.block_size)
         return True
@@ -80,7 +84,7 @@ class Allocator:
         """Free everything that a request holds; its text stays."""
         if request.trunk == DORMANT:
             return
-        self.drop_forks(request)
+        self.drop_forks([request])
         self.rows.give_back([request.trunk])
         self.blocks.give_back(request.blocks)
         request.blocks = []
@@ -113,15 +117,11 @@ class Allocator:
         missing = -(-length // self.blocks.block_size) - len(request.blocks)
         if missing <= 0:
             return True
-        short = self.blocks.free_count < missing
-        if short and missing > self._within_reach(request):
-            return False  # evict nothing if that would not free enough blocks
-        while self.blocks.free_count < missing:
-            if not self._make_room(request):
-                return False
+        if not self._make_room(request, blocks=missing):
+            return False
         new = self.blocks.take(missing)
         first = len(request.blocks)
-        self.rows.set_blocks(request.trunk, first, [block.block_id for block in new])
+        self.rows.tables.set(request.trunk, first, [block.block_id for block in new])
         request.blocks += new
         return True
 
@@ -136,7 +136,7 @@ class Allocator:
         self.blocks.give_back(request.blocks[first:end])
         request.blocks[first:end] = found
         request.shared_blocks = end
-        self.rows.set_blocks(request.trunk, 0, [block.block_id for block in request.blocks])
+        self.rows.tables.set(request.trunk, first, [block.block_id for block in found])
         self.rows.computed[request.trunk] = end * self.blocks.block_size
 
     def share_verified(self, request: Request) -> None:
@@ -186,12 +186,12 @@ class Allocator:
         rows, size = self.rows, self.blocks.block_size
         made = np.array(rows.take(len(starts)), np.int32)
         trunks = np.array([request.trunk for request in owners], np.int32)
-        rows.block_table[made] = rows.block_table[trunks]
         at, counts = starts.tolist(), self._own_counts(starts, room).tolist()
         owned = self.blocks.fork([request.blocks for request in owners], at, counts)
         for request, row, start, own in zip(owners, made.tolist(), at, owned, strict=True):
             request.forks[row] = own
-            rows.set_blocks(row, start // size, [block.block_id for block in own])
+            ids = [block.block_id for block in own]
+            rows.tables.fork(row, request.trunk, start // size, ids)
         rows.start[made] = rows.computed[made] = starts
         rows.feed_token[made] = tokens
         rows.room[made] = room
@@ -216,12 +216,17 @@ class Allocator:
         self.rows.give_back([request.trunk])
         request.trunk = row
 
-    def drop_forks(self, request: Request) -> None:
-        """Free all forks of a request; the caller replaces or withdraws its tree."""
-        for own in request.forks.values():
-            self.blocks.give_back(own)
-        self.rows.give_back(list(request.forks))
-        request.forks.clear()
+    def drop_forks(self, requests: Iterable[Request]) -> None:
+        """Free all forks of requests; the caller replaces or withdraws their trees."""
+        rows: list[int] = []
+        blocks: list[KVCacheBlock] = []
+        for request in requests:
+            for row, own in request.forks.items():
+                rows.append(row)
+                blocks += own
+            request.forks.clear()
+        self.blocks.give_back(blocks)
+        self.rows.give_back(rows)
 
     def prune(self, request: Request, forks: list[int]) -> None:
         """Free some forks of a request and take them off its tree.
@@ -237,40 +242,46 @@ class Allocator:
 
     # ---- shortage
 
-    def _make_room(self, wanting: Request) -> bool:
-        """Free the least likely fork or, if there is none, evict the least recently used request.
+    def _make_room(self, wanting: Request, rows: int = 0, blocks: int = 0) -> bool:
+        """Free so many rows and blocks; False if that cannot be done.
 
-        Requests used in this round keep their trunk: if they evicted each other in turn, none
-        would get a draft.
+        The least likely forks go first, then the least recently used requests are evicted. Requests
+        used in this round keep their trunk: if they evicted each other in turn, none would get a
+        draft. Nothing is evicted if that would not free enough blocks.
         """
-        forks = [(request, row) for request in self.requests.values() for row in request.forks]
-        if forks:
-            chances = self.rows.chance[[row for _, row in forks]]
-            request, row = forks[int(np.argmin(chances))]
-            self._counters["draft_narrowed"] += 1
-            self.prune(request, [row])
+        if self._has_room(rows, blocks):
             return True
-        idle = self._idle(wanting)
-        if not idle:
-            return False
-        self._counters["draft_evictions"] += 1
-        self.release(min(idle, key=lambda request: request.last_used))
-        return True
-
-    def _idle(self, wanting: Request) -> list[Request]:
-        """Requests that may be evicted for ``wanting``."""
-        return [
+        idle = [
             request
             for request in self.requests.values()
             if request is not wanting
             and request.trunk != DORMANT
             and request.last_used < self.round
         ]
+        if blocks > self._within_reach(idle):
+            return False
+        forks = [(request, row) for request in self.requests.values() for row in request.forks]
+        chances = self.rows.chance[[row for _, row in forks]]
+        for i in np.argsort(chances, kind="stable").tolist():
+            request, row = forks[i]
+            self._counters["draft_narrowed"] += 1
+            self.prune(request, [row])
+            if self._has_room(rows, blocks):
+                return True
+        for request in sorted(idle, key=lambda request: request.last_used):
+            self._counters["draft_evictions"] += 1
+            self.release(request)
+            if self._has_room(rows, blocks):
+                return True
+        return False
 
-    def _within_reach(self, wanting: Request) -> int:
-        """The most blocks that evicting all others can free; shared ones count twice."""
+    def _has_room(self, rows: int, blocks: int) -> bool:
+        return self.rows.free_count >= rows and self.blocks.free_count >= blocks
+
+    def _within_reach(self, idle: Sequence[Request]) -> int:
+        """The most blocks that can be freed; shared ones count twice."""
         forks = sum(
             len(own) for request in self.requests.values() for own in request.forks.values()
         )
-        trunks = sum(len(request.blocks) for request in self._idle(wanting))
+        trunks = sum(len(request.blocks) for request in idle)
         return self.blocks.free_count + forks + trunks

@@ -28,8 +28,9 @@ def best_tokens(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.T
     whole = chunks * _CHUNK
     maxima = logits[:, :whole].unflatten(1, (chunks, _CHUNK)).amax(dim=-1)
     likely = maxima.topk(count, dim=-1, sorted=False).indices
-    tokens = torch.arange(vocabulary, device=logits.device)
-    in_likely = tokens[:whole].view(chunks, _CHUNK)[likely].view(rows, -1)
-    among = torch.cat((in_likely, tokens[whole:].expand(rows, -1)), dim=1)
+    in_chunk = torch.arange(_CHUNK, device=logits.device)
+    in_likely = (likely[..., None] * _CHUNK + in_chunk).view(rows, -1)
+    rest = torch.arange(whole, vocabulary, device=logits.device)
+    among = torch.cat((in_likely, rest.expand(rows, -1)), dim=1)
     values, at = logits.gather(1, among).topk(count, dim=-1)
     return values, among.gather(1, at)

@@ -39,6 +39,7 @@ COUNTERS = (
     "draft_step_seconds",
     "draft_python_seconds",
     "draft_rows",
+    "draft_plan_seconds",
     "draft_rounds",
     "draft_rounds_cut",
     "draft_round_seconds",
@@ -145,13 +146,17 @@ class DraftEngine:
         """
         self._settle()
         self._cut_round()
+        began = time.perf_counter()
         requests, confirmed, proposed = self._unpack(message)
         self._times.begin_round(len(requests), any(proposed), message.verify_us * 1e-6)
         self._rounds.follow(requests, confirmed)
         self._rounds.plan(requests, proposed)
         self._forking.fork(requests)
+        seconds = time.perf_counter() - began
+        self._times.observe_plan(seconds)
+        self.counters["draft_plan_seconds"] += seconds
         if self.has_work:
-            self._round_began = time.perf_counter()
+            self._round_began = began
 
     def _unpack(self, message: Verified) -> tuple[list[Request], list[list[int]], list[list[int]]]:
         """The requests of a verification, their confirmed tokens and what is proposed for each."""

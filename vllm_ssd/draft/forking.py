@@ -132,9 +132,9 @@ class Forking:
             choices = self._rows.choices[trunks.row, :positions]
             ends = (choices[..., None] == stop[:, None, None, :]).any(-1)
             chances[ends & (k < trunks.known[:, None])[..., None]] = 0.0
-        for i, request in enumerate(requests):
-            for made_k, made_choice in request.made:
-                chances[i, made_k, made_choice] = 0.0
+        made = [(i, *outcome) for i, request in enumerate(requests) for outcome in request.made]
+        if made:
+            chances[tuple(np.array(made).T)] = 0.0
         return chances
 
     def _choose(self, requests: Sequence[Request], trunks: _Trunks, chances: Float64Array) -> Forks:

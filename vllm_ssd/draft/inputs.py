@@ -41,8 +41,11 @@ class DeviceInputs(NamedTuple):
     starts: torch.Tensor
     lens: torch.Tensor
     rows: torch.Tensor
+    forks: torch.Tensor
+    trunks: torch.Tensor
     changed_rows: torch.Tensor
-    changed_tables: torch.Tensor
+    changed_columns: torch.Tensor
+    changed_blocks: torch.Tensor
 
 
 def send(
@@ -55,8 +58,11 @@ def send(
         host.starts,
         host.lens,
         sequences.rows,
+        changes.forks,
+        changes.trunks,
         changes.rows,
-        changes.tables,
+        changes.columns,
+        changes.blocks,
     )
     if device.type == "cpu":
         return DeviceInputs(*map(torch.from_numpy, arrays))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
+import numpy as np
+
 from vllm_ssd.core.arrays import Float32Array, Int32Array
 
 FROM_LAST_STEP = -1
@@ -17,10 +19,27 @@ class BlockChanges(NamedTuple):
     """``[c]``, blocks to copy ..."""
     destinations: Int32Array
     """``[c]``, ... to these, all different and none of them a source."""
+    forks: Int32Array
+    """``[f]``, rows, all different, whose block table begins as another row's does: all of these
+    tables are read before one is written."""
+    trunks: Int32Array
+    """``[f]``, these other rows."""
+    shared: int
+    """How many entries are taken over, at most."""
     rows: Int32Array
-    """``[m]``, the rows whose block table has changed."""
-    tables: Int32Array
-    """``[m, blocks]``, their tables as far as they are used; the rest of a row keeps its value."""
+    """``[m]``: single entries of block tables, each named once: the row, ..."""
+    columns: Int32Array
+    """``[m]``, ... which entry ..."""
+    blocks: Int32Array
+    """``[m]``, ... and the block."""
+
+    @classmethod
+    def of_tables(cls, rows: Int32Array, tables: Int32Array) -> BlockChanges:
+        """Whole block tables, ``[n, blocks]``, of ``n`` rows, and no copies."""
+        none = np.zeros(0, np.int32)
+        count, width = tables.shape
+        columns = np.tile(np.arange(width, dtype=np.int32), count)
+        return cls(none, none, none, none, 0, np.repeat(rows, width), columns, tables.ravel())
 
 
 class Sequences(NamedTuple):

@@ -233,6 +233,8 @@ class Pipeline:
         if caught_up:
             fed = np.concatenate([fed, np.array(caught_up, np.int32)])
             at = np.concatenate([at, their_at])
-        grown = rows.take_step(fed, Choices(choices.tokens[at], choices.probabilities[at]))
+        if step.ahead or step.chunks:
+            choices = Choices(choices.tokens[at], choices.probabilities[at])
+        grown = rows.take_step(fed, choices)
         prefilled = sum(count for _, count in step.chunks)
         return Taken(grown, len(decoding), prefilled, step.began)

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vllm_ssd.core.arrays import Float32Array
 from vllm_ssd.core.outcomes import OutcomeModel
 from vllm_ssd.core.tree import Where
 from vllm_ssd.draft.allocator import Allocator
@@ -59,6 +58,7 @@ class Rounds:
                 request.append(tokens)
             else:
                 self._follow(request, tokens)
+        self._allocator.drop_forks(requests)
 
     def _follow(self, request: Request, confirmed: list[int]) -> None:
         allocator, rows, cache = self._allocator, self._rows, self._trees.cache
@@ -74,28 +74,42 @@ class Rounds:
         else:
             kept = min(old_length + walk.offset, int(rows.computed[request.trunk]))
             allocator.cut_back(request, kept)
-        allocator.drop_forks(request)
         allocator.share_verified(request)
 
     def _learn(self, requests: Sequence[Request], confirmed: Sequence[list[int]]) -> None:
         """Learn how verifications ended, where the trunk held what was verified."""
-        stated: list[Float32Array] = []
-        came: list[int] = []
-        for request, tokens in zip(requests, confirmed, strict=True):
-            rows, trunk, accepted = self._rows, request.trunk, len(tokens) - 1
-            if trunk == DORMANT or request.strayed or accepted > request.verified:
-                continue
-            if self._trees.cache.row_tokens(trunk)[:accepted] != tokens[:-1]:
-                continue
-            came += [0] * accepted
-            # The choices after them may not be known yet.
-            known = min(accepted, int(rows.computed[trunk]) - request.length)
-            if known == accepted:
-                found = np.flatnonzero(rows.choices[trunk, accepted] == tokens[-1])
-                came.append(int(found[0]) if found.size else -1)
-            stated.append(rows.stated[trunk, : accepted + (known == accepted)])
-        if stated:
-            self._outcomes.observe(np.concatenate(stated), np.array(came, np.int64))
+        rows, cache = self._rows, self._trees.cache
+        known = [
+            (request, tokens)
+            for request, tokens in zip(requests, confirmed, strict=True)
+            if request.trunk != DORMANT
+            and not request.strayed
+            and 0 < len(tokens) <= request.verified + 1
+        ]
+        if not known:
+            return
+        trunk = np.array([request.trunk for request, _ in known])
+        accepted = np.array([len(tokens) - 1 for _, tokens in known])
+        last = np.array([tokens[-1] for _, tokens in known])
+        length = np.array([request.length for request, _ in known])
+        k = np.arange(self._depth + 1)
+        # [requests, K + 1]: the first choices that were accepted, and the choice that came then.
+        right = k < accepted[:, None]
+        came = np.zeros(right.shape, np.int64)
+        choices = rows.choices[trunk, accepted] == last[:, None]
+        came[np.arange(len(known)), accepted] = np.where(
+            choices.any(axis=1), choices.argmax(axis=1), -1
+        )
+        # What the draft would choose after the accepted tokens may not be known yet.
+        prepared = rows.computed[trunk] - length >= accepted
+        seen = right | ((k == accepted[:, None]) & prepared[:, None])
+        held = (
+            np.concatenate([tokens[:-1] for _, tokens in known])
+            == (cache.tokens[trunk, : self._depth + 1][right])
+        )
+        strayed = np.bincount(np.nonzero(right)[0], ~held, len(known)) > 0
+        seen &= ~strayed[:, None]
+        self._outcomes.observe(rows.stated[trunk, : self._depth + 1][seen], came[seen])
 
     # ---- plan
 
@@ -106,38 +120,60 @@ class Rounds:
             requests: their owners; new or evicted ones hold nothing yet.
             proposed: the drafted tokens of each that are verified now.
         """
+        planned: list[Request] = []
         for request, tokens in zip(requests, proposed, strict=True):
-            if not self._plan(request, tokens):
+            if self._prepare(request, tokens):
+                planned.append(request)
+            else:
                 self._allocator.release(request)
                 self._trees.withdraw(request.handle)  # the target must not wait for a tree
+        self._resume(planned)
+        for request in planned:
+            self._trees.plant(
+                request.handle, request.length, request.trunk, request.drafted, request.ended
+            )
+            request.made = []
+            request.next_k = 0
+            request.forks_open = UNDECIDED
 
-    def _plan(self, request: Request, proposed: list[int]) -> bool:
-        """Plant one; False if nothing can be drafted for this request now."""
+    def _prepare(self, request: Request, proposed: list[int]) -> bool:
+        """Give a trunk what it needs to grow; False if nothing can be drafted now."""
         allocator, rows = self._allocator, self._rows
         if request.length >= request.limit - 1:
             return False  # the next token is the last, and comes from the target itself
         if request.trunk == DORMANT and not allocator.admit(request):
             return False
-        trunk, drafted = request.trunk, request.drafted
+        held = len(request.drafted)
         # If the trunk does not hold the proposal (its branch is lost), only the trunk's own course
         # is drafted, as if nothing were being verified.
-        request.strayed = drafted[: len(proposed)].tolist() != proposed
+        request.strayed = request.drafted[: len(proposed)].tolist() != proposed
         request.verified = 0 if request.strayed else len(proposed)
         grow_to = min(len(proposed) + 1 + self._depth, request.limit - request.length)
-        rows.room[trunk] = max(0, grow_to - len(drafted))
-        if not allocator.cover(request, request.length + max(grow_to, len(drafted))):
-            return False
-        at_rest = not rows.pending[trunk] and request.handle not in allocator.catching_up
-        if at_rest and not request.ended:
-            token = rows.resume(trunk, len(drafted))
-            if token is not None:
-                drafted = np.append(drafted, np.int32(token))
-                request.ended = token in request.stop
-        self._trees.plant(request.handle, request.length, trunk, drafted, request.ended)
-        request.made = []
-        request.next_k = 0
-        request.forks_open = UNDECIDED
-        return True
+        rows.room[request.trunk] = max(0, grow_to - held)
+        return allocator.cover(request, request.length + max(grow_to, held))
+
+    def _resume(self, requests: Sequence[Request]) -> None:
+        """Let idle trunks grow again: they have more room now."""
+        rows = self._rows
+        resting = [
+            request
+            for request in requests
+            if not request.ended
+            and not rows.pending[request.trunk]
+            and request.handle not in self._allocator.catching_up
+        ]
+        if not resting:
+            return
+        trunks = np.array([request.trunk for request in resting], np.int32)
+        lengths = np.array([len(request.drafted) for request in resting], np.int32)
+        rows_grown, tokens, ended = rows.resume(trunks, lengths)
+        grown = dict(
+            zip(rows_grown.tolist(), zip(tokens, ended.tolist(), strict=True), strict=True)
+        )
+        for request in resting:
+            if request.trunk in grown:
+                token, request.ended = grown[request.trunk]
+                request.drafted = np.append(request.drafted, token)
 
     def trim(self, request: Request, verified: int) -> None:
         """Fewer tokens are verified than were proposed: outcomes beyond them cannot happen."""

@@ -1,8 +1,8 @@
 """The rows of the draft's batch: every trunk and fork of every request, as arrays.
 
-A row is one sequence being decoded: its block table, the token it feeds next, how far it may
-grow. One step of all rows is a handful of array operations, whatever their number. The tokens that
-a row has grown by are in the trees (:mod:`vllm_ssd.draft.trees`).
+A row is one sequence being decoded: the token it feeds next, how far it may grow, what changes in
+its block table. One step of all rows is a handful of array operations, whatever their number. The
+tokens that a row has grown by are in the trees (:mod:`vllm_ssd.draft.trees`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 
 from vllm_ssd.core.arrays import BoolArray, Float32Array, Int32Array
 from vllm_ssd.core.tree import row_width
-from vllm_ssd.draft.model import Choices
+from vllm_ssd.draft.model import BlockChanges, Choices
 
 MAX_STOP_TOKENS = 8
 """End tokens checked per request; drafting goes on past any further ones."""
@@ -29,23 +29,67 @@ class Grown(NamedTuple):
     """Whether it ends with that token."""
 
 
+class TableChanges:
+    """Changes of the rows' block tables that the model does not have yet."""
+
+    def __init__(self) -> None:
+        self._trunks: dict[int, int] = {}
+        """By fork, both rows."""
+        self._shared = 0
+        self._entries: dict[int, list[tuple[int, list[int]]]] = {}
+        """By row: blocks from some entry on."""
+
+    def clear(self) -> None:
+        """Forget them all."""
+        self._trunks.clear()
+        self._entries.clear()
+        self._shared = 0
+
+    def drop(self, rows: list[int]) -> None:
+        """Forget those of rows that are free."""
+        for row in rows:
+            self._trunks.pop(row, None)
+            self._entries.pop(row, None)
+
+    def fork(self, row: int, trunk: int, first: int, blocks: list[int]) -> None:
+        """A row takes over the first entries of another one's table; its own blocks follow."""
+        self._trunks[row] = trunk
+        self._shared = max(self._shared, first)
+        self._entries[row] = [(first, blocks)]
+
+    def set(self, row: int, first: int, blocks: list[int]) -> None:
+        """A row's table has these blocks from entry ``first`` on."""
+        self._entries.setdefault(row, []).append((first, blocks))
+
+    def take(self) -> BlockChanges:
+        """All of them, without copies of blocks; nothing is left afterwards."""
+        latest = {
+            (row, column): block
+            for row, changes in self._entries.items()
+            for first, blocks in changes
+            for column, block in enumerate(blocks, first)
+        }
+        entries = np.array([(*at, block) for at, block in latest.items()], np.int32).reshape(-1, 3)
+        forks = np.array(list(self._trunks.items()), np.int32).reshape(-1, 2)
+        shared = self._shared
+        self.clear()
+        none = np.zeros(0, np.int32)
+        rows, columns, blocks = np.ascontiguousarray(entries.T)
+        fork_rows, trunks = np.ascontiguousarray(forks.T)
+        return BlockChanges(none, none, fork_rows, trunks, shared, rows, columns, blocks)
+
+
 class Rows:
     """State of all rows; every array is indexed by row.
 
     Args:
         max_rows: rows in all.
-        max_blocks: KV blocks of the longest text.
         num_speculative_tokens: K.
         num_choices: C, how many best tokens of each position are kept for forks.
     """
 
-    def __init__(
-        self, max_rows: int, max_blocks: int, num_speculative_tokens: int, num_choices: int
-    ) -> None:
+    def __init__(self, max_rows: int, num_speculative_tokens: int, num_choices: int) -> None:
         width = row_width(num_speculative_tokens) + 1
-        self.block_table: Int32Array = np.zeros((max_rows, max_blocks), np.int32)
-        self.num_blocks: Int32Array = np.zeros(max_rows, np.int32)
-        """How many entries of the block table are used."""
         self.start: Int32Array = np.zeros(max_rows, np.int32)
         """Position in the text of the row's token 0 (``cache.tokens[row, 0]``)."""
         self.computed: Int32Array = np.zeros(max_rows, np.int32)
@@ -63,13 +107,13 @@ class Rows:
         """``[row, i]``: the draft's probabilities of these."""
         self.chance: Float32Array = np.zeros(max_rows, np.float32)
         """Of a fork: the chance of its outcome, as estimated when it was made."""
-        self._changed: BoolArray = np.zeros(max_rows, np.bool_)
+        self.tables = TableChanges()
         self.reset()
 
     def reset(self) -> None:
         """All rows are free."""
         self.pending[:] = False
-        self._changed[:] = False
+        self.tables.clear()
         self._free = list(range(len(self.start) - 1, -1, -1))
 
     @property
@@ -86,23 +130,8 @@ class Rows:
     def give_back(self, rows: list[int]) -> None:
         """Free rows."""
         self.pending[rows] = False
+        self.tables.drop(rows)
         self._free += rows
-
-    # ---- block tables
-
-    def set_blocks(self, row: int, first: int, block_ids: list[int]) -> None:
-        """Set a row's block table from entry ``first`` on; it ends with these blocks."""
-        end = first + len(block_ids)
-        self.block_table[row, first:end] = block_ids
-        self.num_blocks[row] = end
-        self._changed[row] = True
-
-    def take_changed(self) -> tuple[Int32Array, Int32Array]:
-        """The rows whose block tables changed since the last call, and these tables."""
-        rows = np.flatnonzero(self._changed).astype(np.int32)
-        self._changed[rows] = False
-        width = int(self.num_blocks[rows].max(initial=0))
-        return rows, self.block_table[rows, :width]
 
     # ---- growing
 
@@ -120,23 +149,22 @@ class Rows:
         self.computed[row] = computed
         self.pending[row] = False
 
-    def resume(self, row: int, length: int) -> int | None:
-        """Let an idle row grow again, as far as it has room.
+    def resume(self, rows: Int32Array, lengths: Int32Array) -> Grown:
+        """Let idle rows grow again, as far as they have room.
 
         Args:
-            row: has ``length`` tokens.
+            rows: ``[n]``.
+            lengths: ``[n]``, how many tokens each has.
 
         Returns:
-            The token it grows by at once, if its choices there are known already.
+            Those that grow at once, because their choices are known already.
         """
-        if self.computed[row] < self.start[row] + length:
-            self.pending[row] = True  # it was stopped before it fed its last token
-            return None
-        if self.room[row] <= 0:
-            return None
-        index = np.array([row], np.int32)
-        grown = self._grow(index, self.choices[row, length, :1].copy())
-        return int(grown.tokens[0])
+        # The others were stopped before they fed their last token.
+        fed = self.computed[rows] >= self.start[rows] + lengths
+        self.pending[rows[~fed]] = True
+        grows = fed & (self.room[rows] > 0)
+        rows, lengths = rows[grows], lengths[grows]
+        return self._grow(rows, self.choices[rows, lengths, 0])
 
     def take_step(self, rows: Int32Array, choices: Choices) -> Grown:
         """Take in one step's result.

@@ -207,7 +207,6 @@ class DraftServer:
             return
         max_rows = model.config.scheduler_config.max_num_seqs
         max_tokens = model.config.scheduler_config.max_num_batched_tokens
-        max_blocks = -(-model.config.model_config.max_model_len // model.block_size)
         policy = Policy(
             setup.num_speculative_tokens,
             tuple(setup.fan_out) or None,
@@ -216,7 +215,7 @@ class DraftServer:
         )
         self._engine = DraftEngine(
             model,
-            Rows(max_rows, max_blocks, setup.num_speculative_tokens, candidates),
+            Rows(max_rows, setup.num_speculative_tokens, candidates),
             KVBlocks(model.num_blocks, model.block_size, setup.enable_prefix_caching),
             policy,
             prefill_chunk=max(1, (max_tokens - max_rows) // _BUSY_CHUNK_FRACTION),

@@ -174,10 +174,13 @@ class VllmDraftModel:
         padded = pad(total, count, full, descriptor.num_tokens, descriptor.num_reqs)
         host = host_inputs(sequences, padded)
         inputs = send(changes, sequences, host, self._device)
+        tables = self._row_tables
+        if len(changes.forks):
+            tables[inputs.forks, : changes.shared] = tables[inputs.trunks, : changes.shared]
         if len(changes.rows):
-            used = changes.tables.shape[1]
-            self._row_tables[inputs.changed_rows, :used] = inputs.changed_tables
-        buffers = self._fill(inputs, padded)
+            tables[inputs.changed_rows, inputs.changed_columns] = inputs.changed_blocks
+        used = int(host.lens.max() - 1) // self.block_size + 1
+        buffers = self._fill(inputs, padded, used)
         return _Forward(
             mode,
             descriptor,
@@ -188,8 +191,14 @@ class VllmDraftModel:
             buffers.starts[1 : count + 1] - 1 if total > count else slice(count),
         )
 
-    def _fill(self, inputs: DeviceInputs, padded: Padded) -> _Buffers:
-        """Fill the persistent buffers; what follows from the inputs is computed on the device."""
+    def _fill(self, inputs: DeviceInputs, padded: Padded, used: int) -> _Buffers:
+        """Fill the persistent buffers; what follows from the inputs is computed on the device.
+
+        Args:
+            inputs: of the step.
+            padded: their sizes in the buffers.
+            used: entries of the longest block table.
+        """
         from vllm.v1.attention.backends.utils import NULL_BLOCK_ID, PAD_SLOT_ID
 
         runner, table = self._runner, self._batch_table
@@ -207,7 +216,7 @@ class VllmDraftModel:
         lens = runner.seq_lens[: padded.sequences]
         lens.copy_(inputs.lens)
         tables = table.block_table.gpu[: padded.sequences]
-        torch.index_select(self._row_tables, 0, inputs.rows, out=tables[:count])
+        tables[:count, :used] = self._row_tables[inputs.rows, :used]
         if padded.sequences > count:
             tables[count:] = NULL_BLOCK_ID
         slots = table.slot_mapping.gpu[: padded.tokens]

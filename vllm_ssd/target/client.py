@@ -288,9 +288,13 @@ class DraftClient:
         try:
             self.process.channel.send(*numbered)
         except ChannelFullError as error:
-            # Nothing sent in this epoch: there is nothing to be out of step with.
+            # The draft reads nothing: its silence counts, whatever epoch that is.
+            self._unanswered_since = since = self._unanswered_since or time.monotonic()
             if self._number:
                 self.resync(str(error))
+                self._unanswered_since = since
+            else:
+                self._forget_requests()  # they were not announced after all
             return
         except ChannelClosedError as error:
             self._lose(str(error))

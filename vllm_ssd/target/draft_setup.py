@@ -91,8 +91,9 @@ class DraftPlan:
         if self.taken_from_target >= available:
             raise ValueError(
                 f"ssd: the draft needs {self.taken_from_target >> 20} MiB of the "
-                f"{available >> 20} MiB left for KV caches; lower draft_kv_cache_memory_bytes or "
-                "max_model_len, or choose a smaller draft model"
+                f"{available >> 20} MiB left for KV caches; lower draft_kv_cache_memory_bytes if "
+                "it is set, branches or --max-num-seqs (which size the draft's batch), or choose "
+                "a smaller draft model"
             )
 
     def fit_length(self) -> None:

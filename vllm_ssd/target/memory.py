@@ -18,6 +18,8 @@ CPU_BLOCK_SIZE = 32
 block."""
 CUDA_BLOCK_SIZE = 16
 """vLLM's own default, which its backends for plain full attention keep."""
+_FORKS_PART = 8
+"""Forks get at most one part in so many of the memory that target and draft share."""
 _NULL_BLOCKS = 1
 """Blocks of a KV cache that vLLM keeps for padding."""
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -72,6 +74,9 @@ def kv_cache_bytes(
 ) -> int:
     """The draft's KV cache: room for as many tokens as the target's, and for its forks.
 
+    The draft can do with few forks. They get an eighth of the shared memory at most; beside a
+    target of given size, no more tokens than texts do.
+
     Args:
         available: bytes for the target's KV cache, and for all of the draft unless its size is
             given.
@@ -79,15 +84,18 @@ def kv_cache_bytes(
         target_bytes_per_token: of the target.
         draft_bytes_per_token: of the draft.
         useful_tokens: the most that the draft can use.
-        fork_tokens: tokens of the blocks that forks own, on top.
+        fork_tokens: tokens of the blocks that all forks together can own.
         target_size_is_given: the user has set the target's size, so the draft's comes on top.
     """
     if target_size_is_given:
         tokens = available / target_bytes_per_token if target_bytes_per_token else useful_tokens
+        forks = min(fork_tokens, int(tokens))
     else:
-        both = target_bytes_per_token + draft_bytes_per_token
-        tokens = max(0, available - overhead) / both
-    return draft_bytes_per_token * (min(int(tokens), useful_tokens) + fork_tokens)
+        left = max(0, available - overhead)
+        forks = min(fork_tokens, left // (_FORKS_PART * draft_bytes_per_token))
+        left -= forks * draft_bytes_per_token
+        tokens = left / (target_bytes_per_token + draft_bytes_per_token)
+    return draft_bytes_per_token * (min(int(tokens), useful_tokens) + forks)
 
 
 def check_kv_cache(size: int, bytes_per_token: int, length: int, block_size: int) -> None:
@@ -205,7 +213,7 @@ def working_bytes(rows: int, tokens: int, logits: int, shape: Shape, itemsize: i
         shape: the model's.
         itemsize: bytes of the model's type.
     """
-    # Their probabilities are computed in float32.
+    # vLLM's warm-up samples from all rows once, in float32.
     scores = rows * logits * (itemsize + 4)
     widest = 4 * shape.hidden + 3 * max(shape.intermediate, shape.expert_intermediate)
     return scores + tokens * widest * itemsize

@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 
     from vllm_ssd.target.client import DraftClient
 
-ANNOUNCED_TOKENS = 4 << 20
-"""Tokens of text announced in one step (16 MiB): many long requests take turns."""
+ANNOUNCED_TOKENS = 256 << 10
+"""Tokens of text announced in one step (1 MiB, a few milliseconds): many long requests take
+turns."""
 
 
 def tells_before_launch(on_cpu: bool) -> bool:

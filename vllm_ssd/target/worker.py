@@ -144,6 +144,13 @@ class SSDWorker(PlatformWorker):
         super().sleep(level)
         self._asleep = set(SLEEP_TAGS)
 
+    def discard(self, tags: tuple[str, ...]) -> None:
+        """Free parts of the target's memory as vLLM does, and all of the draft's with its KV."""
+        super().discard(tags)
+        self._asleep |= set(tags)
+        if self._client is not None and "kv_cache" in tags:
+            self._client.sleep()
+
     def wake_up(self, tags: list[str] | None = None) -> None:
         """Bring the target back as vLLM does; once all of it is back, start the draft."""
         super().wake_up(tags)

@@ -104,8 +104,10 @@ class Channel(Generic[Frame]):
     def _append(self, data: bytes | bytearray) -> None:
         """Send bytes after all others."""
         with self._sending:
+            behind = bool(self._outbox)
             self._outbox += data
-        if not self.flush():
+        # What is left over is the thread's: the caller does not wait for a long text either.
+        if (behind and self._sender is not None) or not self.flush():
             self._let_a_thread_send()
 
     def flush(self) -> bool:
