@@ -31,9 +31,13 @@ overridden, has its first parameters in parentheses, after "|" those that are pa
 TARGET: Names = {
     "vllm.engine.arg_utils:EngineArgs": (
         "create_speculative_config(self target_model_config target_parallel_config) "
-        "additional_config async_scheduling speculative_config"
+        "additional_config async_scheduling create_load_config(self) gdn_prefill_backend "
+        "kda_decode_backend kda_prefill_backend spec_method spec_model spec_tokens "
+        "speculative_config"
     ),
     "vllm.config": "ModelConfig",
+    "vllm.config:CUDAGraphMode": "has_full_cudagraphs(self) separate_routine(self)",
+    "vllm.config:LoadConfig": "download_dir",
     "vllm.config:VllmConfig": (
         "additional_config cache_config compilation_config load_config model_config "
         "parallel_config scheduler_config speculative_config"
@@ -69,18 +73,22 @@ TARGET: Names = {
     "vllm.v1.core.sched.output:SchedulerOutput": (
         "finished_req_ids num_scheduled_tokens scheduled_new_reqs scheduled_spec_decode_tokens"
     ),
-    "vllm.v1.core.sched.output:NewRequestData": "prompt_token_ids req_id sampling_params",
+    "vllm.v1.core.sched.output:NewRequestData": (
+        "lora_request mm_features prompt_embeds prompt_token_ids req_id sampling_params"
+    ),
     "vllm.v1.kv_cache_interface:KVCacheSpec": "max_memory_usage_bytes(self vllm_config)",
-    "vllm.v1.worker.gpu_input_batch:CachedRequestState": "num_prompt_tokens sampling_params",
+    "vllm.v1.worker.gpu_input_batch:CachedRequestState": (
+        "lora_request mm_features num_prompt_tokens prompt_embeds prompt_token_ids sampling_params"
+    ),
     "vllm.sampling_params:SamplingParams": (
         "eos_token_id ignore_eos max_tokens min_tokens stop_token_ids"
     ),
     "vllm.v1.worker.gpu_worker": "Worker",
     "vllm.v1.worker.gpu_worker:Worker": (
         "__init__(self vllm_config) compile_or_warm_up_model(self) "
-        "determine_available_memory(self) execute_model(self scheduler_output) init_device(self) "
-        "shutdown(self) sleep(self level) update_max_model_len(self max_model_len) "
-        "wake_up(self tags)"
+        "determine_available_memory(self) discard(self tags) execute_model(self scheduler_output) "
+        "get_kv_cache_spec(self) init_device(self) shutdown(self) sleep(self level) "
+        "update_max_model_len(self max_model_len) wake_up(self tags)"
     ),
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner": (
         "propose_draft_token_ids(self scheduler_output)"
@@ -157,7 +165,7 @@ DRAFT: Names = {
         "cache_full_blocks(self request blocks | num_cached_blocks num_full_blocks block_size "
         "kv_cache_group_id) free_blocks(self ordered_blocks) get_cached_block(self block_hash "
         "kv_cache_group_ids) get_new_blocks(self num_blocks) get_num_free_blocks(self) "
-        "is_block_writable(self block) touch(self blocks)"
+        "touch(self blocks)"
     ),
     "vllm.v1.core.kv_cache_utils": (
         "BlockHash KVCacheBlock KVCacheBlockCopy(src_block_id dst_block_id) "

@@ -31,5 +31,5 @@ def keep_compile_key(engine_args: Any) -> None:
     """
     additional = engine_args.additional_config
     ours_alone = isinstance(additional, dict) and list(additional) == [ADDITIONAL_CONFIG_KEY]
-    if ours_alone and not any(getattr(engine_args, name, None) for name in _BESIDE):
+    if ours_alone and not any(getattr(engine_args, name) for name in _BESIDE):
         engine_args.additional_config = UnhashedConfig(additional)

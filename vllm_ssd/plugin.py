@@ -53,7 +53,7 @@ def _gather(engine_args: Any) -> Any:
         ValueError: an option is given in both places.
     """
     options = engine_args.speculative_config or {}
-    flags = {name: getattr(engine_args, f"spec_{flag}", None) for name, flag in _FLAGS.items()}
+    flags = {name: getattr(engine_args, f"spec_{flag}") for name, flag in _FLAGS.items()}
     given = {name: value for name, value in flags.items() if value is not None}
     if not isinstance(options, dict) or METHOD not in (options.get("method"), given.get("method")):
         return engine_args.speculative_config

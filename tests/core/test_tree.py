@@ -32,9 +32,9 @@ def cache() -> SpeculationCache:
 
 
 def draft_after(cache: SpeculationCache, *text: int, limit: int = 8) -> list[int]:
-    walk = cache.walk(HANDLE, list(text))
-    assert walk.where is Where.FOUND
-    return cache.below(walk, limit)
+    (below,) = cache.look_up([HANDLE], [list(text)])
+    assert below.where is Where.FOUND
+    return below.drafted[:limit]
 
 
 def where(cache: SpeculationCache, *text: int) -> Where:
@@ -112,12 +112,6 @@ def test_planting_anew_replaces_the_tree_and_its_forks(cache: SpeculationCache) 
     assert (tree.base, tree.trunk, tree.complete, tree.forks) == (BASE + 2, FORK, False, [])
     assert draft_after(cache) == [6]
     assert where(cache, 5) is Where.PENDING
-
-
-@pytest.mark.parametrize("drafted", [[], [6], [6, 7]])
-def test_an_end_token_is_left_to_the_target(cache: SpeculationCache, drafted: list[int]) -> None:
-    cache.plant(HANDLE, BASE, TRUNK, ints(*drafted), ended=True)
-    assert draft_after(cache) == drafted[:-1]
 
 
 def test_a_reused_row_keeps_nothing_of_its_former_fork(cache: SpeculationCache) -> None:
@@ -249,7 +243,8 @@ def test_a_walk_finds_exactly_the_texts_that_are_paths_of_the_tree(
     walk = cache.walk(HANDLE, text)
     if matching:
         assert walk.where is Where.FOUND
-        # The last token of each is an end token: that one is left to the target.
-        assert cache.below(walk, 99) in [path[len(text) :][:-1] for path in matching]
+        (below,) = cache.look_up([HANDLE], [text])
+        assert below.drafted in [path[len(text) :] for path in matching]
+        assert below.ended
     else:
         assert walk.where is Where.OFF

@@ -140,7 +140,7 @@ def guard_writes(sim: Simulation) -> None:
             held.update(block.block_id for block in owners(request))
         for block_id in written:
             assert held[block_id] == 1
-            assert sim.blocks.writable(blocks[block_id])
+            assert sim.blocks._pool.is_block_writable(blocks[block_id])
 
     sim.model.before_write = check
 

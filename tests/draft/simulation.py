@@ -12,12 +12,15 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from tests.draft.toy_model import LookaheadToyModel, ToyModel, best_tokens, greedy
-from vllm_ssd.core.tree import Walk, Where
+from vllm_ssd.core.stats import Stats
+from vllm_ssd.core.tree import Below
 from vllm_ssd.draft.blocks import KVBlocks
 from vllm_ssd.draft.engine import DraftEngine
 from vllm_ssd.draft.forking import Policy
 from vllm_ssd.draft.rows import Rows
+from vllm_ssd.target.lookup import LookUp, answer
 from vllm_ssd.target.published import PublishedTrees
+from vllm_ssd.target.requests import Tracked, most_drafts
 from vllm_ssd.wire.messages import (
     Finished,
     Forked,
@@ -134,12 +137,11 @@ class Simulation:
         proposed: list[int] = []
         tokens: list[int] = []
         for request in requests:
-            walk = self.walk(request)
-            wanted = min(self.sizes.depth, request.limit - len(request.text))
-            request.proposed = []
-            if walk.where is Where.FOUND and wanted > 0:
-                request.proposed = self.published.cache.below(walk, wanted)
-            request.verifying = len(request.proposed)
+            tracked = Tracked(request.handle, request.told, request.limit)
+            length = len(request.text)
+            wanted = most_drafts(tracked, length, self.sizes.depth)
+            answer([LookUp(0, tracked, [], length, wanted, self.look_up(request))], Stats())
+            request.proposed, request.verifying = tracked.proposed, tracked.verifying
             handles.append(request.handle)
             lengths.append(request.told)
             confirmed.append(len(request.text) - request.told)
@@ -156,11 +158,14 @@ class Simulation:
         )
         self.to_draft.append([message])
 
-    def walk(self, request: TargetRequest) -> Walk:
-        """Walk a request's text down its tree, however old the tree is."""
-        tree = self.published.cache.trees.get(request.handle)
+    def look_up(self, request: TargetRequest) -> Below:
+        """Look a request's text up in its tree, however old the tree is; either way to do it."""
+        cache = self.published.cache
+        tree = cache.trees.get(request.handle)
         new = request.text[tree.base :] if tree is not None else []
-        return self.published.cache.walk(request.handle, new)
+        ways = (cache.look_up, cache.look_up_many)
+        (below,) = ways[len(request.text) % 2]([request.handle], [new])
+        return below
 
     def verify(self, request: TargetRequest, accepted: int, token: int) -> list[int]:
         """One verification and the look-up after it; the new proposal."""

@@ -198,7 +198,7 @@ def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:
     sim.deliver()
     sim.draft_steps(3)
     sim.target_receives(9)
-    assert sim.published.cache.below(sim.walk(short), 1) == sim.greedy(short, 1)
+    assert sim.look_up(short).drafted[:1] == sim.greedy(short, 1)
     assert sim.engine.allocator.catching_up
     settle(sim)
 

@@ -35,7 +35,7 @@ def test_what_is_missing_is_reported_by_name(
 ) -> None:
     from vllm.v1.core.block_pool import BlockPool
 
-    monkeypatch.delattr(BlockPool, "is_block_writable")
+    monkeypatch.delattr(BlockPool, "touch")
     line = Line(
         Setup(
             engine_args={
@@ -53,4 +53,4 @@ def test_what_is_missing_is_reported_by_name(
     )
     DraftServer(line).run()  # type: ignore[arg-type]
     (answer,) = [answer for answer in line.answers if isinstance(answer, Failed)]
-    assert "vllm.v1.core.block_pool.BlockPool.is_block_writable" in answer.reason
+    assert "vllm.v1.core.block_pool.BlockPool.touch" in answer.reason

@@ -344,11 +344,11 @@ def test_outcomes_that_do_not_fit_the_known_text_are_out_of_step(
 def test_an_unguessed_text_is_pending_only_while_the_draft_is_at_work() -> None:
     sim, request = at_rest()
     request.text.append(sim.best(PROMPT)[-1])
-    assert sim.walk(request).where is Where.OFF
+    assert sim.look_up(request).where is Where.OFF
     other = sim.start(PROMPT[:3])
     sim.deliver()
     other.text.append(sim.best(other.text)[-1])
-    assert sim.walk(other).where is Where.PENDING
+    assert sim.look_up(other).where is Where.PENDING
 
 
 # ---- what is learned and counted

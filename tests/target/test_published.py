@@ -51,8 +51,9 @@ def test_what_is_published_is_found(published: PublishedTrees) -> None:
     published.fork(forked(HANDLE, [1], [7], [4], complete=1))
     published.steps([stepped([0, 4], [3, 8]), stepped([4], [9], ended=[4])])
     cache = published.cache
-    assert cache.below(cache.walk(HANDLE, [1]), 9) == [2, 3]
-    assert cache.below(cache.walk(HANDLE, [1, 7]), 9) == [8]
+    trunk, fork = cache.look_up([HANDLE, HANDLE], [[1], [1, 7]])
+    assert trunk.drafted == [2, 3]
+    assert (fork.drafted, fork.ended) == ([8, 9], True)
     assert cache.trees[HANDLE].complete
     assert cache.ended[4]
 
@@ -214,7 +215,4 @@ def test_no_message_makes_a_look_up_fail(garbage: list[Any], text: list[int]) ->
     walk = published.cache.walk(HANDLE, text)
     (below,) = published.cache.look_up([HANDLE], [text])
     assert (below.where, below.row) == (walk.where, walk.row)
-    if walk.row >= 0:
-        drafted = published.cache.below(walk, DEPTH)
-        assert len(drafted) <= DEPTH
-        assert all(0 <= token < VOCAB_SIZE for token in drafted)
+    assert all(0 <= token < VOCAB_SIZE for token in below.drafted)

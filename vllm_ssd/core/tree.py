@@ -339,18 +339,6 @@ class SpeculationCache:
         tokens: list[int] = self.tokens[row, : self.length[row]].tolist()
         return tokens
 
-    def below(self, walk: Walk, limit: int) -> list[int]:
-        """The draft after a ``FOUND`` walk: at most ``limit`` tokens, and no end token.
-
-        Proposing an end token gains nothing: the same verification yields it without that, as its
-        bonus token. And it would count as computed, which matters when more input is streamed to
-        the request: vLLM goes on from what is computed.
-        """
-        length = int(self.length[walk.row]) - int(self.ended[walk.row])
-        end = max(walk.offset, min(length, walk.offset + limit))
-        tokens: list[int] = self.tokens[walk.row, walk.offset : end].tolist()
-        return tokens
-
 
 def _forks_at(trees: list[Tree], keys: Int64Array) -> Int64Array:
     """For each tree the row of its fork with that key (:meth:`Tree.fork_at`), or -1; ``[n]``."""

@@ -159,10 +159,6 @@ class KVBlocks:
             kv_cache_group_id=_KV_GROUP,
         )
 
-    def writable(self, block: KVCacheBlock) -> bool:
-        """Whether exactly one owner holds this block and it is not shared through the cache."""
-        return self._pool.is_block_writable(block)
-
     def _hashes(
         self, tokens: Int32Array, prefix: VerifiedPrefix, count: int, first_block: int = 0
     ) -> list[BlockHash]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_ssd.wire.messages import Start, pack
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import NewRequestData
+    from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
 
 @dataclass(slots=True)
@@ -65,10 +68,6 @@ class RequestTable:
         """The request, if it has been announced."""
         return self._tracked.get(req_id)
 
-    def items(self) -> Iterable[tuple[str, Tracked]]:
-        """All announced requests."""
-        return self._tracked.items()
-
     def forget_all(self) -> None:
         """A new epoch has begun: no request has been announced in it."""
         self._tracked.clear()
@@ -108,7 +107,7 @@ def end_tokens(sampling_params: Any) -> list[int]:
     return ends
 
 
-def can_draft(request: Any) -> bool:
+def can_draft(request: NewRequestData | CachedRequestState) -> bool:
     """Whether a request of vLLM's (new or cached state) is one the draft can follow: plain tokens.
 
     Prompt embeddings and multimodal inputs are not text; a LoRA adapter changes the target's
@@ -116,7 +115,7 @@ def can_draft(request: Any) -> bool:
     """
     return (
         request.prompt_token_ids is not None
-        and getattr(request, "prompt_embeds", None) is None
+        and request.prompt_embeds is None
         and not request.mm_features
         and request.lora_request is None
         and request.sampling_params is not None
