@@ -161,7 +161,7 @@ def measure(
         began = time.perf_counter()
         proposals = proposer.propose(sampled, lengths, texts)
         seconds.append(time.perf_counter() - began)
-    return seconds, draft.engine, proposer.stats.hits / proposer.stats.rounds
+    return seconds, draft.engine, proposer.stats.hits / proposer.stats.look_ups
 
 
 def _proposer(

@@ -92,7 +92,7 @@ def _table(results: dict[str, Answers]) -> Table:
             f"{speed[name] / speed['plain']:.2f}",
             f"{speed[name] / base:.2f}" if base else "",
             f"{1 + m['accepted_tokens'] / m['drafts']:.2f}" if m.get("drafts") else "",
-            f"{m['hits'] / m['rounds']:.0%}" if m.get("rounds") else "",
+            f"{m['hits'] / m['look_ups']:.0%}" if m.get("look_ups") else "",
             _milliseconds(m, "draft_step_seconds", "draft_steps"),
             _milliseconds(m, "verify_seconds", "verify_intervals"),
             "identical" if answers.token_ids == plain.token_ids else "differs",

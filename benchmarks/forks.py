@@ -28,7 +28,7 @@ from rich.table import Table
 
 from vllm_ssd.cli.models import demo_models
 from vllm_ssd.core.arrays import Float32Array, Int32Array, Int64Array
-from vllm_ssd.core.forks import Forks, apportion, caps_for, choose_forks, geometric_fan_out
+from vllm_ssd.core.forks import Forks, apportion, choose_forks, fork_caps, geometric_fan_out
 from vllm_ssd.core.outcomes import OutcomeModel
 from vllm_ssd.draft_vocab import FILE as VOCAB_FILE
 
@@ -94,7 +94,7 @@ class Learned:
             branches: of each, the trunk being one.
         """
         chances = self._model.chances(verified, verified + 1, self._knows(stated))
-        caps = None if self._fan_out is None else caps_of(self._fan_out, verified)
+        caps = None if self._fan_out is None else fork_caps(self._fan_out, verified)
         return choose_forks(chances, np.full(len(verified), branches - 1), caps=caps)
 
     def learn(self, stated: Float32Array, came: Int64Array) -> None:
@@ -114,7 +114,7 @@ class Fixed:
 
     def forks(self, verified: Int64Array, stated: Float32Array, branches: int) -> Forks:
         """As :meth:`Learned.forks`."""
-        caps = caps_of(apportion(self._weights, branches), verified)
+        caps = fork_caps(apportion(self._weights, branches), verified)
         # All that the caps allow; which of them is likelier makes no difference.
         chances = np.ones(stated.shape)
         chances[np.arange(stated.shape[1]) > verified[:, None]] = 0.0
@@ -124,15 +124,6 @@ class Fixed:
         """Nothing is learned."""
 
 
-def caps_of(fan_out: Sequence[int], verified: Int64Array) -> Int64Array:
-    """Forks for each k, ``[B, K + 1]``; the trunk is the first guess after all n tokens."""
-    caps = np.zeros((len(verified), len(fan_out)), np.int64)
-    for row, n in zip(caps, verified.tolist(), strict=True):
-        row[: n + 1] = caps_for(fan_out, n)
-        row[n] = max(0, row[n] - 1)
-    return caps
-
-
 def policies(k: int) -> dict[str, Callable[[], Learned | Fixed]]:
     """All ways to choose, by name; made anew for each number of branches."""
     geometric = geometric_fan_out(k, 1000, 0.7, 1.0)
@@ -140,11 +131,11 @@ def policies(k: int) -> dict[str, Callable[[], Learned | Fixed]]:
     return {
         "uniform": lambda: Fixed((1.0,) * (k + 1)),
         "geometric": lambda: Fixed(geometric),
-        "learned, without probabilities": lambda: Learned(nothing),
-        "learned, the first choice's": lambda: Learned(first_choice),
-        "the same, at most 3 after each k": lambda: Learned(first_choice, three),
-        "learned, all probabilities": lambda: Learned(everything),
-        "all, at most 3 after each k": lambda: Learned(everything, three),
+        "learned, none": lambda: Learned(nothing),
+        "learned, first choice": lambda: Learned(first_choice),
+        "first choice, at most 3 a k": lambda: Learned(first_choice, three),
+        "learned, all": lambda: Learned(everything),
+        "all, at most 3 a k": lambda: Learned(everything, three),
     }
 
 

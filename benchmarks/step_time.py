@@ -203,7 +203,7 @@ def main() -> None:
     console = Console()
     console.print(table)
     stats = engine.stats()
-    waited = 1e3 * stats["wait_seconds"] / stats["rounds"]
+    waited = 1e3 * stats["wait_seconds"] / stats["look_ups"]
     console.print(f"hit rate {stats['hit_rate']:.0%}, {waited:.1f} ms waited a look-up")
 
 

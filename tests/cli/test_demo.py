@@ -21,7 +21,7 @@ from vllm_ssd.cli.models import DemoModels
 
 
 def test_everything_is_readable_in_eighty_columns() -> None:
-    speculating = {"drafts": 100.0, "accepted_tokens": 75.0, "hits": 59.0, "rounds": 100.0}
+    speculating = {"drafts": 100.0, "accepted_tokens": 75.0, "hits": 59.0, "look_ups": 100.0}
     times = {"draft_rounds": 100.0, "draft_round_seconds": 7.6}
     times |= {"verify_intervals": 100.0, "verify_seconds": 7.8}
     same = [[1] * 128] * 3

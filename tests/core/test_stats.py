@@ -9,12 +9,12 @@ from vllm_ssd.core.stats import Stats, add_draft_ratios
 
 def test_ratios_are_absent_until_there_is_something_to_divide_by() -> None:
     values = Stats().as_dict()
-    assert values["rounds"] == 0
+    assert values["look_ups"] == 0
     assert not {"hit_rate", "mean_depth_at_hit", "mean_propose_seconds"} & values.keys()
 
 
 def test_ratios_follow_from_the_counters() -> None:
-    stats = Stats(rounds=8, hits=6, depth_at_hit=24, proposals=4, propose_seconds=0.002)
+    stats = Stats(look_ups=8, hits=6, depth_at_hit=24, proposals=4, propose_seconds=0.002)
     values = stats.as_dict()
     assert values["hit_rate"] == 0.75
     assert values["mean_depth_at_hit"] == 4.0

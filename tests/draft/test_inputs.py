@@ -9,12 +9,12 @@ from vllm_ssd.core.arrays import Int32Array
 from vllm_ssd.draft.graphs import Padded
 from vllm_ssd.draft.inputs import (
     after_last_step,
+    cut,
     fill_slots,
     host_inputs,
-    pack,
+    join,
     send,
     sequence_of_tokens,
-    unpack,
 )
 from vllm_ssd.draft.model import FROM_LAST_STEP, BlockChanges, Sequences
 
@@ -44,8 +44,8 @@ def test_sequences_of_padding_are_empty() -> None:
 
 def test_what_is_sent_in_one_piece_is_what_arrives() -> None:
     arrays = [ints(1, 2, 3), np.zeros((0, 4), np.int32), np.arange(12).reshape(3, 4)[:, :2]]
-    sent = torch.from_numpy(pack([array.astype(np.int32) for array in arrays]))
-    for array, arrived in zip(arrays, unpack(sent, [a.shape for a in arrays]), strict=True):
+    sent = torch.from_numpy(join([array.astype(np.int32) for array in arrays]))
+    for array, arrived in zip(arrays, cut(sent, [a.shape for a in arrays]), strict=True):
         assert arrived.tolist() == array.tolist()
         assert arrived.numel() == 0 or arrived.untyped_storage().data_ptr() == sent.data_ptr()
 

@@ -212,7 +212,7 @@ class Pair:
         grown = difference(self.ssd.stats(), before)
         assert_identical(jobs, expected, found)
         # Without speculation the comparison would prove nothing.
-        assert grown["rounds"] > 0
+        assert grown["look_ups"] > 0
         assert grown["misses_draft_down"] == grown["errors"] == grown["resyncs"] == 0
         return grown
 
@@ -243,7 +243,7 @@ def difference(after: dict[str, float], before: dict[str, float]) -> dict[str, f
 
 def hit_rate_after_first(stats: dict[str, float]) -> float:
     """Of the look-ups after the first one of each request, how many hit."""
-    return (stats["hits"] - stats["first_hits"]) / (stats["rounds"] - stats["first_rounds"])
+    return (stats["hits"] - stats["first_hits"]) / (stats["look_ups"] - stats["first_look_ups"])
 
 
 def greedy(max_tokens: int | None = 32, **others: Any) -> SamplingParams:

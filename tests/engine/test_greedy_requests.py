@@ -35,7 +35,7 @@ def test_one_request(pair: Pair) -> None:
 
 def test_requests_of_mixed_lengths_arriving_over_time(pair: Pair) -> None:
     stats = pair.check_identical(staggered(MIXED_LENGTHS, every=2, params=greedy(40)))
-    assert stats["first_rounds"] == len(MIXED_LENGTHS)
+    assert stats["first_look_ups"] == len(MIXED_LENGTHS)
     if pair.spec.draft != "random":
         assert stats["hits"] > len(MIXED_LENGTHS)
 

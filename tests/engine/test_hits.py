@@ -35,4 +35,4 @@ def test_the_look_up_after_the_end_of_a_text_does_not_count(
     assert len(ended) >= 6
     stats = pair.check_identical([jobs[i] for i in ended])
     verifications = sum(len(answers[i].tokens) for i in ended) - stats["tokens_accepted"]
-    assert stats["rounds"] == verifications - len(ended)
+    assert stats["look_ups"] == verifications - len(ended)

@@ -166,7 +166,9 @@ def decode_until_hits_come_back(llm: LLM, texts: Sequence[list[int]], expected: 
         assert Decoding(llm, texts, max_tokens).finish() == expected
         after = stats(llm)
         quiet = all(after[name] == before[name] for name in ("resyncs", "misses_draft_down"))
-        if quiet and after["hits"] - before["hits"] > 0.3 * (after["rounds"] - before["rounds"]):
+        if quiet and after["hits"] - before["hits"] > 0.3 * (
+            after["look_ups"] - before["look_ups"]
+        ):
             return
         assert time.monotonic() < deadline, f"hits did not come back: {after}"
         time.sleep(0.3)

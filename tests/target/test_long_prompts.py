@@ -156,4 +156,4 @@ def test_a_long_prompt_is_drafted_for_at_its_first_look_up(
     for _ in range(DEPTH):
         expected.append(successor(expected[-1]))
     assert proposal == expected[1:]
-    assert (proposer.stats.first_rounds, proposer.stats.first_hits) == (1, 1)
+    assert (proposer.stats.first_look_ups, proposer.stats.first_hits) == (1, 1)

@@ -9,7 +9,7 @@ import pytest
 from vllm import SamplingParams
 
 from vllm_ssd.target import notices as notices_module
-from vllm_ssd.target.notices import Notices, tells_before_launch
+from vllm_ssd.target.notices import Notices
 from vllm_ssd.target.published import PublishedTrees
 from vllm_ssd.target.requests import RequestTable
 from vllm_ssd.wire.messages import Finished, Start, Trimmed, unpack_list
@@ -62,11 +62,6 @@ def table() -> RequestTable:
 def notices(table: RequestTable) -> Notices:
     line: Any = Line()
     return Notices(line, table)
-
-
-def test_on_cpu_a_step_is_announced_before_the_forward_and_on_a_gpu_after_its_launch() -> None:
-    assert tells_before_launch(on_cpu=True)
-    assert not tells_before_launch(on_cpu=False)
 
 
 def test_a_new_request_is_announced_and_a_finished_one_dropped(notices: Notices) -> None:

@@ -188,8 +188,8 @@ def _acceptance_length(metrics: dict[str, float]) -> str:
 
 
 def _hit_rate(metrics: dict[str, float]) -> str:
-    rounds = metrics.get("rounds", 0.0)
-    return f"{100 * metrics['hits'] / rounds:.0f} %" if rounds else "-"
+    look_ups = metrics.get("look_ups", 0.0)
+    return f"{100 * metrics['hits'] / look_ups:.0f} %" if look_ups else "-"
 
 
 def _times(metrics: dict[str, float]) -> str:

@@ -83,6 +83,20 @@ def caps_for(fan_out: Sequence[int], verified: int) -> tuple[int, ...]:
     return apportion([float(f) for f in possible], sum(fan_out))
 
 
+def fork_caps(fan_out: Sequence[int], verified: Int64Array) -> Int64Array:
+    """How many forks B verifications may have for each k, ``[B, K + 1]`` (:func:`caps_for`).
+
+    Args:
+        fan_out: ``[K + 1]``.
+        verified: ``[B]``, n of each. The trunk itself is the first guess after all n tokens.
+    """
+    caps = np.zeros((len(verified), len(fan_out)), np.int64)
+    for row, n in zip(caps, verified.tolist(), strict=True):
+        row[: n + 1] = caps_for(fan_out, n)
+        row[n] = max(0, row[n] - 1)
+    return caps
+
+
 def geometric_fan_out(
     num_speculative_tokens: int, fan_out: int, acceptance: float, miss_exponent: float
 ) -> tuple[int, ...]:

@@ -8,15 +8,13 @@ from typing import Literal
 
 @dataclass(slots=True)
 class Stats:
-    """What happened at the look-ups; monotonic counters, times in seconds.
+    """What happened at the look-ups; monotonic counters, times in seconds."""
 
-    A *round* is one look-up for one request that could use a draft.
-    """
-
-    rounds: int = 0
+    look_ups: int = 0
+    """For one request each, those of requests that could use a draft."""
     hits: int = 0
-    first_rounds: int = 0
-    """Look-ups right after a request's prompt, counted in ``rounds`` too."""
+    first_look_ups: int = 0
+    """Look-ups right after a request's prompt, counted in ``look_ups`` too."""
     first_hits: int = 0
     misses_no_branch: int = 0
     """The draft had guessed, but not this outcome."""
@@ -50,18 +48,18 @@ class Stats:
     restarts: int = 0
     errors: int = 0
 
-    def missed(self, why: Literal["draft_down", "resync"], rounds: int) -> None:
+    def missed(self, why: Literal["draft_down", "resync"], look_ups: int) -> None:
         """Count look-ups that were not possible."""
-        self.rounds += rounds
+        self.look_ups += look_ups
         if why == "draft_down":
-            self.misses_draft_down += rounds
+            self.misses_draft_down += look_ups
         else:
-            self.misses_resync += rounds
+            self.misses_resync += look_ups
 
     def as_dict(self) -> dict[str, float]:
         """All counters, and ratios of them (absent while they would divide by zero)."""
         result: dict[str, float] = asdict(self)
-        _ratio(result, "hit_rate", self.hits, self.rounds)
+        _ratio(result, "hit_rate", self.hits, self.look_ups)
         _ratio(result, "mean_depth_at_hit", self.depth_at_hit, self.hits)
         _ratio(result, "mean_propose_seconds", self.propose_seconds, self.proposals)
         _ratio(result, "mean_notice_seconds", self.notice_seconds, self.notices)

@@ -94,7 +94,7 @@ class KVBlocks:
             counts: how many blocks each is to own. The caller has checked :attr:`free_count`.
         """
         new = self.take(sum(counts))
-        forks, at = [], 0
+        forks, sources, at = [], [], 0
         for trunk, start, count in zip(trunks, starts, counts, strict=True):
             own = new[at : at + count]
             at += count
@@ -102,8 +102,10 @@ class KVBlocks:
             if start % self.block_size:
                 source = trunk[start // self.block_size]
                 # A source whose own copy is not made yet: copy from where it comes from.
-                self._copies[own[0].block_id] = self._copies.get(source.block_id, source)
-                self._pool.touch([self._copies[own[0].block_id]])
+                source = self._copies.get(source.block_id, source)
+                self._copies[own[0].block_id] = source
+                sources.append(source)
+        self._pool.touch(sources)
         return forks
 
     def take_copies(self) -> tuple[Int32Array, Int32Array]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from vllm_ssd.core.arrays import BoolArray, Float64Array, Int32Array, Int64Array
 from vllm_ssd.core.budget import RoundTimes
-from vllm_ssd.core.forks import Forks, caps_for, choose_forks
+from vllm_ssd.core.forks import Forks, choose_forks, fork_caps
 from vllm_ssd.core.outcomes import OutcomeModel
 from vllm_ssd.draft.allocator import Allocator
 from vllm_ssd.draft.request import DORMANT, UNDECIDED, Request
@@ -157,15 +157,10 @@ class Forking:
         fan_out = self._policy.fan_out
         if fan_out is None:
             return None
-        caps = np.zeros((len(requests), len(fan_out)), np.int64)
-        for i, (request, verified) in enumerate(
-            zip(requests, trunks.verified.tolist(), strict=True)
-        ):
-            caps[i, : verified + 1] = caps_for(fan_out, verified)
-            # The trunk itself is the first guess after all n tokens.
-            caps[i, verified] = max(0, caps[i, verified] - 1)
+        caps = fork_caps(fan_out, trunks.verified)
+        for row, request in zip(caps, requests, strict=True):
             for k, _ in request.made:
-                caps[i, k] -= 1
+                row[k] -= 1
         return caps
 
     def _make(self, requests: Sequence[Request], trunks: _Trunks, forks: Forks) -> None:

@@ -69,18 +69,18 @@ def send(
     from vllm.utils.torch_utils import async_tensor_h2d
 
     # From pinned memory, which is not reused before the copy is done.
-    sent = async_tensor_h2d(pack(arrays), device=device)
-    return DeviceInputs(*unpack(sent, [array.shape for array in arrays]))
+    sent = async_tensor_h2d(join(arrays), device=device)
+    return DeviceInputs(*cut(sent, [array.shape for array in arrays]))
 
 
-def pack(arrays: Sequence[Int32Array]) -> Int32Array:
+def join(arrays: Sequence[Int32Array]) -> Int32Array:
     """All elements of all arrays, one after the other."""
     return np.concatenate([array.ravel() for array in arrays])
 
 
-def unpack(packed: torch.Tensor, shapes: Sequence[tuple[int, ...]]) -> list[torch.Tensor]:
-    """Views of what :func:`pack` has joined, in their shapes."""
-    parts = packed.split([int(np.prod(shape)) for shape in shapes])
+def cut(joined: torch.Tensor, shapes: Sequence[tuple[int, ...]]) -> list[torch.Tensor]:
+    """Views of what :func:`join` has joined, in their shapes."""
+    parts = joined.split([int(np.prod(shape)) for shape in shapes])
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 

@@ -63,6 +63,8 @@ class DraftServer:
         self._last_sent = time.monotonic()
         self._last_lost = 0.0
         self._last_report = 0.0
+        self._unreported = False
+        """Whether there were steps since the last report."""
         self._stopped = threading.Event()
         self._setup: Setup | None = None
         self._model: VllmDraftModel | None = None
@@ -87,9 +89,10 @@ class DraftServer:
         """Receive, re-plan, publish, decode one step, publish."""
         engine = self._engine
         busy = engine is not None and engine.has_work
-        if not busy:
-            self._report()
-        frames = self._channel.receive(0.0 if busy else None)
+        idle = REPORT_SECONDS if self._unreported else None
+        frames = self._channel.receive(0.0 if busy else idle)
+        if not frames and not busy:
+            self._report()  # not between rounds, where the target would read it in ``propose()``
         for frame in frames:
             self._take(frame)
         if engine is None:
@@ -101,6 +104,7 @@ class DraftServer:
             self._in_step = True
             messages = engine.step()
             self._in_step = False
+            self._unreported = True
             self._send(messages)
             if time.monotonic() - self._last_report > REPORT_SECONDS:
                 self._report()
@@ -161,6 +165,7 @@ class DraftServer:
                     return
 
     def _report(self) -> None:
+        self._unreported = False
         if self._engine is not None:
             self._last_report = time.monotonic()
             self._send([Report(dict(self._engine.counters))])

@@ -39,14 +39,13 @@ class VllmDraftModel:
     Args:
         engine_args: arguments for vLLM's ``EngineArgs``; ``max_num_seqs`` bounds the sequences and
             ``max_num_batched_tokens`` the query tokens of one forward.
-        local_rank: index of the CUDA device; 0 on CPU.
 
     Raises:
         RuntimeError: this vLLM lacks a name that is used.
         ValueError: vLLM refuses the model or an argument.
     """
 
-    def __init__(self, engine_args: dict[str, Any], local_rank: int = 0) -> None:
+    def __init__(self, engine_args: dict[str, Any]) -> None:
         compat.check_draft()
         from vllm.engine.arg_utils import EngineArgs
         from vllm.v1.worker.worker_base import WorkerWrapperBase
@@ -56,7 +55,6 @@ class VllmDraftModel:
         arguments = {**engine_args, "cudagraph_capture_sizes": sizes}
         self.config = EngineArgs(**arguments).create_engine_config()
         self._worker = WorkerWrapperBase(rpc_rank=0)
-        self._local_rank = local_rank
         self.lookahead = False
         """Whether launches do not wait for the device: on CUDA, once loaded."""
 
@@ -89,7 +87,7 @@ class VllmDraftModel:
             [
                 {
                     "vllm_config": self.config,
-                    "local_rank": self._local_rank,
+                    "local_rank": 0,  # of the one device that this process sees
                     "rank": 0,
                     "distributed_init_method": f"file:///proc/self/fd/{self._rendezvous}",
                     "is_driver_worker": True,

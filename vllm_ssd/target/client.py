@@ -148,8 +148,7 @@ class DraftClient:
         if self.process is None:
             if now >= self._start_after:
                 self._stats.restarts += 1
-                self.launch()
-                self._put([self._allocate])
+                self._relaunch()
         elif self.up:
             since = self._unanswered_since
             if since is not None and now - since > SILENCE_SECONDS:
@@ -170,6 +169,10 @@ class DraftClient:
             return
         self._asleep = False
         self._failures = 0
+        self._relaunch()
+
+    def _relaunch(self) -> None:
+        """Start the process once more, with the memory that it had."""
         self.launch()
         self._put([self._allocate])
 

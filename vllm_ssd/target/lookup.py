@@ -153,10 +153,10 @@ def answer(look_ups: Sequence[LookUp], stats: Stats) -> None:
 
 def _count(each: LookUp, depth: int, hit: bool, stats: Stats) -> None:
     request = each.request
-    stats.rounds += 1
+    stats.look_ups += 1
     first = request.look_ups == 1 and not request.resynced
     if first:
-        stats.first_rounds += 1
+        stats.first_look_ups += 1
         stats.first_hits += hit
     if hit:
         stats.hits += 1

@@ -19,16 +19,6 @@ ANNOUNCED_TOKENS = 256 << 10
 turns."""
 
 
-def tells_before_launch(on_cpu: bool) -> bool:
-    """Whether a step is announced to the draft before the target's forward is called, or after.
-
-    On CPU the call is the forward: a message sent after it would come late by all that time. On a
-    GPU the call returns once the kernels are queued: whatever comes before it delays their launch,
-    on all tensor-parallel ranks, since they wait for this one.
-    """
-    return on_cpu
-
-
 class Notices:
     """Builds the messages to the draft, and keeps the table of the requests announced to it.
 

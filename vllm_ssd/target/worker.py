@@ -14,7 +14,6 @@ from vllm_ssd.target.client import DraftClient
 from vllm_ssd.target.cores import bind_target, split_cores
 from vllm_ssd.target.draft_setup import DraftPlan, plan_draft
 from vllm_ssd.target.memory import target_kv_bytes_per_token
-from vllm_ssd.target.notices import tells_before_launch
 from vllm_ssd.target.proposer import SSDProposer
 from vllm_ssd.target.rejection import fix_cpu_rejection_sampler
 
@@ -44,7 +43,10 @@ class SSDWorker(PlatformWorker):
         self._client: DraftClient | None = None
         self._plan: DraftPlan | None = None
         self._unbind: weakref.finalize[..., SSDWorker] | None = None
-        self._tells_first = tells_before_launch(current_platform.is_cpu())
+        # On CPU ``execute_model`` is the forward: a notice sent after it would come late by all
+        # that time. On a GPU it returns once the kernels are queued: a notice sent before it delays
+        # their launch, on all tensor-parallel ranks, since they wait for this one.
+        self._notifies_first = current_platform.is_cpu()
         self._asleep: set[str] = set()
         """What vLLM has put to sleep, by its tags."""
 
@@ -130,10 +132,10 @@ class SSDWorker(PlatformWorker):
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
         """Compute a step, and announce it to the draft as soon as that delays nothing."""
-        if self._tells_first:
+        if self._notifies_first:
             self._proposer.scheduled(scheduler_output)
         output = super().execute_model(scheduler_output)
-        if not self._tells_first:
+        if not self._notifies_first:
             self._proposer.scheduled(scheduler_output)
         return output
 

@@ -174,9 +174,7 @@ class Channel(Generic[Frame]):
 
     def has_input(self) -> bool:
         """Whether something has arrived that was not received yet."""
-        poll = select.poll()
-        poll.register(self._socket, select.POLLIN)
-        return bool(poll.poll(0))
+        return self._wait(0.0)
 
     def _wait(self, timeout: float | None) -> bool:
         """Wait until something can be read."""

@@ -32,7 +32,7 @@ def test_draft_follows_whether_a_step_is_announced_before_the_launch_or_after(
             return original(*of)
 
         monkeypatch.setattr(owner, name, note)
-    monkeypatch.setattr(worker, "_tells_first", first)
+    monkeypatch.setattr(worker, "_notifies_first", first)
     before = stats(engine)
     assert Decoding(engine, TEXTS, MAX_TOKENS).finish() == expected
     after = stats(engine)
@@ -41,7 +41,7 @@ def test_draft_follows_whether_a_step_is_announced_before_the_launch_or_after(
     )
     assert after["notices"] - before["notices"] == order.count("scheduled")
     assert after["notice_seconds"] > before["notice_seconds"]
-    rounds = after["rounds"] - before["rounds"]
+    rounds = after["look_ups"] - before["look_ups"]
     assert after["hits"] - before["hits"] > 0.5 * rounds
     # Finished requests are forgotten with the step after.
     Decoding(engine, TEXTS[:1], 3).finish()
