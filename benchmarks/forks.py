@@ -150,7 +150,7 @@ def hit_rate(drafts: list[Draft], policy: Learned | Fixed, branches: int) -> tup
     depth = drafts[0].choices.shape[1] - 1
     at = np.zeros(len(drafts), np.int64)
     verified = np.zeros(len(drafts), np.int64)
-    look_ups = hits = tokens = 0
+    look_ups = hits = verifications = tokens = 0
     live = np.arange(len(drafts))
     while len(live):
         stated = np.stack([drafts[i].stated[at[i]] for i in live])
@@ -170,12 +170,14 @@ def hit_rate(drafts: list[Draft], policy: Learned | Fixed, branches: int) -> tup
             came += [0] * accepted + [choice]
             at[i] += accepted + 1
             verified[i] = depth if hit else 0
-            look_ups += 1
-            hits += hit
+            verifications += 1
             tokens += accepted + 1
+            if at[i] < len(answer):  # nothing is looked up after the end
+                look_ups += 1
+                hits += hit
         policy.learn(np.concatenate(seen), np.array(came))
         live = np.array([i for i in live.tolist() if at[i] < len(drafts[i].answer)], np.int64)
-    return hits / look_ups, tokens / look_ups
+    return hits / look_ups, tokens / verifications
 
 
 # ---- the draft's continuations
