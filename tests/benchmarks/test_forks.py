@@ -33,7 +33,7 @@ def drafts(right: float, seed: int = 0) -> list[Draft]:
 def test_two_runs_give_the_same_figures_to_the_last_digit(name: str) -> None:
     runs = [hit_rate(drafts(0.6), policies(DEPTH)[name](), 6) for _ in range(2)]
     assert runs[0] == runs[1]
-    assert 0.0 < runs[0][0] < 1.0
+    assert 0.0 < runs[0][0] <= 1.0
 
 
 @pytest.mark.parametrize("name", policies(DEPTH))
