@@ -36,9 +36,9 @@ class Calibration:
         self._seen = np.full(len(_ODDS), PRIOR)
         self._true = PRIOR / (1.0 + np.exp(-_ODDS))
 
-    def observe(self, stated: Float32Array, came_true: BoolArray) -> None:
+    def observe(self, stated: Float32Array, correct: BoolArray) -> None:
         """Take in stated probabilities and, in the same shape, which choices were right."""
-        levels, hits = np.searchsorted(_EDGES, stated.ravel()), came_true.ravel()
+        levels, hits = np.searchsorted(_EDGES, stated.ravel()), correct.ravel()
         seen = np.bincount(levels, minlength=len(_ODDS))
         true = np.bincount(levels[hits], minlength=len(_ODDS))
         faded = _DECAY**seen

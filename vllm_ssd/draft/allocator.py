@@ -125,8 +125,8 @@ class Allocator:
         request.blocks += new
         return True
 
-    def leap(self, request: Request) -> None:
-        """Skip what others have computed since: prompts that begin alike may arrive together."""
+    def reuse_prefix(self, request: Request) -> None:
+        """Use blocks that requests with the same prefix have cached meanwhile."""
         text = request.text[: request.length]
         first = request.shared_blocks
         found = self.blocks.cached_prefix(text, request.prefix, first)

@@ -163,7 +163,7 @@ class Pipeline:
         """Which requests catch up with their text in this step, and by how many tokens."""
         waiting = list(self._allocator.catching_up.values())
         for request in waiting:
-            self._allocator.leap(request)
+            self._allocator.reuse_prefix(request)
         missing = [request.length - int(self._rows.computed[request.trunk]) for request in waiting]
         budget = self._prefill_chunk if decoding else self._prefill_chunk_idle
         counts = chunk_sizes(missing, budget)

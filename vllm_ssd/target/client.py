@@ -255,18 +255,18 @@ class DraftClient:
             # The other frames that have arrived belong to the epoch that ends here.
             self.resync(f"a message that does not make sense: {error!r}")
 
-    def resync(self, reason: str, told: bool = False) -> None:
+    def resync(self, reason: str, logged: bool = False) -> None:
         """Give up this epoch: forget all trees and announce the live requests again.
 
         Args:
             reason: for the log.
-            told: it has been logged already.
+            logged: it has been logged already.
         """
         if not self.up:
             # The messages that bring a draft up are sent only once, at its start.
             self._lose(reason)
             return
-        if not told:
+        if not logged:
             logger.warning(
                 "ssd: out of step with the draft (%s); announcing all requests anew", reason
             )

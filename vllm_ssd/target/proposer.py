@@ -213,4 +213,4 @@ class SSDProposer:
             self._complained = True
             logger.exception("ssd: error in the plugin; decoding goes on plainly")
         if self.client is not None and self.client.up:
-            self.client.resync("an error in the plugin", told=True)
+            self.client.resync("an error in the plugin", logged=True)
