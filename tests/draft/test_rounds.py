@@ -226,6 +226,22 @@ def test_branches_go_to_where_the_draft_is_in_doubt() -> None:
     assert [rejected_at(k) for k in (0, 1, 2)] == [{0: 1}, {1: 1}, {2: 1}]
 
 
+def test_a_doubtful_position_gets_forks_once_its_choices_are_known() -> None:
+    sim, request = at_rest(Sizes(fan_out=None, branches=4), confidence=0.97)
+    sim.verify(request, 0, sim.best(PROMPT)[1])
+    sim.deliver()
+    sim.draft_steps(2)
+    sim.target_receives(2)
+    # All that is known is proposed, so the choices after it are not known at the first look.
+    assert len(sim.verify(request, 0, sim.best(request.text)[1])) == 2
+    end = len(request.text) + 2
+    sim.model.confidence_at = lambda position: 0.1 if position == end else 0.97
+    sim.settle()
+    guessed = forks_of(sim, request)
+    assert len(guessed[2]) >= 2
+    assert sum(len(tokens) for tokens in guessed.values()) == 3
+
+
 # ---- where branches end
 
 

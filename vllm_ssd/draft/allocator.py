@@ -89,7 +89,6 @@ class Allocator:
         self.blocks.give_back(request.blocks)
         request.blocks = []
         request.trunk = DORMANT
-        request.forks_open = 0
         self.catching_up.pop(request.handle, None)
         self._trees.withdraw(request.handle)
 
@@ -237,6 +236,7 @@ class Allocator:
         """
         for row in forks:
             self.blocks.give_back(request.forks.pop(row))
+        request.made = {o: row for o, row in request.made.items() if row in request.forks}
         self.rows.give_back(forks)
         self._trees.prune(request.handle, forks)
 

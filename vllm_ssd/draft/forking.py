@@ -16,7 +16,7 @@ from vllm_ssd.core.budget import RoundTimes
 from vllm_ssd.core.forks import Forks, choose_forks, fork_caps
 from vllm_ssd.core.outcomes import OutcomeModel
 from vllm_ssd.draft.allocator import Allocator
-from vllm_ssd.draft.request import DORMANT, UNDECIDED, Request
+from vllm_ssd.draft.request import DORMANT, Request
 from vllm_ssd.draft.trees import Trees
 
 
@@ -84,22 +84,19 @@ class Forking:
         if not looked_at:
             return
         trunks = self._read(looked_at)
-        chances = self._chances(looked_at, trunks)
-        forks = self._choose(looked_at, trunks, chances)
-        now = forks.k < trunks.known[forks.request]
+        forks = self._choose(looked_at, trunks)
         all_known = (trunks.known > trunks.verified) | (
             trunks.ended & (trunks.known >= trunks.tokens)
         )
-        later = np.where(all_known, 0, np.bincount(forks.request[~now], minlength=len(looked_at)))
-        for request, known, left in zip(
-            looked_at, trunks.known.tolist(), later.tolist(), strict=True
+        for request, known, complete in zip(
+            looked_at, trunks.known.tolist(), all_known.tolist(), strict=True
         ):
-            request.next_k, request.forks_open = known, left
-        self._make(looked_at, trunks, forks.where(now))
+            request.next_k, request.complete = known, complete
+        self._make(looked_at, trunks, forks)
 
     def _news(self, request: Request) -> bool:
         """Whether choices have become known since the last look, or no more will."""
-        if request.trunk == DORMANT or request.forks_open == 0:
+        if request.trunk == DORMANT or request.complete:
             return False
         known = int(self._rows.computed[request.trunk]) - request.length + 1
         if min(known, request.verified + 1) > request.next_k:
@@ -117,8 +114,8 @@ class Forking:
         tokens = cache.length[row].astype(np.int64)
         return _Trunks(row, length, verified, known, tokens, cache.ended[row], limit)
 
-    def _chances(self, requests: Sequence[Request], trunks: _Trunks) -> Float64Array:
-        """The chance of each outcome, ``[B, K + 1, C]``; 0 where no fork is to be made (again)."""
+    def _chances(self, trunks: _Trunks) -> Float64Array:
+        """The chance of each outcome, ``[B, K + 1, C]``; 0 where no fork is to be made."""
         positions = self._policy.num_speculative_tokens + 1
         stated = self._rows.stated[trunks.row, :positions]
         chances = self._outcomes.chances(trunks.verified, trunks.known, stated)
@@ -132,36 +129,40 @@ class Forking:
             choices = self._rows.choices[trunks.row, :positions]
             ends = (choices[..., None] == stop[:, None, None, :]).any(-1)
             chances[ends & (k < trunks.known[:, None])[..., None]] = 0.0
-        made = [(i, *outcome) for i, request in enumerate(requests) for outcome in request.made]
-        if made:
-            chances[tuple(np.array(made).T)] = 0.0
         return chances
 
-    def _choose(self, requests: Sequence[Request], trunks: _Trunks, chances: Float64Array) -> Forks:
-        """The outcomes to guess, those whose choices are not known yet among them."""
+    def _choose(self, requests: Sequence[Request], trunks: _Trunks) -> Forks:
+        """The forks to make now.
+
+        At each look the likeliest outcomes are chosen anew, with all that is known by then: a
+        position that proves doubtful takes rows from one that is not. Outcomes whose choices are
+        not known yet wait for the next look.
+        """
         policy = self._policy
-        is_open = np.array([request.forks_open for request in requests])
-        undecided = is_open == UNDECIDED
-        most = np.where(undecided, (policy.branches or policy.max_branches) - 1, is_open)
-        worth = None
-        if not policy.branches and undecided.any():
+        most = np.full(len(requests), (policy.branches or policy.max_branches) - 1)
+        worth = caps = None
+        if not policy.branches:
             prepared = (trunks.verified > 0).astype(np.int64)
             worth = self._times.worth_of_a_hit(policy.max_branches, self._outcomes.acceptance)
-            # The number decided at the first look is kept: after it, more are better.
-            more = np.arange(1.0, policy.max_branches + 1.0)
-            worth = np.where(undecided[:, None], worth[prepared], more)
-        return choose_forks(chances, most, worth, self._caps(requests, trunks))
+            worth = worth[prepared]
+        if policy.fan_out is not None:
+            caps = fork_caps(policy.fan_out, trunks.verified)
+        forks = choose_forks(self._chances(trunks), most, worth, caps)
+        new = forks.k < trunks.known[forks.request]
+        if any(request.made for request in requests):
+            chosen = list(zip(*(held.tolist() for held in forks[:3]), strict=True))
+            self._give_up_others(requests, set(chosen))
+            new &= np.array([(k, c) not in requests[i].made for i, k, c in chosen], np.bool_)
+        return forks.where(new)
 
-    def _caps(self, requests: Sequence[Request], trunks: _Trunks) -> Int64Array | None:
-        """How many more forks there may be for each k, ``[B, K + 1]``."""
-        fan_out = self._policy.fan_out
-        if fan_out is None:
-            return None
-        caps = fork_caps(fan_out, trunks.verified)
-        for row, request in zip(caps, requests, strict=True):
-            for k, _ in request.made:
-                row[k] -= 1
-        return caps
+    def _give_up_others(
+        self, requests: Sequence[Request], chosen: set[tuple[int, int, int]]
+    ) -> None:
+        """Free the forks whose outcomes are not among the likeliest any more."""
+        for i, request in enumerate(requests):
+            others = [row for outcome, row in request.made.items() if (i, *outcome) not in chosen]
+            if others:
+                self._allocator.prune(request, others)
 
     def _make(self, requests: Sequence[Request], trunks: _Trunks, forks: Forks) -> None:
         """Make and publish forks, the likeliest first, as many as there are rows and blocks for."""
@@ -175,12 +176,13 @@ class Forking:
         tokens = self._rows.choices[trunks.row[owner], k, choice]
         owners = [requests[i] for i in owner.tolist()]
         made = self._allocator.add_forks(owners, starts[kept], tokens, room[kept], chance)
-        for request, its_k, its_choice in zip(owners, k.tolist(), choice.tolist(), strict=True):
-            request.made.append((its_k, its_choice))
+        outcomes = zip(k.tolist(), choice.tolist(), strict=True)
+        for request, outcome, row in zip(owners, outcomes, made.tolist(), strict=True):
+            request.made[outcome] = row
         self._trees.fork(
             [request.handle for request in requests],
             np.bincount(owner, minlength=len(requests)).tolist(),
-            [request.forks_open == 0 for request in requests],
+            [request.complete for request in requests],
             k.astype(np.int32),
             tokens,
             made,

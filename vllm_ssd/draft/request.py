@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
 DORMANT = -1
 """Trunk of a request that holds neither rows nor blocks, only its text."""
-UNDECIDED = -1
-"""``Request.forks_open`` before the first look at the outcomes of a round."""
 
 
 @dataclass(slots=True)
@@ -48,10 +46,10 @@ class Request:
     """What the trunk holds after the confirmed text when a round begins."""
     ended: bool = False
     """Whether the trunk ends with that."""
-    made: list[tuple[int, int]] = field(default_factory=list)
-    """The outcomes of this round that have a fork: k, and which of the choices t* is."""
-    forks_open: int = 0
-    """Forks that may still be made once more choices are known."""
+    made: dict[tuple[int, int], int] = field(default_factory=dict)
+    """The rows of the forks made in this round, by outcome: k, and which of the choices t* is."""
+    complete: bool = False
+    """Whether no more forks will be made in this round."""
     next_k: int = 0
     """The choices for all k below this have been looked at."""
     last_used: int = 0

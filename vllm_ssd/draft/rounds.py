@@ -14,7 +14,7 @@ import numpy as np
 from vllm_ssd.core.outcomes import OutcomeModel
 from vllm_ssd.core.tree import Where
 from vllm_ssd.draft.allocator import Allocator
-from vllm_ssd.draft.request import DORMANT, UNDECIDED, Request
+from vllm_ssd.draft.request import DORMANT, Request
 from vllm_ssd.draft.trees import Trees
 
 
@@ -132,9 +132,9 @@ class Rounds:
             self._trees.plant(
                 request.handle, request.length, request.trunk, request.drafted, request.ended
             )
-            request.made = []
+            request.made = {}
             request.next_k = 0
-            request.forks_open = UNDECIDED
+            request.complete = False
 
     def _prepare(self, request: Request, proposed: list[int]) -> bool:
         """Give a trunk what it needs to grow; False if nothing can be drafted now."""
@@ -184,8 +184,5 @@ class Rounds:
         beyond = [row for row in request.forks if self._rows.start[row] > last]
         if beyond:
             self._allocator.prune(request, beyond)
-        # Their rows and blocks may go to other outcomes.
-        request.made = [outcome for outcome in request.made if outcome[0] <= verified]
-        if request.forks_open != UNDECIDED:
-            request.forks_open += len(beyond)
-        request.next_k = 0
+        # Their rows and blocks are for outcomes that can still happen.
+        request.next_k, request.complete = 0, False
