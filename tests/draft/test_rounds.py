@@ -357,6 +357,14 @@ def test_outcomes_that_do_not_fit_the_known_text_are_out_of_step(
     assert not np.any(sim.rows.pending)
 
 
+def test_a_request_twice_in_one_verification_is_out_of_step() -> None:
+    sim, request = at_rest()
+    message = Verified(pack([0, 0]), pack([6, 6]), pack([1, 1]), pack([0, 0]), pack([1, 1]), 0)
+    with pytest.raises(OutOfStepError):
+        sim.engine.verified(message)
+    assert sim.engine.allocator.requests[request.handle].length == len(PROMPT)
+
+
 def test_an_unguessed_text_is_pending_only_while_the_draft_is_at_work() -> None:
     sim, request = at_rest()
     request.text.append(sim.best(PROMPT)[-1])

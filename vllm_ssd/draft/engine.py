@@ -163,10 +163,12 @@ class DraftEngine:
         requests: list[Request] = []
         confirmed: list[list[int]] = []
         proposed: list[list[int]] = []
-        tokens = unpack(message.tokens).tolist()
+        tokens, handles = unpack(message.tokens).tolist(), unpack(message.handles).tolist()
+        if len(set(handles)) < len(handles):
+            raise OutOfStepError("a request twice in one verification")
         at = 0
         for handle, length, n_confirmed, n_proposed in zip(
-            unpack(message.handles).tolist(),
+            handles,
             unpack(message.lengths).tolist(),
             unpack(message.confirmed_counts).tolist(),
             unpack(message.proposed_counts).tolist(),
