@@ -88,7 +88,7 @@ def check_rows(sim: Simulation) -> None:
             ids = [block.block_id for block in own]
             assert table(sim, row)[: first + len(own)] == trunk_ids[:first] + ids
             _check_cover(sim, row, range(first, first + len(own)))
-    free = rows._free
+    free = rows._free + rows._waiting
     assert sorted(owned + free) == list(range(sim.sizes.max_rows))
     assert not rows.pending[free].any()
 

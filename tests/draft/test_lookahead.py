@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 
 import pytest
@@ -10,7 +11,8 @@ from hypothesis.stateful import initialize, run_state_machine_as_test
 
 from tests.draft.invariants import Paths, check_always, check_at_rest, guard_writes, paths
 from tests.draft.simulation import Simulation, Sizes, TargetRequest
-from tests.draft.test_engine_properties import TargetAndDraft, prompts, sizes
+from tests.draft.test_engine_properties import TargetAndDraft, doubts, sizes
+from tests.draft.test_engine_properties import prompts as some_prompts
 from tests.draft.toy_model import LookaheadToyModel, greedy
 from vllm_ssd.wire.messages import Stepped, Trimmed, pack
 
@@ -20,9 +22,10 @@ PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
 class LookingAhead(TargetAndDraft):
     """The same rules, with a model that looks ahead."""
 
-    @initialize(its_sizes=sizes(), prompt=prompts)
+    @initialize(its_sizes=sizes(), prompt=some_prompts)
     def begin(self, its_sizes: Sizes, prompt: list[int]) -> None:
         self.sim = Simulation(its_sizes._replace(lookahead=True))
+        self.sim.model.confidence_at = doubts
         guard_writes(self.sim)
         self.sim.start(prompt)
 
@@ -155,3 +158,43 @@ def test_nothing_is_launched_ahead_while_a_message_waits() -> None:
     sim.engine._pipeline._interrupted = lambda: False
     sim.draft_steps()
     assert len(model.under_way) == 1
+
+
+def test_a_row_given_up_while_a_step_holds_it_is_not_reused_before_that_step() -> None:
+    given_up_ahead = 0
+    for seed in range(60):
+        rng = random.Random(seed)
+        max_rows = rng.choice([5, 8, 16])
+        sim = Simulation(
+            Sizes(
+                lookahead=True, fan_out=None, branches=rng.choice([3, 4, 5, 6]), max_rows=max_rows
+            )
+        )
+        guard_writes(sim)
+        model = sim.model
+        assert isinstance(model, LookaheadToyModel)
+        shift = rng.randrange(11)
+        model.confidence_at = lambda position, shift=shift: doubts(position + shift)  # type: ignore[misc]
+        # Without a step ahead all that is drafted is proposed, and what follows is known later.
+        sim.engine._pipeline._interrupted = lambda rng=rng: rng.random() < 0.5  # type: ignore[misc]
+        prompts = [[rng.randrange(12) for _ in range(6)] for _ in range(rng.choice([1, 2]))]
+        requests = [sim.start(prompt) for prompt in prompts]
+        for _ in range(20):
+            sim.deliver()
+            for _ in range(rng.randrange(5)):
+                pruned = sim.engine.counters["draft_given_up"]
+                sim.draft_steps()
+                if model.under_way:
+                    given_up_ahead += sim.engine.counters["draft_given_up"] > pruned
+                sim.target_receives(9)
+                check_always(sim)
+            live = [request for request in requests if not request.over]
+            for request in live:
+                accepted = rng.randrange(request.verifying + 1)
+                refused = request.proposed[accepted : accepted + 1]
+                best = sim.best(request.text + request.proposed[:accepted])
+                choices = [token for token in best if token not in refused]
+                sim.confirm(request, accepted, choices[rng.choice([0, 0, 1, 2])])
+            sim.propose([request for request in live if not request.over])
+            sim.finish([request for request in live if request.over])
+    assert given_up_ahead > 5

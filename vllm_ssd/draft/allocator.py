@@ -227,6 +227,11 @@ class Allocator:
         self.blocks.give_back(blocks)
         self.rows.give_back(rows)
 
+    def give_up(self, request: Request, forks: list[int]) -> None:
+        """As :meth:`prune`, for forks whose outcomes have proved less likely than others."""
+        self._counters["draft_given_up"] += len(forks)
+        self.prune(request, forks)
+
     def prune(self, request: Request, forks: list[int]) -> None:
         """Free some forks of a request and take them off its tree.
 

@@ -44,6 +44,7 @@ COUNTERS = (
     "draft_rounds_cut",
     "draft_round_seconds",
     "draft_forks",
+    "draft_given_up",
     "draft_prefill_tokens",
     "draft_narrowed",
     "draft_evictions",

@@ -162,7 +162,7 @@ class Forking:
         for i, request in enumerate(requests):
             others = [row for outcome, row in request.made.items() if (i, *outcome) not in chosen]
             if others:
-                self._allocator.prune(request, others)
+                self._allocator.give_up(request, others)
 
     def _make(self, requests: Sequence[Request], trunks: _Trunks, forks: Forks) -> None:
         """Make and publish forks, the likeliest first, as many as there are rows and blocks for."""

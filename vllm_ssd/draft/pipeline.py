@@ -111,7 +111,10 @@ class Pipeline:
         # a message from the target waits, which would have to wait for that step as well.
         ahead = self._model.lookahead and not step.chunks and not self._interrupted()
         self._under_way = self._launch_after(step) if ahead else None
-        return self._take(step)
+        taken = self._take(step)
+        held = self._under_way.decoding if self._under_way else np.zeros(0, np.int32)
+        self._rows.launched_ahead(held)
+        return taken
 
     def abandon(self) -> None:
         """Drop the step that is under way, if one is."""
@@ -122,7 +125,11 @@ class Pipeline:
     def settle(self) -> Taken | None:
         """Take in the step that is under way, if one is; afterwards none is."""
         step, self._under_way = self._under_way, None
-        return None if step is None else self._take(step)
+        if step is None:
+            return None
+        taken = self._take(step)
+        self._rows.launched_ahead(np.zeros(0, np.int32))
+        return taken
 
     # ---- launching
 

@@ -108,12 +108,18 @@ class Rows:
         self.chance: Float32Array = np.zeros(max_rows, np.float32)
         """Of a fork: the chance of its outcome, as estimated when it was made."""
         self.tables = TableChanges()
+        self._ahead: BoolArray = np.zeros(max_rows, np.bool_)
+        """The rows of a step that was launched ahead."""
+        self._waiting: list[int] = []
+        """Free as soon as the result of that step is taken: it is not for their next owner."""
         self.reset()
 
     def reset(self) -> None:
         """All rows are free."""
         self.pending[:] = False
         self.tables.clear()
+        self._ahead[:] = False
+        self._waiting.clear()
         self._free = list(range(len(self.start) - 1, -1, -1))
 
     @property
@@ -131,7 +137,15 @@ class Rows:
         """Free rows."""
         self.pending[rows] = False
         self.tables.drop(rows)
-        self._free += rows
+        for row in rows:
+            (self._waiting if self._ahead[row] else self._free).append(row)
+
+    def launched_ahead(self, rows: Int32Array) -> None:
+        """A step of these rows is under way; the one before it has been taken."""
+        self._free += self._waiting
+        self._waiting.clear()
+        self._ahead[:] = False
+        self._ahead[rows] = True
 
     # ---- growing
 
