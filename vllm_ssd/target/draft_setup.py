@@ -81,6 +81,14 @@ class DraftPlan:
                 fork_tokens=2 * self.rows * self.block_size,
                 target_size_is_given=self.target_size_is_given,
             )
+            if self.target_size_is_given and not self.fits_length:
+                # A target that is too small is refused by vLLM, not for the draft's sake.
+                self.kv_cache_memory_bytes = max(
+                    self.kv_cache_memory_bytes,
+                    memory.smallest_kv_cache(
+                        self.kv_bytes_per_token, self.max_model_len, self.block_size
+                    ),
+                )
             self.fit_length()
         memory.check_kv_cache(
             self.kv_cache_memory_bytes, self.kv_bytes_per_token, self.max_model_len, self.block_size

@@ -110,13 +110,18 @@ def check_kv_cache(size: int, bytes_per_token: int, length: int, block_size: int
     Raises:
         ValueError: names the size that is needed.
     """
-    needed = (-(-length // block_size) + _NULL_BLOCKS) * block_size * bytes_per_token
+    needed = smallest_kv_cache(bytes_per_token, length, block_size)
     if size < needed:
         holds = longest_text(size, bytes_per_token, block_size)
         raise ValueError(
             f"ssd: option 'draft_kv_cache_memory_bytes' = {size} holds {holds} tokens, fewer than "
             f"a text of {length}; raise it to {needed}, or lower draft_max_model_len"
         )
+
+
+def smallest_kv_cache(bytes_per_token: int, length: int, block_size: int) -> int:
+    """Bytes of a KV cache that holds one text of ``length`` tokens."""
+    return (-(-length // block_size) + _NULL_BLOCKS) * block_size * bytes_per_token
 
 
 def longest_text(size: int, bytes_per_token: int, block_size: int) -> int:
