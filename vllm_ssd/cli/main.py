@@ -62,7 +62,7 @@ def models() -> None:
 
 @app.command()
 def demo(
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 128,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 64,
     num_speculative_tokens: Annotated[
         int,
         typer.Option(
