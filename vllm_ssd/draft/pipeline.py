@@ -4,7 +4,8 @@ With a model that looks ahead, a step is launched while the one before it is und
 does not wait while the host reads a result, publishes it and makes forks. Such a step holds the
 rows with room for one more token after the one before (they feed its token, taken from it on the
 device), and the forks made by then. What it computes for a row that turns out to have ended is
-dropped. Before anything else changes the rows, :meth:`Pipeline.settle` finishes the step ahead.
+dropped. Before a message changes the rows, :meth:`Pipeline.settle` finishes the step ahead; the row
+of a fork that is given up meanwhile is free only once that step is taken.
 """
 
 from __future__ import annotations
