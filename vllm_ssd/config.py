@@ -28,6 +28,8 @@ _NEEDS = {
     "branches": f"needs an integer from 1 to {MAX_BRANCHES}, or 'auto'",
     "draft_device": "needs 'auto', 'cpu', 'cuda' or 'cuda:<index>'",
     "draft_cpu_cores": "needs a list of core numbers",
+    "max_wait_ms": "needs milliseconds from 0 to 10,000, or 'auto'",
+    "saguaro_c": "needs a number from 0 to 1, or 'auto'",
     "pad_misses": "needs true, false or 'auto'",
     "draft_vocab": "needs a number of tokens, 0 for all, or a file of token ids by frequency",
     "draft_hf_overrides": "needs a dictionary of fields of the draft model's config.json",
@@ -83,8 +85,28 @@ class SSDConfig(BaseModel):
     """Branches per request and round. ``"auto"``: as many as the measured times let reach a useful
     depth before the verification ends, likeliest outcomes first."""
 
-    max_wait_ms: float = Field(default=0.0, ge=0.0, le=10_000.0)
-    """How long one proposal (the whole batch) may wait for the hit branches."""
+    backup: Literal["auto", "draft", "ngram", "none"] = "auto"
+    """What is proposed where a look-up finds nothing, or fewer than K tokens. ``"draft"``: the
+    target waits for the draft, token by token, as long as that pays. ``"ngram"``: what followed the
+    same tokens earlier in the text, by vLLM's n-gram proposer. ``"none"``: what was found.
+    ``"auto"``: the draft while waiting pays, else the n-gram."""
+
+    max_wait_ms: float | Literal["auto"] = "auto"
+    """How long one proposal (the whole batch) may wait for the draft. ``"auto"``: as long as that
+    pays by the measured times."""
+
+    draft_sampling: Literal["auto", "greedy", "probabilistic"] = "auto"
+    """How tokens are drafted for requests with a temperature. ``"greedy"``: the draft's first
+    choices, verified as certain. ``"probabilistic"``: sampled, verified by the probabilities they
+    were sampled with. ``"auto"``: what yields more tokens per second, learned while it runs."""
+
+    draft_top_n: int = Field(default=64, ge=2, le=256)
+    """Sampled tokens come from so many of the draft's best."""
+
+    saguaro_c: float | Literal["auto"] = 1.0
+    """C of Saguaro sampling (arXiv 2603.03251, Definition 14), from 0 to 1: the weight, when
+    tokens are sampled, of those that have a fork. Less than 1: rejections lead to a fork more
+    often, but there are more of them. ``"auto"``: learned while it runs."""
 
     draft_device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     """Where the draft runs: ``"auto"``, ``"cpu"``, ``"cuda"`` (as auto) or ``"cuda:<index>"``, the
@@ -158,6 +180,20 @@ class SSDConfig(BaseModel):
     def _branches_in_range(cls, value: int | str) -> int | str:
         if isinstance(value, int) and not 1 <= value <= MAX_BRANCHES:
             raise ValueError(_NEEDS["branches"])
+        return value
+
+    @field_validator("max_wait_ms")
+    @classmethod
+    def _max_wait_in_range(cls, value: float | str) -> float | str:
+        if not isinstance(value, str) and not 0.0 <= value <= 10_000.0:
+            raise ValueError(_NEEDS["max_wait_ms"])
+        return value
+
+    @field_validator("saguaro_c")
+    @classmethod
+    def _saguaro_c_in_range(cls, value: float | str) -> float | str:
+        if not isinstance(value, str) and not 0.0 <= value <= 1.0:
+            raise ValueError(_NEEDS["saguaro_c"])
         return value
 
     @field_validator("draft_vocab")

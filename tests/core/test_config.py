@@ -23,7 +23,7 @@ def test_model_and_depth_are_enough() -> None:
     config = parse()
     assert config.fan_out_per_k is None
     assert config.max_branches == AUTO_BRANCHES
-    assert config.max_wait_ms == 0.0
+    assert config.max_wait_ms == "auto"
     assert not config.strict
 
 
@@ -76,7 +76,7 @@ def test_branches_bounds_the_rows_of_a_request() -> None:
         ),
         ({"branches": 0}, ["'branches' = 0", "from 1 to 1024"]),
         ({"branches": "all"}, ["'branches' = 'all'", "'auto'"]),
-        ({"max_wait_ms": -1.0}, ["'max_wait_ms' = -1.0", "greater than or equal to 0"]),
+        ({"max_wait_ms": -1.0}, ["'max_wait_ms' = -1.0", "milliseconds from 0", "'auto'"]),
         ({"draft_device": "tpu"}, ["'draft_device' = 'tpu'"]),
         ({"draft_dtype": "int4"}, ["'draft_dtype' = 'int4'", "'bfloat16'"]),
         ({"draft_vocab": -1}, ["'draft_vocab' = -1", "0 for all, or a file of token ids"]),

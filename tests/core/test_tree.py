@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_ssd.core import tree as tree_module
-from vllm_ssd.core.arrays import Int32Array
+from vllm_ssd.core.arrays import Float32Array, Int32Array
 from vllm_ssd.core.tree import SpeculationCache, Where
 
 HANDLE, BASE = 7, 10
@@ -21,13 +21,17 @@ def ints(*values: int) -> Int32Array:
     return np.array(values, np.int32)
 
 
+def floats(*values: float) -> Float32Array:
+    return np.array(values, np.float32)
+
+
 @pytest.fixture
 def cache() -> SpeculationCache:
     """Trunk ``1 2 3``; forks ``1 5 6`` (two tokens of its own) and ``1 2 3 9``, not complete."""
     cache = SpeculationCache(max_rows=6, width=8)
     cache.plant(HANDLE, BASE, TRUNK, ints(1, 2, 3), ended=False)
     cache.add_forks([HANDLE], [2], ints(1, 3), ints(5, 9), ints(FORK, LATE_FORK))
-    cache.append(ints(FORK), ints(6))
+    cache.append(ints(FORK), ints(6), floats(0.6))
     return cache
 
 
@@ -54,9 +58,9 @@ def test_text_that_leaves_the_trunk_at_a_fork_finds_the_fork(cache: SpeculationC
 
 
 def test_a_partly_drafted_fork_is_a_shorter_draft(cache: SpeculationCache) -> None:
-    cache.append(ints(LATE_FORK), ints(4))
+    cache.append(ints(LATE_FORK), ints(4), floats(0.4))
     assert draft_after(cache, 1, 2, 3, 9) == [4]
-    cache.append(ints(FORK, LATE_FORK), ints(8, 3))
+    cache.append(ints(FORK, LATE_FORK), ints(8, 3), floats(0.8, 0.3))
     assert draft_after(cache, 1, 2, 3, 9) == [4, 3]
     assert draft_after(cache, 1, 5) == [6, 8]
 
@@ -170,7 +174,7 @@ def cache_of(trees: list[Grown | None]) -> SpeculationCache:
         for row, ((k, token), rest) in enumerate(tree.forks.items(), start=1):
             cache.add_forks([handle], [1], ints(k), ints(token), ints(first + row))
             for later in rest:
-                cache.append(ints(first + row), ints(later))
+                cache.append(ints(first + row), ints(later), floats(later / 64))
             cache.ended[first + row] = row in tree.ended
         rows = ints(*(first + row for row in tree.pruned))
         cache.prune([handle], [len(rows)], rows)
@@ -191,6 +195,9 @@ def test_looking_many_up_at_once_finds_what_each_walk_finds(trees: list[Grown | 
         if walk.where is Where.FOUND:
             assert below.drafted == cache.row_tokens(walk.row)[walk.offset :]
             assert below.ended == cache.ended[walk.row]
+            assert len(below.chances) == len(below.drafted)
+            if walk.row % 6:  # a fork: all of its tokens but the first were appended
+                assert below.chances == [token / 64 for token in below.drafted]
 
 
 @given(st.lists(grown, max_size=7))
@@ -209,7 +216,7 @@ def test_trees_planted_together_are_those_planted_one_by_one(trees: list[Grown])
             [int(0 in tree.ended) for tree in trees],
         )
     assert together.trees == one_by_one.trees
-    for name in ("tokens", "length", "ended"):
+    for name in ("tokens", "length", "start", "ended"):
         assert np.array_equal(getattr(together, name), getattr(one_by_one, name))
 
 
@@ -234,7 +241,7 @@ def test_a_walk_finds_exactly_the_texts_that_are_paths_of_the_tree(
     for row, ((k, first), rest) in enumerate(forks.items(), start=1):
         cache.add_forks([HANDLE], [1], ints(k), ints(first), ints(row))
         for token in rest:
-            cache.append(ints(row), ints(token))
+            cache.append(ints(row), ints(token), floats(token / 64))
         cache.ended[row] = True
     cache.trees[HANDLE].complete = True
 

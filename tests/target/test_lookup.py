@@ -10,38 +10,43 @@ from vllm_ssd.target.lookup import LookUp, answer
 from vllm_ssd.target.requests import Tracked
 
 
-def answered(below: Below, wanted: int = 4, ends: frozenset[int] = frozenset()) -> LookUp:
+def below(where: Where, row: int, drafted: list[int], ended: bool) -> Below:
+    """A walk's end; the chances are those of a fair coin."""
+    return Below(where, row, drafted, ended, [0.5] * len(drafted))
+
+
+def answered(found: Below, wanted: int = 4, ends: frozenset[int] = frozenset()) -> LookUp:
     """One look-up after its answer."""
-    each = LookUp(0, Tracked(7, 10, 100, ends=ends), [5], 11, wanted, below)
+    each = LookUp(0, Tracked(7, 10, 100, ends=ends), [5], 11, wanted, found)
     answer([each], Stats())
     return each
 
 
 @pytest.mark.parametrize("wanted", [0, 1, 3, 9])
 def test_no_more_is_proposed_than_can_be_used(wanted: int) -> None:
-    found = Below(Where.FOUND, 0, [1, 2, 3], False)
+    found = below(Where.FOUND, 0, [1, 2, 3], False)
     assert answered(found, wanted).request.proposed == [1, 2, 3][:wanted]
 
 
 @pytest.mark.parametrize("drafted", [[], [6], [6, 7]])
 def test_an_end_token_is_left_to_the_target(drafted: list[int]) -> None:
-    assert answered(Below(Where.FOUND, 0, drafted, True)).request.proposed == drafted[:-1]
+    assert answered(below(Where.FOUND, 0, drafted, True)).request.proposed == drafted[:-1]
 
 
 def test_a_branch_cut_before_its_end_token_is_proposed_whole() -> None:
-    assert answered(Below(Where.FOUND, 0, [6, 7, 8], True), wanted=2).request.proposed == [6, 7]
+    assert answered(below(Where.FOUND, 0, [6, 7, 8], True), wanted=2).request.proposed == [6, 7]
 
 
 def test_an_end_token_that_the_draft_does_not_know_ends_the_proposal() -> None:
-    found = Below(Where.FOUND, 0, [6, 7, 8], False)
+    found = below(Where.FOUND, 0, [6, 7, 8], False)
     assert answered(found, ends=frozenset([7])).request.proposed == [6]
 
 
 def test_finding_that_the_text_ends_is_a_hit() -> None:
     stats = Stats()
-    each = LookUp(0, Tracked(7, 10, 100), [5], 11, 4, Below(Where.FOUND, 0, [6], True))
+    each = LookUp(0, Tracked(7, 10, 100), [5], 11, 4, below(Where.FOUND, 0, [6], True))
     answer([each], stats)
     assert each.request.proposed == []
     assert stats.hits == 1
-    answer([LookUp(0, Tracked(8, 10, 100), [5], 11, 4, Below(Where.OFF, 0, [], False))], stats)
+    answer([LookUp(0, Tracked(8, 10, 100), [5], 11, 4, below(Where.OFF, 0, [], False))], stats)
     assert stats.misses_no_branch == 1

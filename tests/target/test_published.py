@@ -5,13 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_ssd.core.tree import Where
 from vllm_ssd.target.published import PublishedTrees
-from vllm_ssd.wire.messages import MAX_ROWS, Forked, Planted, Pruned, Ready, Stepped, pack
+from vllm_ssd.wire.messages import (
+    MAX_ROWS,
+    Forked,
+    Planted,
+    Pruned,
+    Ready,
+    Stepped,
+    pack,
+    pack_floats,
+)
 
 DEPTH, VOCAB_SIZE, ROWS = 2, 100, 8
 WIDTH = 2 * DEPTH + 2
@@ -44,7 +54,8 @@ def forked(
 
 
 def stepped(rows: list[int], tokens: list[int], ended: Sequence[int] = ()) -> Stepped:
-    return Stepped(pack(rows), pack(tokens), pack(list(ended)))
+    chances = pack_floats(np.full(len(rows), 0.5, np.float32))
+    return Stepped(pack(rows), pack(tokens), pack(list(ended)), chances)
 
 
 def test_what_is_published_is_found(published: PublishedTrees) -> None:
@@ -131,7 +142,7 @@ def test_rows_of_a_finished_request_stay_in_step(published: PublishedTrees) -> N
         ("steps", stepped([0], [-1])),
         ("steps", stepped([0, 1], [1])),
         ("steps", stepped([0], [1], ended=[ROWS])),
-        ("steps", Stepped(b"123", b"", b"")),
+        ("steps", Stepped(b"123", b"", b"", b"")),
         ("plant", planted(HANDLE, ROWS, [1])),
         ("plant", planted(HANDLE, 0, [VOCAB_SIZE])),
         ("plant", planted(HANDLE, 0, [1, 2], count=1)),

@@ -70,6 +70,10 @@ class OutcomeModel:
         """The chance that a first choice is right, whatever the draft states for it."""
         return self._right / self._seen
 
+    def acceptance_of(self, stated: Float32Array) -> Float32Array:
+        """The chance that first choices are accepted, by the probabilities stated for them."""
+        return self._first.of(stated).astype(np.float32)
+
     def observe(self, stated: Float32Array, came: Int64Array) -> None:
         """Take in which choice of the draft the target emitted at verified positions.
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vllm_ssd.core.arrays import Int32Array, Int64Array
+from vllm_ssd.core.arrays import Float32Array, Int32Array, Int64Array
 
 
 def row_width(num_speculative_tokens: int) -> int:
@@ -59,9 +59,11 @@ class Below(NamedTuple):
     """``FOUND``: all that the row holds after the text, an end token included."""
     ended: bool
     """``FOUND``: the row ends with the last of them."""
+    chances: list[float]
+    """``FOUND``: for each the chance that the target accepts it if it accepts those before."""
 
 
-NOWHERE = Below(Where.UNKNOWN, -1, [], False)
+NOWHERE = Below(Where.UNKNOWN, -1, [], False, [])
 
 
 @dataclass(slots=True)
@@ -109,6 +111,11 @@ class SpeculationCache:
     def __init__(self, max_rows: int, width: int) -> None:
         self.tokens: Int32Array = np.zeros((max_rows, width), np.int32)
         self.length: Int32Array = np.zeros(max_rows, np.int32)
+        self.start: Int32Array = np.zeros(max_rows, np.int32)
+        """Position in the text of each row's token 0."""
+        self.chance: Float32Array = np.zeros((max_rows, width), np.float32)
+        """``[row, position % width]``: the chance that the target accepts the token there. By
+        position, since a fork that becomes a trunk keeps its row but begins elsewhere."""
         self.ended = np.zeros(max_rows, np.bool_)
         self.trees: dict[int, Tree] = {}
 
@@ -121,6 +128,7 @@ class SpeculationCache:
         count = len(tokens)
         self.tokens[trunk, :count] = tokens
         self.length[trunk] = count
+        self.start[trunk] = base
         self.ended[trunk] = ended
         tree = self.trees[handle] = Tree(base, trunk)
         return tree
@@ -157,6 +165,7 @@ class SpeculationCache:
             return
         lengths = np.array(counts)
         self.length[trunks] = lengths
+        self.start[trunks] = bases
         self.ended[trunks] = np.array(ended, np.bool_)
         first = np.cumsum(lengths) - lengths
         columns = np.arange(len(tokens)) - np.repeat(first, lengths)
@@ -185,11 +194,14 @@ class SpeculationCache:
         self.length[rows] = 1
         self.ended[rows] = False
         keys = fork_keys(k, tokens)
+        self.start[rows] = k
         at = 0
         for handle, count in zip(handles, counts, strict=True):
             tree = self.trees.get(handle)
             if tree is not None and count:
-                tree.forks.append((keys[at : at + count], rows[at : at + count]))
+                of = rows[at : at + count]
+                self.start[of] += tree.base
+                tree.forks.append((keys[at : at + count], of))
             at += count
 
     def prune(self, handles: list[int], counts: list[int], rows: Int32Array) -> None:
@@ -208,24 +220,25 @@ class SpeculationCache:
                     keys[np.isin(of, rows[at : at + count])] = _PRUNED
             at += count
 
-    def append(self, rows: Int32Array, tokens: Int32Array) -> None:
+    def append(self, rows: Int32Array, tokens: Int32Array, chances: Float32Array) -> None:
         """Each of ``rows`` (distinct) grows by its tokens.
 
         Args:
             rows: ``[n]``.
             tokens: ``[steps, n]``, or ``[n]`` for one step.
+            chances: in the same shape, the chance that the target accepts each of them.
 
         Raises:
             IndexError: a row does not exist or is full.
         """
         at = self.length[rows]
-        if tokens.ndim == 1:
-            self.tokens[rows, at] = tokens
-            self.length[rows] = at + 1
-        else:
+        steps = 1
+        if tokens.ndim == 2:
             steps = len(tokens)
-            self.tokens[rows, at + np.arange(steps)[:, None]] = tokens
-            self.length[rows] = at + steps
+            at = at + np.arange(steps)[:, None]
+        self.tokens[rows, at] = tokens
+        self.chance[rows, (self.start[rows] + at) % self.chance.shape[1]] = chances
+        self.length[rows] += steps
 
     def walk(self, handle: int, new_tokens: list[int]) -> Walk:
         """Walk a request's confirmed tokens from its tree's ``base`` on (``text[tree.base:]``)."""
@@ -263,11 +276,13 @@ class SpeculationCache:
         found: list[Below] = []
         for handle, text in zip(handles, texts, strict=True):
             walk = self.walk(handle, text)
+            row = walk.row
             if walk.where is Where.FOUND:
-                drafted = self.row_tokens(walk.row)[walk.offset :]
-                found.append(Below(walk.where, walk.row, drafted, bool(self.ended[walk.row])))
+                drafted = self.row_tokens(row)[walk.offset :]
+                chances = self._chances_of(row, walk.offset, len(drafted))
+                found.append(Below(walk.where, row, drafted, bool(self.ended[row]), chances))
             else:
-                found.append(Below(walk.where, walk.row, [], False))
+                found.append(Below(walk.where, row, [], False, []))
         return found
 
     def look_up_many(self, handles: list[int], texts: list[list[int]]) -> list[Below]:
@@ -305,11 +320,16 @@ class SpeculationCache:
         complete[no_fork] = False
         more_to_come = np.array([not tree.complete for tree in trees])
         still_open[no_fork] |= more_to_come[no_fork]
-        for i, trunk, row, tokens, offset, length, end, hit, pending in zip(
+        columns = (self.start[rows][:, None] + np.arange(self.chance.shape[1])) % self.chance.shape[
+            1
+        ]
+        chances_of = np.take_along_axis(self.chance[rows], columns, axis=1).tolist()
+        for i, trunk, row, tokens, chances, offset, length, end, hit, pending in zip(
             known,
             trunks.tolist(),
             rows.tolist(),
             self.tokens[rows].tolist(),
+            chances_of,
             offsets.tolist(),
             lengths.tolist(),
             ended.tolist(),
@@ -318,10 +338,11 @@ class SpeculationCache:
             strict=True,
         ):
             if hit:
-                found[i] = Below(Where.FOUND, row, tokens[offset:length], end)
+                below = tokens[offset:length], end, chances[offset:length]
+                found[i] = Below(Where.FOUND, row, *below)
             else:
                 where = Where.PENDING if pending else Where.OFF
-                found[i] = Below(where, trunk, [], False)
+                found[i] = Below(where, trunk, [], False, [])
         return found
 
     def _agree(self, rows: Int64Array, texts: Int32Array, sizes: Int64Array) -> Int64Array:
@@ -333,6 +354,13 @@ class SpeculationCache:
         same[:, :width] = self.tokens[rows, :width] == texts[:, :width]
         same[:, :width] &= np.arange(width) < known[:, None]
         return same.argmin(axis=1)
+
+    def _chances_of(self, row: int, offset: int, count: int) -> list[float]:
+        """The chances of ``count`` tokens of a row from its token ``offset`` on."""
+        width = self.chance.shape[1]
+        first = (int(self.start[row]) + offset) % width
+        chances: list[float] = self.chance[row].tolist()
+        return (chances + chances)[first : first + count]
 
     def row_tokens(self, row: int) -> list[int]:
         """The tokens of a row."""

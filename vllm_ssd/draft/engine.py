@@ -84,6 +84,7 @@ class DraftEngine:
         self.allocator = Allocator(rows, blocks, self.trees, self.counters)
         self._times = RoundTimes(policy.num_speculative_tokens, model.lookahead)
         outcomes = OutcomeModel(rows.choices.shape[-1])
+        self._outcomes = outcomes
         self._rounds = Rounds(self.allocator, self.trees, policy.num_speculative_tokens, outcomes)
         self._forking = Forking(self.allocator, self.trees, policy, outcomes, self._times)
         self._pipeline = Pipeline(
@@ -214,7 +215,7 @@ class DraftEngine:
 
     def _follow_up(self, taken: Taken) -> None:
         """Grow the trees by a step; fork where it made choices known."""
-        self.trees.step(taken.grown)
+        self.trees.step(taken.grown, self._outcomes.acceptance_of(taken.grown.stated))
         self._forking.fork(self.allocator.requests.values())
         self._count(taken)
 

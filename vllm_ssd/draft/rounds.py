@@ -127,7 +127,6 @@ class Rounds:
             else:
                 self._allocator.release(request)
                 self._trees.withdraw(request.handle)  # the target must not wait for a tree
-        self._resume(planned)
         for request in planned:
             self._trees.plant(
                 request.handle, request.length, request.trunk, request.drafted, request.ended
@@ -135,6 +134,7 @@ class Rounds:
             request.made = {}
             request.next_k = 0
             request.complete = False
+        self._resume(planned)
 
     def _prepare(self, request: Request, proposed: list[int]) -> bool:
         """Give a trunk what it needs to grow; False if nothing can be drafted now."""
@@ -166,14 +166,8 @@ class Rounds:
             return
         trunks = np.array([request.trunk for request in resting], np.int32)
         lengths = np.array([len(request.drafted) for request in resting], np.int32)
-        rows_grown, tokens, ended = rows.resume(trunks, lengths)
-        grown = dict(
-            zip(rows_grown.tolist(), zip(tokens, ended.tolist(), strict=True), strict=True)
-        )
-        for request in resting:
-            if request.trunk in grown:
-                token, request.ended = grown[request.trunk]
-                request.drafted = np.append(request.drafted, token)
+        grown = rows.resume(trunks, lengths)
+        self._trees.step(grown, self._outcomes.acceptance_of(grown.stated))
 
     def trim(self, request: Request, verified: int) -> None:
         """Fewer tokens are verified than were proposed: outcomes beyond them cannot happen."""

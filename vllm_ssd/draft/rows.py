@@ -27,6 +27,8 @@ class Grown(NamedTuple):
     """The token each of them grew by."""
     ended: BoolArray
     """Whether it ends with that token."""
+    stated: Float32Array
+    """The draft's probability of its first choice there."""
 
 
 class TableChanges:
@@ -178,7 +180,8 @@ class Rows:
         self.pending[rows[~fed]] = True
         grows = fed & (self.room[rows] > 0)
         rows, lengths = rows[grows], lengths[grows]
-        return self._grow(rows, self.choices[rows, lengths, 0])
+        stated = self.stated[rows, lengths, 0]
+        return self._grow(rows, self.choices[rows, lengths, 0], stated)
 
     def take_step(self, rows: Int32Array, choices: Choices) -> Grown:
         """Take in one step's result.
@@ -193,11 +196,12 @@ class Rows:
         self.choices[rows, at] = choices.tokens
         self.stated[rows, at] = choices.probabilities
         grows = self.room[rows] > 0
-        return self._grow(rows[grows], np.ascontiguousarray(choices.tokens[grows, 0]))
+        firsts = np.ascontiguousarray(choices.tokens[grows, 0])
+        return self._grow(rows[grows], firsts, choices.probabilities[grows, 0])
 
-    def _grow(self, rows: Int32Array, tokens: Int32Array) -> Grown:
+    def _grow(self, rows: Int32Array, tokens: Int32Array, stated: Float32Array) -> Grown:
         self.room[rows] -= 1
         self.feed_token[rows] = tokens
         ended = (tokens[:, None] == self.stop[rows]).any(axis=1)
         self.pending[rows] = ~ended
-        return Grown(rows, tokens, ended)
+        return Grown(rows, tokens, ended, stated)

@@ -10,11 +10,19 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vllm_ssd.core.arrays import Int32Array
+from vllm_ssd.core.arrays import Float32Array, Int32Array
 from vllm_ssd.core.tree import SpeculationCache
 from vllm_ssd.draft.request import DORMANT
 from vllm_ssd.draft.rows import Grown
-from vllm_ssd.wire.messages import Forked, Planted, Pruned, Stepped, ToTarget, pack
+from vllm_ssd.wire.messages import (
+    Forked,
+    Planted,
+    Pruned,
+    Stepped,
+    ToTarget,
+    pack,
+    pack_floats,
+)
 
 
 class _Tree(NamedTuple):
@@ -113,15 +121,21 @@ class Trees:
         self._close()
         self._messages.append(Pruned(pack([handle]), pack([len(rows)]), pack(rows)))
 
-    def step(self, grown: Grown) -> None:
-        """One decode step: rows grow by a token each, some end with it."""
-        rows, tokens, ended = grown
+    def step(self, grown: Grown, chances: Float32Array) -> None:
+        """One decode step: rows grow by a token each, some end with it.
+
+        Args:
+            grown: the rows and their tokens.
+            chances: ``[m]``, the chance that the target accepts each token.
+        """
+        rows, tokens = grown.rows, grown.tokens
         if not len(rows):
             return
-        self.cache.append(rows, tokens)
-        self.cache.ended[rows] = ended
+        self.cache.append(rows, tokens, chances)
+        self.cache.ended[rows] = grown.ended
         self._close()
-        self._messages.append(Stepped(pack(rows), pack(tokens), pack(rows[ended])))
+        ended = pack(rows[grown.ended])
+        self._messages.append(Stepped(pack(rows), pack(tokens), ended, pack_floats(chances)))
 
     def take_messages(self) -> list[ToTarget]:
         """What changed since the last call, in the order in which the target must apply it."""

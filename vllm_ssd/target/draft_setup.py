@@ -166,6 +166,9 @@ def plan_draft(checked: Checked, vllm_config: Any) -> DraftPlan:
         enable_prefix_caching=bool(vllm_config.cache_config.enable_prefix_caching),
         vocab_size=target.get_vocab_size(),
         draft_vocab=b"" if draft_vocab is None else pack(draft_vocab),
+        draft_sampling=config.draft_sampling,
+        draft_top_n=config.draft_top_n,
+        saguaro_c=-1.0 if config.saguaro_c == "auto" else config.saguaro_c,
     )
     plan = DraftPlan(
         setup=setup,

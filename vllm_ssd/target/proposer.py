@@ -162,7 +162,7 @@ class SSDProposer:
         """
         client = self.client
         assert client is not None
-        if self.config.max_wait_ms <= 0.0:
+        if not isinstance(self.config.max_wait_ms, float) or self.config.max_wait_ms <= 0.0:
             return True
         waiting = growing(look_ups, client.published, self.depth)
         if not waiting:

@@ -17,6 +17,7 @@ from vllm_ssd.wire.messages import (
     Ready,
     Stepped,
     unpack,
+    unpack_floats,
     unpack_list,
 )
 
@@ -75,9 +76,12 @@ class PublishedTrees:
         tokens = unpack(b"".join([step.tokens for step in steps]))
         self._check_tokens(tokens)
         # Each step by itself: in the total, the errors of two could cancel out.
-        if any(len(step.tokens) != len(packed_rows) for step in steps):
+        size = len(packed_rows)
+        if any(len(step.tokens) != size or len(step.chances) != size for step in steps):
             raise ValueError("a step that does not fit its rows")
-        self.cache.append(rows, tokens.reshape(len(steps), len(rows)))
+        chances = unpack_floats(b"".join([step.chances for step in steps]))
+        shape = len(steps), len(rows)
+        self.cache.append(rows, tokens.reshape(shape), chances.reshape(shape))
         ended = b"".join([step.ended for step in steps])
         if ended:
             self.cache.ended[_indices(ended)] = True

@@ -1,4 +1,5 @@
-"""The messages. Tokens travel, never tensors; arrays are little-endian int32 in ``bytes``.
+"""The messages. Tokens travel, never tensors; arrays are little-endian int32 in ``bytes``, or
+float32 where that is said.
 
 Messages travel in frames. A frame carries the *epoch*, a number the target raises whenever the two
 sides may be out of step (a restart, a dropped or garbled frame), and its number within the epoch.
@@ -50,6 +51,20 @@ def unpack(data: bytes) -> NDArray[np.int32]:
     return np.frombuffer(data, dtype="<i4")
 
 
+def pack_floats(values: NDArray[np.float32]) -> bytes:
+    """Numbers as float32 bytes."""
+    return np.asarray(values, dtype="<f4").tobytes()
+
+
+def unpack_floats(data: bytes) -> NDArray[np.float32]:
+    """The reverse of :func:`pack_floats`; a read-only view.
+
+    Raises:
+        ValueError: the length is not a multiple of four bytes.
+    """
+    return np.frombuffer(data, dtype="<f4")
+
+
 def unpack_list(data: bytes) -> list[int]:
     """The reverse of :func:`pack`, as a list: for a few numbers much faster than an array.
 
@@ -82,6 +97,13 @@ class Setup(Message, frozen=True):
     """The target's vocabulary: ids from there on are never drafted."""
     draft_vocab: bytes = b""
     """The tokens the head is computed for, int32; empty for all."""
+    draft_sampling: str = "greedy"
+    """``"greedy"``, ``"probabilistic"`` or ``"auto"``: how tokens are drafted for requests with a
+    temperature."""
+    draft_top_n: int = 0
+    """Sampled tokens come from so many of the draft's best; 0: none are sampled."""
+    saguaro_c: float = 1.0
+    """C of arXiv 2603.03251, Definition 14; -1: learned."""
 
 
 class Allocate(Message, frozen=True):
@@ -100,6 +122,11 @@ class Start(Message, frozen=True):
     """No token is drafted at this position or later (model length, ``max_tokens``)."""
     stop: list[int]
     """Token ids that end it."""
+    temperature: float = 0.0
+    """Its drafts are sampled at this temperature; 0: they are the draft's first choices."""
+    top_k: int = 0
+    """Of so many best tokens; 0: no such bound."""
+    top_p: float = 1.0
 
 
 class Verified(Message, frozen=True):
@@ -110,10 +137,22 @@ class Verified(Message, frozen=True):
     """Length of the confirmed text before ``confirmed`` is added."""
     confirmed_counts: bytes
     proposed_counts: bytes
+    """-1: not decided yet, the target waits for more of the trunk; :class:`Proposed` follows."""
     tokens: bytes
     """For each request its confirmed tokens, then the proposed ones, all in one row."""
     verify_us: int
     """How long the last verification took (from one proposal to the next outcome); 0: unknown."""
+    speculate: bool = True
+    """False: nothing will be proposed after this verification; only the texts are kept."""
+
+
+class Proposed(Message, frozen=True):
+    """What is proposed for requests that the target waited for."""
+
+    handles: bytes
+    counts: bytes
+    tokens: bytes
+    """The proposed tokens of each, all in one row. They need not be the trunk's."""
 
 
 class Trimmed(Message, frozen=True):
@@ -187,6 +226,16 @@ class Stepped(Message, frozen=True):
     tokens: bytes
     ended: bytes
     """Rows that end with this token."""
+    chances: bytes
+    """float32, one a row: the chance that its token is accepted if those before it are."""
+    sampled: bytes = b""
+    """Which of ``rows``, by index, grew by a token that was sampled; the others' was certain."""
+    support: int = 0
+    """S: each sampled one comes from a distribution over at most S tokens."""
+    q_tokens: bytes = b""
+    """``[sampled, S]``, these tokens; those with probability 0 are any."""
+    q_probabilities: bytes = b""
+    """``[sampled, S]`` float32, their probabilities, as sampled from."""
 
 
 class Report(Message, frozen=True):
@@ -203,7 +252,7 @@ class Lost(Message, frozen=True):
     """A gap in the target's frames: a new epoch is needed."""
 
 
-ToDraft = Setup | Allocate | Start | Verified | Trimmed | Finished
+ToDraft = Setup | Allocate | Start | Verified | Proposed | Trimmed | Finished
 ToTarget = Ready | Failed | Planted | Forked | Pruned | Stepped | Report | Alive | Lost
 
 
