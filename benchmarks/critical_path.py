@@ -167,7 +167,8 @@ def measure(
 def _proposer(
     connection: socket.socket, branches: int, context: int
 ) -> tuple[SSDProposer, DraftClient]:
-    options = {"model": "table", "num_speculative_tokens": DEPTH, "strict": True}
+    options: dict[str, Any] = {"model": "table", "num_speculative_tokens": DEPTH, "strict": True}
+    options["draft_sampling"] = "greedy"
     config: Any = SimpleNamespace(
         additional_config={"ssd": options},
         model_config=SimpleNamespace(max_model_len=context + 4096),

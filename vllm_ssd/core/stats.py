@@ -31,6 +31,13 @@ class Stats:
     """Verifications of at least one drafted token."""
     depth_at_hit: int = 0
     """Sum over the hits of the tokens found below the outcome."""
+    batches_with_probabilities: int = 0
+    """Proposals of a batch in which tokens were sampled, verified by their probabilities."""
+    tokens_with_probabilities: int = 0
+    """Tokens proposed there that were sampled; the others were certain."""
+    batches_too_large: int = 0
+    """Such proposals verified as if all tokens were certain: the probabilities would take too much
+    memory."""
     waits: int = 0
     wait_seconds: float = 0.0
     proposals: int = 0

@@ -23,9 +23,10 @@ from vllm_ssd.draft.model import DraftModel
 from vllm_ssd.draft.pipeline import Pipeline, Taken
 from vllm_ssd.draft.request import Request
 from vllm_ssd.draft.rounds import Rounds
-from vllm_ssd.draft.rows import MAX_STOP_TOKENS, Rows
+from vllm_ssd.draft.rows import Rows
 from vllm_ssd.draft.trees import Trees
 from vllm_ssd.wire.messages import (
+    MAX_STOP_TOKENS,
     Finished,
     Start,
     ToTarget,

@@ -14,9 +14,7 @@ import numpy as np
 from vllm_ssd.core.arrays import BoolArray, Float32Array, Int32Array
 from vllm_ssd.core.tree import row_width
 from vllm_ssd.draft.model import BlockChanges, Choices
-
-MAX_STOP_TOKENS = 8
-"""End tokens checked per request; drafting goes on past any further ones."""
+from vllm_ssd.wire.messages import MAX_STOP_TOKENS
 
 
 class Grown(NamedTuple):

@@ -71,7 +71,10 @@ class DraftClient:
     ) -> None:
         self.up = False
         """Whether the draft has come up and takes requests."""
-        self.published = PublishedTrees(setup.num_speculative_tokens, setup.vocab_size)
+        sampled_from = 0 if setup.draft_sampling == "greedy" else setup.draft_top_n
+        self.published = PublishedTrees(
+            setup.num_speculative_tokens, setup.vocab_size, sampled_from
+        )
         self.draft_counters: dict[str, float] = {}
         """Counters of this draft process, added to those of the processes before it."""
         self._counters_before: dict[str, float] = {}

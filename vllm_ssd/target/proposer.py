@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vllm_ssd.config import ADDITIONAL_CONFIG_KEY, SSDConfig
 from vllm_ssd.core.stats import Stats
+from vllm_ssd.target.handover import HandOver, SparseRows
 from vllm_ssd.target.lookup import Batch, LookUp, answer, choose, growing, look_up
 from vllm_ssd.target.notices import Notices
 from vllm_ssd.target.padding import pad, pads
@@ -40,7 +41,11 @@ class SSDProposer:
         self.config = SSDConfig.parse(options)
         self.depth = self.config.num_speculative_tokens
         self.stats = Stats()
-        self.requests = RequestTable(vllm_config.model_config.max_model_len)
+        samples = self.config.draft_sampling != "greedy"
+        self.requests = RequestTable(
+            vllm_config.model_config.max_model_len, self.config.draft_top_n * samples
+        )
+        self._hand_over: HandOver | None = None
         self.client: DraftClient | None = None
         self._notices: Notices | None = None
         self._runner: Any = None
@@ -48,14 +53,18 @@ class SSDProposer:
         self._proposed_at: float | None = None
         self._complained = False
 
-    def bind(self, runner: Any, client: DraftClient | None) -> None:
+    def bind(
+        self, runner: Any, client: DraftClient | None, hand_over: HandOver | None = None
+    ) -> None:
         """Connect to the model runner, and to the draft where this worker's drafts are used.
 
         Args:
             runner: vLLM's model runner, for request ids and sampling parameters.
             client: the draft's; ``None`` on the other tensor-parallel ranks.
+            hand_over: takes what drafts were sampled from; ``None`` if none are.
         """
         self._runner = runner
+        self._hand_over = hand_over
         self.client = client
         self._notices = None if client is None else Notices(client, self.requests)
 
@@ -79,6 +88,10 @@ class SSDProposer:
     def scheduled(self, scheduler_output: SchedulerOutput) -> None:
         """Announce a step to the draft. Never blocks."""
         client, notices = self.client, self._notices
+        hand_over = self._hand_over
+        if hand_over is not None:
+            drafts = scheduler_output.scheduled_spec_decode_tokens
+            self._hand(hand_over, lambda: hand_over.complete(drafts))
         if client is None or notices is None:
             return
         began = time.perf_counter()
@@ -111,25 +124,46 @@ class SSDProposer:
             Per batch row at most ``num_speculative_tokens`` drafted tokens.
         """
         began = time.perf_counter()
+        hand_over = self._hand_over
+        if hand_over is not None and not hand_over.is_needed:
+            hand_over = None
         proposals: list[list[int]] = [[] for _ in sampled_token_ids]
         if self.client is None:
+            if hand_over is not None:
+                hand_over.receive()
             return proposals
+        distributions: SparseRows | None = None
         try:
-            rows = len(sampled_token_ids)
-            lengths = num_tokens_no_spec[:rows].tolist()
+            lengths = num_tokens_no_spec[: len(proposals)].tolist()
             req_ids = self._runner.input_batch.req_ids
             batch = Batch(req_ids, sampled_token_ids, lengths, token_ids_cpu)
-            for each in self._round(batch, began):
+            look_ups = self._round(batch, began)
+            for each in look_ups:
                 proposals[each.row] = each.request.proposed
             if self._pads:
                 pad(proposals, batch, self._runner.requests, self.depth)
+            if hand_over is not None:
+                distributions = hand_over.collect(proposals, look_ups, self.client.published)
         except Exception as error:  # as above: decoding goes on plainly
             proposals = [[] for _ in sampled_token_ids]
             self._degrade(error)
+        finally:
+            # Also after an error: other ranks wait for it.
+            if hand_over is not None:
+                self._hand(hand_over, lambda: hand_over.give(distributions))
         self._proposed_at = time.perf_counter()
         self.stats.proposals += 1
         self.stats.propose_seconds += self._proposed_at - began
         return proposals
+
+    def _hand(self, hand_over: HandOver, call: Callable[[], None]) -> None:
+        """Hand something over; without it, drafts are verified as if they were certain."""
+        try:
+            call()
+        except Exception as error:
+            if hand_over.group is not None:
+                raise  # ranks that verify by different rules would write different texts
+            self._degrade(error)
 
     def _round(self, batch: Batch, began: float) -> Sequence[LookUp]:
         """One round: look up, wait, answer, report. Returns the look-ups, answered."""
