@@ -100,3 +100,8 @@ def deviation(tokens: Sequence[int], probabilities: torch.Tensor) -> float:
     statistic = sum((o - e) ** 2 / e for o, e in zip(observed, expected, strict=True))
     spread = 2.0 / (9.0 * max(1, len(observed) - 1))
     return float(((statistic / (len(observed) - 1)) ** (1 / 3) - (1.0 - spread)) / spread**0.5)
+
+
+def p_value(tokens: Sequence[int], probabilities: torch.Tensor) -> float:
+    """How often samples of a distribution deviate as much (:func:`deviation`)."""
+    return 0.5 * math.erfc(deviation(tokens, probabilities) / 2**0.5)
