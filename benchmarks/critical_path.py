@@ -69,7 +69,8 @@ class TableModel:
         """The best tokens after each sequence: its last token's successor, then others."""
         last = sequences.tokens[np.cumsum(sequences.query_lens) - 1].astype(np.int64)
         top = (last[:, None] * 31 + np.arange(CANDIDATES) * 101 + 7) % VOCABULARY
-        return Done(Choices(top.astype(np.int32), np.repeat(self._shares, len(last), axis=0)))
+        shares = np.repeat(self._shares, len(last), axis=0)
+        return Done(Choices.firsts(top.astype(np.int32), shares))
 
 
 def successor(token: int, choice: int = 0) -> int:

@@ -107,7 +107,7 @@ class Forest:
         """One forward that lets each branch grow; checked against transformers."""
         parts = tuple(sorted(parts, key=lambda part: len(part[1]) > 1))
         positions = [len(branch.text) + i for branch, tokens in parts for i in range(len(tokens))]
-        top, probabilities = self._model.forward(
+        top, probabilities, _, _ = self._model.forward(
             self.changes(),
             Sequences(
                 np.array([branch.row for branch, _ in parts], np.int32),

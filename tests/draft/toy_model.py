@@ -108,7 +108,7 @@ class ToyModel:
 
     def _compute(self, sequences: Sequences) -> Choices:
         """Write, then read back, then answer."""
-        rows, lens, tokens, positions = sequences
+        rows, lens, tokens, positions, _ = sequences
         assert len(rows) == len(lens) == len(set(rows.tolist())) > 0
         assert (tokens >= 0).all()
         assert len(tokens) == len(positions) == lens.sum()
@@ -134,7 +134,7 @@ class ToyModel:
         self.sequences.append(len(lens))
         firsts = [self.confidence_at(int(positions[end - 1]) + 1) for end in ends]
         best = _best(hashes, self.vocab_size)[:, : self._num_candidates]
-        return Choices(best, stated(np.array(firsts), best.shape[1]))
+        return Choices.firsts(best, stated(np.array(firsts), best.shape[1]))
 
     def _read_back(self, table: Int32Array, first_new: int, length: int) -> np.uint64:
         """The hash of a sequence's text as its blocks hold it."""

@@ -357,4 +357,4 @@ def test_all_ranks_have_the_same_rows() -> None:
     first.hand_over.group = second.hand_over.group = group
     proposals = first.propose(first.look_ups())
     second.hand_over.receive()
-    assert given_of(second, proposals) == given_of(first, proposals) == dense(*[Q0, 6, Q2] * 3)
+    assert given_of(second, proposals) == given_of(first, proposals) == dense(*(Q0, 6, Q2) * 3)

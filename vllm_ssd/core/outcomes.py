@@ -21,27 +21,34 @@ PRIOR = 10.0
 """How many observations the stated probability counts for, at each level."""
 MEMORY = 1000
 """Number of observations after which the weight of an older one has fallen to 1 / e."""
-_DECAY = 1.0 - 1.0 / MEMORY
+DECAY = 1.0 - 1.0 / MEMORY
 _ODDS = np.arange(-8.0, 9.0)
 """The log-odds of each level: 0.88 and 0.9999 are seven levels apart."""
+LEVEL_CHANCES: Float64Array = 1.0 / (1.0 + np.exp(-_ODDS))
+"""The probability in the middle of each level."""
 _EDGES = (1.0 / (1.0 + np.exp(0.5 - _ODDS[1:]))).astype(np.float32)
 """Probabilities at which one level ends and the next begins."""
 _ALMOST_CERTAIN = np.float32(1.0 - 1e-6)
 
 
 class Calibration:
-    """How often a choice is right, by the probability stated for it, in levels of log-odds."""
+    """How often a choice is right, by the probability stated for it, in levels of log-odds.
 
-    def __init__(self) -> None:
+    Args:
+        at_first: ``[levels]``, what is used until something was observed: by default the stated
+            probability.
+    """
+
+    def __init__(self, at_first: Float64Array = LEVEL_CHANCES) -> None:
         self._seen = np.full(len(_ODDS), PRIOR)
-        self._true = PRIOR / (1.0 + np.exp(-_ODDS))
+        self._true = PRIOR * at_first
 
     def observe(self, stated: Float32Array, correct: BoolArray) -> None:
         """Take in stated probabilities and, in the same shape, which choices were right."""
         levels, hits = np.searchsorted(_EDGES, stated.ravel()), correct.ravel()
         seen = np.bincount(levels, minlength=len(_ODDS))
         true = np.bincount(levels[hits], minlength=len(_ODDS))
-        faded = _DECAY**seen
+        faded = DECAY**seen
         self._seen = self._seen * faded + seen
         self._true = self._true * faded + true
 
@@ -86,7 +93,7 @@ class OutcomeModel:
             return
         right = came == 0
         self._first.observe(stated[:, 0], right)
-        faded = _DECAY**count
+        faded = DECAY**count
         self._seen = self._seen * faded + count
         self._right = self._right * faded + np.count_nonzero(right)
         self._usual = self._usual * faded + (1.0 - faded) * stated.mean(axis=0)

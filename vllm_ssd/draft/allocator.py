@@ -195,6 +195,7 @@ class Allocator:
         rows.feed_token[made] = tokens
         rows.room[made] = room
         rows.stop[made] = rows.stop[trunks]
+        rows.sampled.fork(made, trunks, starts)
         rows.chance[made] = chances
         rows.pending[made] = True
         self._counters["draft_forks"] += len(made)

@@ -14,15 +14,16 @@ from collections.abc import Callable
 import numpy as np
 
 from vllm_ssd.core.budget import RoundTimes
-from vllm_ssd.core.outcomes import OutcomeModel
+from vllm_ssd.core.setting_outcomes import SettingOutcomes
 from vllm_ssd.core.tree import row_width
 from vllm_ssd.draft.allocator import Allocator
 from vllm_ssd.draft.blocks import KVBlocks, VerifiedPrefix
+from vllm_ssd.draft.drafting import Drafting
 from vllm_ssd.draft.forking import Forking, Policy
 from vllm_ssd.draft.model import DraftModel
 from vllm_ssd.draft.pipeline import Pipeline, Taken
 from vllm_ssd.draft.request import Request
-from vllm_ssd.draft.rounds import Rounds
+from vllm_ssd.draft.rounds import Rounds, chances_of
 from vllm_ssd.draft.rows import Rows
 from vllm_ssd.draft.trees import Trees
 from vllm_ssd.wire.messages import (
@@ -80,13 +81,15 @@ class DraftEngine:
         interrupted: Callable[[], bool] = lambda: False,
     ) -> None:
         self.counters: dict[str, float] = dict.fromkeys(COUNTERS, 0.0)
+        depth = policy.num_speculative_tokens
         self.model = model
-        self.trees = Trees(len(rows.start), row_width(policy.num_speculative_tokens))
+        self.trees = Trees(len(rows.start), row_width(depth))
         self.allocator = Allocator(rows, blocks, self.trees, self.counters)
-        self._times = RoundTimes(policy.num_speculative_tokens, model.lookahead)
-        outcomes = OutcomeModel(rows.choices.shape[-1])
+        self._times = RoundTimes(depth, model.lookahead)
+        self._drafting = Drafting(rows.sampled, policy.arms, depth, self.counters)
+        outcomes = SettingOutcomes(rows.choices.shape[-1], self._drafting.settings)
         self._outcomes = outcomes
-        self._rounds = Rounds(self.allocator, self.trees, policy.num_speculative_tokens, outcomes)
+        self._rounds = Rounds(self.allocator, self.trees, depth, outcomes, self._drafting)
         self._forking = Forking(self.allocator, self.trees, policy, outcomes, self._times)
         self._pipeline = Pipeline(
             model, self.allocator, prefill_chunk, prefill_chunk_idle, interrupted
@@ -116,6 +119,9 @@ class DraftEngine:
         request = Request(
             message.handle, tokens.copy(), len(tokens), message.limit, stop, VerifiedPrefix()
         )
+        request.temperature = message.temperature
+        request.top_k, request.top_p = message.top_k, message.top_p
+        self._drafting.begin(request)
         request.last_used = self.allocator.round
         self.allocator.requests[message.handle] = request
         self._rounds.plan([request], [[]])
@@ -127,6 +133,7 @@ class DraftEngine:
         for handle in unpack(message.handles).tolist():
             request = self.allocator.requests.get(handle)
             if request is not None:
+                self._drafting.finished(request)
                 self.allocator.remove(request)
         self._end_idle_round()
 
@@ -152,6 +159,7 @@ class DraftEngine:
         began = time.perf_counter()
         requests, confirmed, proposed = self._unpack(message)
         self._times.begin_round(len(requests), any(proposed), message.verify_us * 1e-6)
+        self._drafting.observe(requests, confirmed, message.verify_us * 1e-6)
         self._rounds.follow(requests, confirmed)
         self._rounds.plan(requests, proposed)
         self._forking.fork(requests)
@@ -216,7 +224,7 @@ class DraftEngine:
 
     def _follow_up(self, taken: Taken) -> None:
         """Grow the trees by a step; fork where it made choices known."""
-        self.trees.step(taken.grown, self._outcomes.acceptance_of(taken.grown.stated))
+        self.trees.step(taken.grown, chances_of(self._outcomes, taken.grown))
         self._forking.fork(self.allocator.requests.values())
         self._count(taken)
 

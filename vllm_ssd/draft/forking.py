@@ -11,13 +11,15 @@ from typing import NamedTuple
 
 import numpy as np
 
+from vllm_ssd.core.arms import Arm, arms_of
 from vllm_ssd.core.arrays import BoolArray, Float64Array, Int32Array, Int64Array
 from vllm_ssd.core.budget import RoundTimes
 from vllm_ssd.core.forks import Forks, choose_forks, fork_caps
-from vllm_ssd.core.outcomes import OutcomeModel
+from vllm_ssd.core.setting_outcomes import SettingOutcomes
 from vllm_ssd.draft.allocator import Allocator
 from vllm_ssd.draft.request import DORMANT, Request
 from vllm_ssd.draft.trees import Trees
+from vllm_ssd.draft.verifications import ends, read_verifications
 
 
 class Policy(NamedTuple):
@@ -30,6 +32,8 @@ class Policy(NamedTuple):
     """Branches per request, the trunk being one; 0: as many as the measured times afford."""
     max_branches: int
     """The most branches a request can have."""
+    arms: tuple[Arm, ...] = arms_of("greedy", 1.0)
+    """The ways to draft above temperature 0."""
 
 
 class _Trunks(NamedTuple):
@@ -64,7 +68,7 @@ class Forking:
         allocator: Allocator,
         trees: Trees,
         policy: Policy,
-        outcomes: OutcomeModel,
+        outcomes: SettingOutcomes,
         times: RoundTimes,
     ) -> None:
         self._allocator = allocator
@@ -114,11 +118,14 @@ class Forking:
         tokens = cache.length[row].astype(np.int64)
         return _Trunks(row, length, verified, known, tokens, cache.ended[row], limit)
 
-    def _chances(self, trunks: _Trunks) -> Float64Array:
-        """The chance of each outcome, ``[B, K + 1, C]``; 0 where no fork is to be made."""
+    def _chances(self, trunks: _Trunks) -> tuple[Float64Array, Float64Array]:
+        """The chance of each outcome, ``[B, K + 1, C]``, 0 where no fork is to be made; and that of
+        each trunk's own outcome, ``[B]``."""
         positions = self._policy.num_speculative_tokens + 1
-        stated = self._rows.stated[trunks.row, :positions]
-        chances = self._outcomes.chances(trunks.verified, trunks.known, stated)
+        read = read_verifications(
+            self._rows, self._trees.cache, trunks.row, trunks.verified, trunks.known, positions
+        )
+        chances = self._outcomes.chances(read)
         k = np.arange(positions)
         # Nothing is drafted beyond the limit, and nothing follows an end token.
         beyond = k >= (trunks.limit - trunks.length - 1)[:, None]
@@ -126,10 +133,14 @@ class Forking:
         chances[beyond] = 0.0
         stop = self._rows.stop[trunks.row]
         if (stop >= 0).any():
-            choices = self._rows.choices[trunks.row, :positions]
-            ends = (choices[..., None] == stop[:, None, None, :]).any(-1)
-            chances[ends & (k < trunks.known[:, None])[..., None]] = 0.0
-        return chances
+            ending = ends(self._rows.choices[trunks.row, :positions], stop)
+            chances[ending & (k < trunks.known[:, None])[..., None]] = 0.0
+        after_all = np.arange(len(trunks.row)), trunks.verified
+        choice = read.choice[after_all]
+        its_own = *after_all, np.maximum(choice, 0)
+        own = np.where(choice >= 0, chances[its_own], 0.0)
+        chances[its_own] = np.where(choice >= 0, 0.0, chances[its_own])
+        return chances, own
 
     def _choose(self, requests: Sequence[Request], trunks: _Trunks) -> Forks:
         """The forks to make now.
@@ -147,7 +158,8 @@ class Forking:
             worth = worth[prepared]
         if policy.fan_out is not None:
             caps = fork_caps(policy.fan_out, trunks.verified)
-        forks = choose_forks(self._chances(trunks), most, worth, caps)
+        chances, own = self._chances(trunks)
+        forks = choose_forks(chances, most, worth, caps, own)
         new = forks.k < trunks.known[forks.request]
         if any(request.made for request in requests):
             chosen = list(zip(*(held.tolist() for held in forks[:3]), strict=True))

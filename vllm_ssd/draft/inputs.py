@@ -85,16 +85,16 @@ def cut(joined: torch.Tensor, shapes: Sequence[tuple[int, ...]]) -> list[torch.T
 
 
 def after_last_step(
-    tokens: torch.Tensor, rows: torch.Tensor, first_choices: torch.Tensor
+    tokens: torch.Tensor, rows: torch.Tensor, next_tokens: torch.Tensor
 ) -> torch.Tensor:
-    """The tokens to feed, with :data:`FROM_LAST_STEP` replaced by the choice of the step before.
+    """The tokens to feed, with :data:`FROM_LAST_STEP` replaced by what the step before chose.
 
     Args:
         tokens: ``[n]``, one for each sequence; may be :data:`FROM_LAST_STEP`.
         rows: ``[n]``, the rows of the sequences.
-        first_choices: ``[max_rows]``, the first choice of each row's last forward.
+        next_tokens: ``[max_rows]``, the next token of each row's last forward.
     """
-    return torch.where(tokens == FROM_LAST_STEP, first_choices[rows], tokens)
+    return torch.where(tokens == FROM_LAST_STEP, next_tokens[rows], tokens)
 
 
 def sequence_of_tokens(starts: torch.Tensor, index: torch.Tensor, total: int) -> torch.Tensor:

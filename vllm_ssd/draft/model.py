@@ -6,10 +6,10 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from vllm_ssd.core.arrays import Float32Array, Int32Array
+from vllm_ssd.core.arrays import BoolArray, Float32Array, Int32Array, Int64Array
 
 FROM_LAST_STEP = -1
-"""In place of a token: the first choice the step before made for the same row."""
+"""In place of a token: the next token that the step before chose for the same row."""
 
 
 class BlockChanges(NamedTuple):
@@ -42,6 +42,29 @@ class BlockChanges(NamedTuple):
         return cls(none, none, none, none, 0, np.repeat(rows, width), columns, tables.ravel())
 
 
+class Sampling(NamedTuple):
+    """How the next tokens of ``n`` texts are chosen; one entry for each sequence."""
+
+    sampled: BoolArray
+    """``[n]``, whether its next token is sampled from q'; else it is the first choice, certain."""
+    temperature: Float32Array
+    """``[n]``; 0: a greedy request."""
+    top_k: Int32Array
+    """``[n]``, of so many best tokens; 0: no such bound."""
+    top_p: Float32Array
+    """``[n]``, of the best tokens that have this probability together; 1: no such bound."""
+    ends: Int32Array
+    """``[n, stop tokens]``, tokens that are never sampled, padded with -1."""
+    weighed: Int32Array
+    """``[n]``: so many of the best tokens, end tokens not counted, are weighed by ..."""
+    weight: Float32Array
+    """``[n]``, ... C of arXiv 2603.03251, Definition 14."""
+
+    def of(self, at: Int64Array) -> Sampling:
+        """That of some texts."""
+        return Sampling(*(values[at] for values in self))
+
+
 class Sequences(NamedTuple):
     """What one forward computes: ``n`` sequences with ``T`` query tokens in all."""
 
@@ -54,15 +77,34 @@ class Sequences(NamedTuple):
     ahead."""
     positions: Int32Array
     """``[T]``."""
+    sampling: Sampling | None = None
+    """None: all requests are greedy."""
 
 
 class Choices(NamedTuple):
-    """The best next tokens after ``n`` texts."""
+    """The best next tokens after ``n`` texts, and the one that each goes on with."""
 
     tokens: Int32Array
-    """``[n, C]``, best first, all below the target's vocabulary size."""
+    """``[n, C]``, best first, all below the target's vocabulary size; ``[n, max(C, N)]`` if any is
+    sampled."""
     probabilities: Float32Array
-    """``[n, C]``, their shares of the probability that the C have together: they sum to 1."""
+    """``[n, C]``, their shares of the probability that the C have together, at the request's
+    temperature, top-k and top-p (greedy: at 1.0, of all): they sum to 1."""
+    next_tokens: Int32Array
+    """``[n]``, what each text goes on with: the first choice, or a sample."""
+    proposals: Float32Array | None = None
+    """``[n, N]``: q', the probabilities with which the first N of ``tokens`` were sampled, in
+    float32 as used; one-hot where the first choice was taken. None if nothing was sampled."""
+
+    @classmethod
+    def firsts(cls, tokens: Int32Array, probabilities: Float32Array) -> Choices:
+        """Choices of which the first is taken everywhere."""
+        return cls(tokens, probabilities, np.ascontiguousarray(tokens[:, 0]))
+
+    def of(self, at: Int64Array) -> Choices:
+        """Those of some texts."""
+        proposals = None if self.proposals is None else self.proposals[at]
+        return Choices(self.tokens[at], self.probabilities[at], self.next_tokens[at], proposals)
 
 
 class Ticket(Protocol):

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from vllm_ssd.core.arrays import Int32Array
 from vllm_ssd.draft.allocator import Allocator
-from vllm_ssd.draft.model import FROM_LAST_STEP, Choices, DraftModel, Sequences, Ticket
+from vllm_ssd.draft.model import FROM_LAST_STEP, DraftModel, Sampling, Sequences, Ticket
 from vllm_ssd.draft.request import Request
 from vllm_ssd.draft.rows import Grown
 
@@ -46,6 +46,7 @@ class _Step(NamedTuple):
     """Launched while another one was under way."""
     began: float
     ticket: Ticket
+    sampling: Sampling | None
 
 
 def chunk_sizes(missing: list[int], budget: int) -> list[int]:
@@ -165,7 +166,7 @@ class Pipeline:
         launched = time.perf_counter()
         ticket = self._model.launch(self._allocator.take_changes(), sequences)
         self.model_seconds += time.perf_counter() - launched
-        return _Step(decoding, chunks, grows is not None, began, ticket)
+        return _Step(decoding, chunks, grows is not None, began, ticket, sequences.sampling)
 
     def _next_chunks(self, decoding: int) -> list[tuple[Request, int]]:
         """Which requests catch up with their text in this step, and by how many tokens."""
@@ -200,7 +201,9 @@ class Pipeline:
             tokens[grows] = FROM_LAST_STEP
             positions += grows
         if not chunks:
-            return Sequences(decoding, np.ones(len(decoding), np.int32), tokens, positions)
+            sampling = rows.sampled.sampling(decoding, positions + 1, rows.stop)
+            ones = np.ones(len(decoding), np.int32)
+            return Sequences(decoding, ones, tokens, positions, sampling)
         all_tokens, all_positions = [tokens], [positions]
         for request, count in chunks:
             start = int(rows.computed[request.trunk])
@@ -208,11 +211,14 @@ class Pipeline:
             all_positions.append(np.arange(start, start + count, dtype=np.int32))
         counts = np.array([count for _, count in chunks], np.int32)
         trunks = np.array([request.trunk for request, _ in chunks], np.int32)
+        all_rows = np.concatenate([decoding, trunks])
+        next_positions = np.concatenate([positions + 1, rows.computed[trunks] + counts])
         return Sequences(
-            np.concatenate([decoding, trunks]),
+            all_rows,
             np.concatenate([np.ones(len(decoding), np.int32), counts]),
             np.concatenate(all_tokens),
             np.concatenate(all_positions),
+            rows.sampled.sampling(all_rows, next_positions, rows.stop),
         )
 
     # ---- taking in
@@ -241,8 +247,10 @@ class Pipeline:
         if caught_up:
             fed = np.concatenate([fed, np.array(caught_up, np.int32)])
             at = np.concatenate([at, their_at])
+        sampling = step.sampling
         if step.ahead or step.chunks:
-            choices = Choices(choices.tokens[at], choices.probabilities[at])
-        grown = rows.take_step(fed, choices)
+            choices = choices.of(at)
+            sampling = None if sampling is None else sampling.of(at)
+        grown = rows.take_step(fed, choices, sampling)
         prefilled = sum(count for _, count in step.chunks)
         return Taken(grown, len(decoding), prefilled, step.began)

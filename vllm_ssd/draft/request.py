@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from vllm_ssd.core.arms import Block
 from vllm_ssd.core.arrays import Int32Array
 
 if TYPE_CHECKING:
@@ -31,6 +32,15 @@ class Request:
     stop: Int32Array
     """End tokens, ``[MAX_STOP_TOKENS]``, padded with -1."""
     prefix: VerifiedPrefix
+    temperature: float = 0.0
+    """Of its drafts; 0: a greedy request."""
+    top_k: int = 0
+    """0: no such bound."""
+    top_p: float = 1.0
+    setting: int = 0
+    """:class:`vllm_ssd.core.arms.Settings`."""
+    block: Block | None = None
+    """The verifications with its arm, if it has a temperature."""
     trunk: int = DORMANT
     blocks: list[KVCacheBlock] = field(default_factory=list)
     """The trunk's blocks, in order of position."""

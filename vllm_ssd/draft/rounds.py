@@ -11,11 +11,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vllm_ssd.core.outcomes import OutcomeModel
+from vllm_ssd.core.arrays import Float32Array
+from vllm_ssd.core.sampled_outcomes import Ends
+from vllm_ssd.core.setting_outcomes import SettingOutcomes, choice_of
 from vllm_ssd.core.tree import Where
 from vllm_ssd.draft.allocator import Allocator
+from vllm_ssd.draft.drafting import Drafting
 from vllm_ssd.draft.request import DORMANT, Request
+from vllm_ssd.draft.rows import Grown
 from vllm_ssd.draft.trees import Trees
+from vllm_ssd.draft.verifications import read_verifications
 
 
 class Rounds:
@@ -26,6 +31,7 @@ class Rounds:
         trees: the trees.
         num_speculative_tokens: K.
         outcomes: learns from every outcome.
+        drafting: how the trunks draft.
     """
 
     def __init__(
@@ -33,13 +39,15 @@ class Rounds:
         allocator: Allocator,
         trees: Trees,
         num_speculative_tokens: int,
-        outcomes: OutcomeModel,
+        outcomes: SettingOutcomes,
+        drafting: Drafting,
     ) -> None:
         self._allocator = allocator
         self._rows = allocator.rows
         self._trees = trees
         self._depth = num_speculative_tokens
         self._outcomes = outcomes
+        self._drafting = drafting
 
     # ---- follow
 
@@ -88,28 +96,27 @@ class Rounds:
         ]
         if not known:
             return
-        trunk = np.array([request.trunk for request, _ in known])
+        trunk = np.array([request.trunk for request, _ in known], np.int32)
         accepted = np.array([len(tokens) - 1 for _, tokens in known])
-        last = np.array([tokens[-1] for _, tokens in known])
+        last = np.array([tokens[-1] for _, tokens in known], np.int32)
         length = np.array([request.length for request, _ in known])
-        k = np.arange(self._depth + 1)
-        # [requests, K + 1]: the first choices that were accepted, and the choice that came then.
+        verified = np.array([request.verified for request, _ in known])
+        positions = self._depth + 1
+        prepared = rows.computed[trunk] - length
+        trunks = read_verifications(rows, cache, trunk, verified, prepared + 1, positions)
+        came = choice_of(rows.choices[trunk, accepted], last)
+        # [requests, K + 1]: the tokens that were accepted, and the one that came then.
+        k = np.arange(positions)
         right = k < accepted[:, None]
-        came = np.zeros(right.shape, np.int64)
-        choices = rows.choices[trunk, accepted] == last[:, None]
-        came[np.arange(len(known)), accepted] = np.where(
-            choices.any(axis=1), choices.argmax(axis=1), -1
-        )
         # What the draft would choose after the accepted tokens may not be known yet.
-        prepared = rows.computed[trunk] - length >= accepted
-        seen = right | ((k == accepted[:, None]) & prepared[:, None])
+        seen = right | ((k == accepted[:, None]) & (prepared >= accepted)[:, None])
         held = (
             np.concatenate([tokens[:-1] for _, tokens in known])
-            == (cache.tokens[trunk, : self._depth + 1][right])
+            == (cache.tokens[trunk, :positions][right])
         )
         strayed = np.bincount(np.nonzero(right)[0], ~held, len(known)) > 0
         seen &= ~strayed[:, None]
-        self._outcomes.observe(rows.stated[trunk, : self._depth + 1][seen], came[seen])
+        self._outcomes.observe(trunks, Ends(accepted, came, seen))
 
     # ---- plan
 
@@ -150,6 +157,7 @@ class Rounds:
         request.verified = 0 if request.strayed else len(proposed)
         grow_to = min(len(proposed) + 1 + self._depth, request.limit - request.length)
         rows.room[request.trunk] = max(0, grow_to - held)
+        self._drafting.set_row(request)
         return allocator.cover(request, request.length + max(grow_to, held))
 
     def _resume(self, requests: Sequence[Request]) -> None:
@@ -167,16 +175,23 @@ class Rounds:
         trunks = np.array([request.trunk for request in resting], np.int32)
         lengths = np.array([len(request.drafted) for request in resting], np.int32)
         grown = rows.resume(trunks, lengths)
-        self._trees.step(grown, self._outcomes.acceptance_of(grown.stated))
+        self._trees.step(grown, chances_of(self._outcomes, grown))
 
     def trim(self, request: Request, verified: int) -> None:
         """Fewer tokens are verified than were proposed: outcomes beyond them cannot happen."""
         if verified >= request.verified:
             return
         request.verified = verified
+        if request.trunk != DORMANT:
+            self._rows.sampled.guess_at[request.trunk] = request.length + verified
         last = request.length + verified
         beyond = [row for row in request.forks if self._rows.start[row] > last]
         if beyond:
             self._allocator.prune(request, beyond)
         # Their rows and blocks are for outcomes that can still happen.
         request.next_k, request.complete = 0, False
+
+
+def chances_of(outcomes: SettingOutcomes, grown: Grown) -> Float32Array:
+    """The chance that the target accepts each token that rows grew by."""
+    return outcomes.acceptance_of(grown.setting, grown.stated, grown.sampled, grown.likeliest)

@@ -13,9 +13,9 @@ import numpy as np
 
 from vllm_ssd.core.arrays import BoolArray, Float32Array, Int32Array
 from vllm_ssd.core.tree import row_width
-from vllm_ssd.draft.model import BlockChanges, Choices
+from vllm_ssd.draft.model import BlockChanges, Choices, Sampling
+from vllm_ssd.draft.sampled_rows import Drawn, SampledRows
 from vllm_ssd.wire.messages import MAX_STOP_TOKENS
-
 
 class Grown(NamedTuple):
     """How rows grew in a step, ``[m]`` all."""
@@ -27,6 +27,16 @@ class Grown(NamedTuple):
     """Whether it ends with that token."""
     stated: Float32Array
     """The draft's probability of its first choice there."""
+    setting: Int32Array
+    """How its request is drafted for (:class:`vllm_ssd.core.arms.Settings`)."""
+    sampled: BoolArray
+    """Whether the token was sampled; the others are certain."""
+    likeliest: Float32Array
+    """The largest probability of the q' it was sampled from; 1 if it is certain."""
+    q_tokens: Int32Array
+    """``[sampled, N]``: what the sampled ones were sampled from ..."""
+    q_probabilities: Float32Array
+    """``[sampled, N]``, ... and its probabilities, q'."""
 
 
 class TableChanges:
@@ -86,9 +96,16 @@ class Rows:
         max_rows: rows in all.
         num_speculative_tokens: K.
         num_choices: C, how many best tokens of each position are kept for forks.
+        num_sampled_from: N, sampled tokens come from so many; 0: none are sampled.
     """
 
-    def __init__(self, max_rows: int, num_speculative_tokens: int, num_choices: int) -> None:
+    def __init__(
+        self,
+        max_rows: int,
+        num_speculative_tokens: int,
+        num_choices: int,
+        num_sampled_from: int = 0,
+    ) -> None:
         width = row_width(num_speculative_tokens) + 1
         self.start: Int32Array = np.zeros(max_rows, np.int32)
         """Position in the text of the row's token 0 (``cache.tokens[row, 0]``)."""
@@ -105,6 +122,9 @@ class Rows:
         """``[row, i]``: the best tokens at position ``start + i``, best first."""
         self.stated: Float32Array = np.zeros((max_rows, width, num_choices), np.float32)
         """``[row, i]``: the draft's probabilities of these."""
+        self.sampled = SampledRows(
+            max_rows, width, num_speculative_tokens, num_sampled_from
+        )
         self.chance: Float32Array = np.zeros(max_rows, np.float32)
         """Of a fork: the chance of its outcome, as estimated when it was made."""
         self.tables = TableChanges()
@@ -153,7 +173,7 @@ class Rows:
         """Forget what is kept of positions before ``base``."""
         shift = base - int(self.start[row])
         if shift > 0:
-            for held in (self.choices[row], self.stated[row]):
+            for held in (self.choices[row], self.stated[row], *self.sampled.by_position(row)):
                 held[:-shift] = held[shift:].copy()
         self.start[row] = base
 
@@ -162,6 +182,7 @@ class Rows:
         self.start[row] = base
         self.computed[row] = computed
         self.pending[row] = False
+        self.sampled.forget(row)
 
     def resume(self, rows: Int32Array, lengths: Int32Array) -> Grown:
         """Let idle rows grow again, as far as they have room.
@@ -178,28 +199,34 @@ class Rows:
         self.pending[rows[~fed]] = True
         grows = fed & (self.room[rows] > 0)
         rows, lengths = rows[grows], lengths[grows]
-        stated = self.stated[rows, lengths, 0]
-        return self._grow(rows, self.choices[rows, lengths, 0], stated)
+        firsts = self.choices[rows, lengths, 0]
+        kept = self.sampled.resume(rows, lengths, self.start[rows] + lengths, firsts)
+        return self._grow(rows, self.stated[rows, lengths, 0], kept)
 
-    def take_step(self, rows: Int32Array, choices: Choices) -> Grown:
+    def take_step(
+        self, rows: Int32Array, choices: Choices, sampling: Sampling | None = None
+    ) -> Grown:
         """Take in one step's result.
 
         Args:
             rows: ``[n]``, the rows whose token at position ``computed`` was fed.
             choices: after each of these tokens.
+            sampling: how the step chose their next tokens.
         """
         self.computed[rows] += 1
         self.pending[rows] = False
         at = self.computed[rows] - self.start[rows]
-        self.choices[rows, at] = choices.tokens
+        self.choices[rows, at] = choices.tokens[:, : self.choices.shape[2]]
         self.stated[rows, at] = choices.probabilities
         grows = self.room[rows] > 0
-        firsts = np.ascontiguousarray(choices.tokens[grows, 0])
-        return self._grow(rows[grows], firsts, choices.probabilities[grows, 0])
+        drawn = self.sampled.take_step(rows, at, choices, sampling, grows)
+        return self._grow(rows[grows], choices.probabilities[grows, 0], drawn)
 
-    def _grow(self, rows: Int32Array, tokens: Int32Array, stated: Float32Array) -> Grown:
+    def _grow(self, rows: Int32Array, stated: Float32Array, drawn: Drawn) -> Grown:
+        tokens = drawn.tokens
         self.room[rows] -= 1
         self.feed_token[rows] = tokens
+        # A token that was sampled is never an end token.
         ended = (tokens[:, None] == self.stop[rows]).any(axis=1)
         self.pending[rows] = ~ended
-        return Grown(rows, tokens, ended, stated)
+        return Grown(rows, tokens, ended, stated, self.sampled.setting[rows], *drawn[1:])

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Sequence
 
+from vllm_ssd.core.arms import arms_of
 from vllm_ssd.draft.blocks import KVBlocks
 from vllm_ssd.draft.engine import DraftEngine, OutOfStepError
 from vllm_ssd.draft.forking import Policy
@@ -205,8 +206,10 @@ class DraftServer:
         draft_vocab = unpack(setup.draft_vocab) if setup.draft_vocab else None
         choices = setup.vocab_size if draft_vocab is None else len(draft_vocab)
         candidates = min(setup.max_branches + 1, _MAX_CANDIDATES, choices)
+        sampled_from = min(setup.draft_top_n, choices)
+        sizes = message.kv_cache_memory_bytes, candidates, setup.vocab_size
         try:
-            model.load(message.kv_cache_memory_bytes, candidates, setup.vocab_size, draft_vocab)
+            model.load(*sizes, draft_vocab, sampled_from)
         except Exception as error:  # as above
             self._fail(error)
             return
@@ -217,10 +220,11 @@ class DraftServer:
             tuple(setup.fan_out) or None,
             setup.branches,
             setup.max_branches,
+            arms_of(setup.draft_sampling if sampled_from else "greedy", setup.saguaro_c),
         )
         self._engine = DraftEngine(
             model,
-            Rows(max_rows, setup.num_speculative_tokens, candidates),
+            Rows(max_rows, setup.num_speculative_tokens, candidates, sampled_from),
             KVBlocks(model.num_blocks, model.block_size, setup.enable_prefix_caching),
             policy,
             prefill_chunk=max(1, (max_tokens - max_rows) // _BUSY_CHUNK_FRACTION),

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+from msgspec.structs import replace
 
 from vllm_ssd.core.arrays import Float32Array, Int32Array
 from vllm_ssd.core.tree import SpeculationCache
@@ -134,8 +135,19 @@ class Trees:
         self.cache.append(rows, tokens, chances)
         self.cache.ended[rows] = grown.ended
         self._close()
-        ended = pack(rows[grown.ended])
-        self._messages.append(Stepped(pack(rows), pack(tokens), ended, pack_floats(chances)))
+        message = Stepped(
+            pack(rows), pack(tokens), pack(rows[grown.ended]), pack_floats(chances)
+        )
+        if len(grown.q_tokens):
+            support = int(np.flatnonzero(grown.q_probabilities.any(axis=0))[-1]) + 1
+            message = replace(
+                message,
+                sampled=pack(np.flatnonzero(grown.sampled)),
+                support=support,
+                q_tokens=pack(grown.q_tokens[:, :support]),
+                q_probabilities=pack_floats(grown.q_probabilities[:, :support]),
+            )
+        self._messages.append(message)
 
     def take_messages(self) -> list[ToTarget]:
         """What changed since the last call, in the order in which the target must apply it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from vllm_ssd.core.arrays import Int32Array
@@ -32,6 +33,12 @@ def check(message: ToDraft, bounds: Bounds) -> None:
                 raise ValueError(f"request {message.handle} of {len(message.tokens)} bytes")
             if not -1 <= message.limit <= bounds.max_model_len:
                 raise ValueError(f"limit {message.limit}")
+            cold_or_warm = 0.0 <= message.temperature < math.inf
+            if not cold_or_warm or message.top_k < 0 or not 0.0 < message.top_p <= 1.0:
+                raise ValueError(
+                    f"temperature {message.temperature}, top-k {message.top_k}, "
+                    f"top-p {message.top_p}"
+                )
         case Verified():
             confirmed, proposed = unpack(message.confirmed_counts), unpack(message.proposed_counts)
             tokens = unpack(message.tokens)

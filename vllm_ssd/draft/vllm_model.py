@@ -30,7 +30,14 @@ from vllm_ssd.draft.inputs import (
     sequence_of_tokens,
 )
 from vllm_ssd.draft.kv_cache import bring_up_kv_cache, copy_kv_blocks
-from vllm_ssd.draft.model import BlockChanges, Choices, Done, Sequences, Ticket
+from vllm_ssd.draft.model import BlockChanges, Choices, Done, Sampling, Sequences, Ticket
+from vllm_ssd.draft.sampling import (
+    draw,
+    own_generator,
+    proposals,
+    send_sampling,
+    stated_probabilities,
+)
 
 
 class VllmDraftModel:
@@ -64,6 +71,7 @@ class VllmDraftModel:
         num_candidates: int,
         vocab_size: int,
         draft_vocab: Int32Array | None = None,
+        num_sampled_from: int = 0,
     ) -> None:
         """Load the weights, allocate the KV cache, compile and capture.
 
@@ -73,6 +81,8 @@ class VllmDraftModel:
             vocab_size: only smaller ids are returned.
             draft_vocab: ``[N]``, the ids that the head is computed for, all of them below
                 ``vocab_size``; no others are returned. None for all.
+            num_sampled_from: N, sampled tokens come from so many of the best; no more than there
+                are. 0: none are sampled.
 
         Raises:
             RuntimeError: the runner of this vLLM lacks an attribute that is used.
@@ -108,6 +118,8 @@ class VllmDraftModel:
         self.num_blocks, self.block_size = bring_up_kv_cache(self._worker, self.config)
         compat.check_draft_runner(runner)
         self._num_candidates = num_candidates
+        self._num_sampled_from = num_sampled_from
+        self._generator = own_generator(self._device)
         self._batch_table: Any = runner.input_batch.block_table[0]
         self._row_tables = torch.zeros_like(self._batch_table.block_table.gpu)
         """``[max_rows, blocks]``, the block table of each row, whatever the batch."""
@@ -116,10 +128,10 @@ class VllmDraftModel:
         if self.lookahead:
             self._copy_stream = torch.cuda.Stream(self._device)
             self._inputs_copied = torch.cuda.Event()
-            self._first_choices = torch.zeros(
+            self._next_tokens = torch.zeros(
                 len(self._row_tables), dtype=torch.int32, device=self._device
             )
-            """``[max_rows]``, the first choice of each row's last forward: what it feeds next."""
+            """``[max_rows]``, the next token of each row's last forward: what it feeds next."""
 
     @torch.inference_mode()
     def launch(self, changes: BlockChanges, sequences: Sequences) -> Ticket:
@@ -134,14 +146,29 @@ class VllmDraftModel:
             forward = self._prepare(changes, sequences)
         hidden = self._forward(forward)
         logits = self._runner.model.compute_logits(hidden)[:, : self._num_logits]
-        values, best = best_tokens(logits, self._num_candidates)
-        tokens = best.to(torch.int32) if self._token_ids is None else self._token_ids[best]
-        # Over the C chosen tokens: as good a measure as over all, and nearly free.
-        probabilities = values.float().softmax(-1).nan_to_num()
+        chosen = self._choose(logits, sequences.sampling)
         if not self.lookahead:
-            return Done(Choices(tokens.numpy(), probabilities.numpy()))
-        self._first_choices[forward.rows] = tokens[:, 0]
-        return _Readback(tokens, probabilities, self._copy_stream)
+            return Done(chosen.on_host())
+        self._next_tokens[forward.rows] = chosen.next_tokens
+        return _Readback(chosen, self._copy_stream)
+
+    def _choose(self, logits: torch.Tensor, sampling: Sampling | None) -> _Chosen:
+        """The best tokens, and what each sequence goes on with."""
+        count = self._num_candidates
+        sampled = sampling is not None and bool(sampling.sampled.any())
+        most = max(count, self._num_sampled_from) if sampled else count
+        values, best = best_tokens(logits, most)
+        tokens = best.to(torch.int32) if self._token_ids is None else self._token_ids[best]
+        if sampling is None:
+            # Over the C chosen tokens: as good a measure as over all, and nearly free.
+            return _Chosen(tokens, values.float().softmax(-1).nan_to_num(), tokens[:, 0], None)
+        sent = send_sampling(sampling, self._device)
+        probabilities = stated_probabilities(values[:, :count], sent)
+        if not sampled:
+            return _Chosen(tokens, probabilities, tokens[:, 0], None)
+        among = slice(self._num_sampled_from)
+        q = proposals(values[:, among], tokens[:, among], sent)
+        return _Chosen(tokens, probabilities, draw(q, tokens[:, among], self._generator), q)
 
     @contextmanager
     def _input_buffers(self) -> Iterator[None]:
@@ -203,7 +230,7 @@ class VllmDraftModel:
         count, total = len(inputs.rows), len(inputs.tokens)
         tokens = inputs.tokens
         if self.lookahead and total == count:
-            tokens = after_last_step(tokens, inputs.rows, self._first_choices)
+            tokens = after_last_step(tokens, inputs.rows, self._next_tokens)
         ids = runner.input_ids.gpu[: padded.tokens]
         # A padded vocabulary of the target may have ids that this embedding lacks.
         torch.clamp(tokens, max=self._last_token, out=ids[:total])
@@ -297,30 +324,48 @@ class _Forward(NamedTuple):
     """Where each sequence's last query token is."""
 
 
+class _Chosen(NamedTuple):
+    """:class:`Choices` on the device."""
+
+    tokens: torch.Tensor
+    probabilities: torch.Tensor
+    next_tokens: torch.Tensor
+    proposals: torch.Tensor | None
+
+    def on_host(self) -> Choices:
+        """The same as arrays; they lie on the host already."""
+        proposals = None if self.proposals is None else self.proposals.numpy()
+        return Choices(
+            self.tokens.numpy(),
+            self.probabilities.numpy(),
+            self.next_tokens.contiguous().numpy(),
+            proposals,
+        )
+
+
 class _Readback:
     """A result on its way to the host, on a stream of its own so that the next forward runs.
 
     vLLM's ``AsyncGPUModelRunnerOutput`` does the same.
 
     Args:
-        tokens: ``[n, C]``, the chosen ones on the device.
-        probabilities: ``[n, C]``, theirs.
+        chosen: the result on the device.
         stream: the stream of the copy.
     """
 
-    def __init__(
-        self, tokens: torch.Tensor, probabilities: torch.Tensor, stream: torch.cuda.Stream
-    ) -> None:
-        self._device = tokens, probabilities  # not to be reused before the copy is done
+    def __init__(self, chosen: _Chosen, stream: torch.cuda.Stream) -> None:
+        self._device = chosen  # not to be reused before the copy is done
         self._done = torch.cuda.Event(blocking=True)
         forward = torch.cuda.current_stream()
         with torch.cuda.stream(stream):
             stream.wait_stream(forward)
-            self._tokens = tokens.to("cpu", non_blocking=True)  # pinned
-            self._probabilities = probabilities.to("cpu", non_blocking=True)
+            # Into pinned memory.
+            self._host = _Chosen(
+                *(None if part is None else part.to("cpu", non_blocking=True) for part in chosen)
+            )
             self._done.record()
 
     def result(self) -> Choices:
         """See :class:`vllm_ssd.draft.model.Ticket`."""
         self._done.synchronize()
-        return Choices(self._tokens.numpy(), self._probabilities.numpy())
+        return self._host.on_host()

@@ -1,0 +1,183 @@
+"""How tokens are drafted above temperature 0: the ways there are, and which one is the best.
+
+A way is an :class:`Arm`: first choices, or samples with some C (arXiv 2603.03251, Definition 14).
+Which yields more tokens per second depends on the pair of models, the temperature and the load. A
+request keeps an arm for a block of verifications; then :class:`BestArm` draws the next one by
+Thompson sampling: each arm's mean is drawn from a normal distribution around the measured one, as
+wide as it is uncertain, and the largest wins. So an arm is tried as often as it may still be the
+best one: seldom if it is much worse, often if it is nearly as good, when trying it costs nothing.
+Older blocks fade, so that arms are tried again, now and then, and a change is followed.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+import random
+from collections.abc import Sequence
+from typing import NamedTuple
+
+WEIGHTS = (1.0, 0.6, 0.3, 0.0)
+"""The values of C that are tried with ``saguaro_c`` ``"auto"``."""
+_LEVEL_ENDS = (0.5, 0.85, 1.2)
+"""Temperatures at which one level ends and the next begins."""
+LEVELS = len(_LEVEL_ENDS) + 1
+BLOCK = 32
+"""Verifications for which a request keeps its arm."""
+_SKIPPED = 2
+"""The first verifications of a block are not counted: they are of tokens drafted before it."""
+_MEMORY = 200.0
+"""Number of blocks of a level after which the weight of an older one has fallen to 1 / e."""
+_SPREAD = 0.2
+"""The standard deviation of a block's rate, in parts of the mean, until it is known."""
+_SPREAD_WEIGHT = 10.0
+"""The number of blocks that this counts for."""
+_SURE_AFTER = 3.0
+"""Blocks that each arm gets at first, in turn."""
+
+
+class Arm(NamedTuple):
+    """A way to draft."""
+
+    sampled: bool
+    """Whether tokens are sampled; if not, they are first choices."""
+    weight: float
+    """C."""
+
+    @property
+    def name(self) -> str:
+        """For counters."""
+        return f"c_{self.weight:g}" if self.sampled else "greedy"
+
+
+_GREEDY = Arm(False, 1.0)
+
+
+def arms_of(draft_sampling: str, saguaro_c: float) -> tuple[Arm, ...]:
+    """The arms that the options allow.
+
+    Args:
+        draft_sampling: ``"greedy"``, ``"probabilistic"`` or ``"auto"``.
+        saguaro_c: C; negative: one of :data:`WEIGHTS`, learned.
+    """
+    if draft_sampling == "greedy":
+        return (_GREEDY,)
+    weights = WEIGHTS if saguaro_c < 0.0 else (saguaro_c,)
+    sampled = tuple(Arm(True, weight) for weight in weights)
+    return sampled if draft_sampling == "probabilistic" else (_GREEDY, *sampled)
+
+
+def level_of(temperature: float) -> int:
+    """Which level a temperature above 0 belongs to, from 0 on: each learns for itself."""
+    return bisect.bisect_left(_LEVEL_ENDS, temperature)
+
+
+class Settings:
+    """A request's setting says what is learned together: the level of its temperature, its arm.
+
+    Setting 0 is that of all greedy requests.
+
+    Args:
+        arms: the arms that there are.
+    """
+
+    def __init__(self, arms: Sequence[Arm]) -> None:
+        self.arms = tuple(arms)
+        self.count = 1 + LEVELS * len(self.arms)
+
+    def of(self, level: int, arm: int) -> int:
+        """The setting of requests of a level that are drafted for with an arm."""
+        return 1 + level * len(self.arms) + arm
+
+
+class Block:
+    """The verifications of a request with one arm.
+
+    Args:
+        arm: which one.
+    """
+
+    __slots__ = ("arm", "drafted", "seconds", "tokens", "verifications")
+
+    def __init__(self, arm: int) -> None:
+        self.arm = arm
+        self.verifications = 0
+        """All of them, those not counted included."""
+        self.tokens = 0
+        """What those that are counted have yielded ..."""
+        self.seconds = 0.0
+        """... and how long they took."""
+        self.drafted = 0
+        """Drafted tokens among what they verified."""
+
+    @property
+    def counted(self) -> int:
+        """The verifications that count."""
+        return max(0, self.verifications - _SKIPPED)
+
+    @property
+    def full(self) -> bool:
+        """Whether the request may change its arm."""
+        return self.verifications >= BLOCK
+
+    def observe(self, tokens: int, drafted: int, seconds: float) -> None:
+        """Take in a verification: what it yielded, how many drafted tokens it was of, its time."""
+        self.verifications += 1
+        if self.verifications > _SKIPPED:
+            self.tokens += tokens
+            self.drafted += drafted
+            self.seconds += seconds
+
+
+class BestArm:
+    """Learns which arm yields most tokens per second, at one level.
+
+    Args:
+        arms: how many there are.
+        seed: of its random numbers.
+    """
+
+    def __init__(self, arms: int, seed: int | str) -> None:
+        self._random = random.Random(seed)
+        self._weight = [0.0] * arms
+        """Blocks observed with each arm; older ones have faded."""
+        self._rate = [0.0] * arms
+        """The mean of their tokens per second."""
+        self._turn = 0
+        self._spread = _SPREAD_WEIGHT
+        self._variance = _SPREAD_WEIGHT * _SPREAD**2
+        """Of the rates of blocks around their arm's mean, in parts of it, squared and summed."""
+
+    def observe(self, block: Block) -> None:
+        """Take in a block; one without drafted tokens or a measured time says nothing."""
+        if not block.drafted or not block.seconds:
+            return
+        share = block.counted / (BLOCK - _SKIPPED)
+        rate, arm = block.tokens / block.seconds, block.arm
+        fades = math.exp(-share / _MEMORY)
+        self._weight = [weight * fades for weight in self._weight]
+        before = self._weight[arm]
+        if before > 0.0:
+            # The mean itself is uncertain by 1 / before, a short block by 1 / share.
+            apart = (rate / self._rate[arm] - 1.0) ** 2 * share / (1.0 + share / before)
+            self._spread = self._spread * fades + share
+            self._variance = self._variance * fades + apart
+        self._weight[arm] = before + share
+        self._rate[arm] += (rate - self._rate[arm]) * share / self._weight[arm]
+
+    def choose(self) -> int:
+        """The arm of the next block."""
+        if len(self._weight) == 1:
+            return 0
+        fresh = [arm for arm, weight in enumerate(self._weight) if weight < _SURE_AFTER]
+        if fresh:
+            self._turn += 1
+            # Nothing known at all: all in turn, as many requests may ask before any has reported.
+            if self._turn <= _SURE_AFTER * len(self._weight):
+                return (self._turn - 1) % len(self._weight)
+        spread = math.sqrt(self._variance / self._spread)
+        drawn = [
+            rate * (1.0 + spread / math.sqrt(max(weight, 1.0)) * self._random.gauss(0.0, 1.0))
+            for rate, weight in zip(self._rate, self._weight, strict=True)
+        ]
+        return drawn.index(max(drawn))

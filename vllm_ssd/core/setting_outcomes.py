@@ -1,0 +1,106 @@
+"""How verifications end, learned apart for greedy requests and for each setting above them."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from vllm_ssd.core.arms import LEVELS, Settings
+from vllm_ssd.core.arrays import BoolArray, Float32Array, Float64Array, Int32Array, Int64Array
+from vllm_ssd.core.outcomes import DECAY, PRIOR, OutcomeModel
+from vllm_ssd.core.sampled_outcomes import Emissions, Ends, SampledOutcomes, Verifications
+
+
+class SettingOutcomes:
+    """The outcome models of all settings.
+
+    Args:
+        choices: C, how many next tokens the draft names at each position.
+        settings: the settings that there are.
+    """
+
+    def __init__(self, choices: int, settings: Settings) -> None:
+        self._greedy = OutcomeModel(choices)
+        self._emissions = [Emissions(choices) for _ in range(LEVELS)]
+        arms = len(settings.arms)
+        # By setting, from 1 on.
+        self._sampled = [
+            SampledOutcomes(self._emissions[i // arms]) for i in range(settings.count - 1)
+        ]
+        self._arms = arms
+        self._seen, self._right = PRIOR, 0.5 * PRIOR
+
+    @property
+    def acceptance(self) -> float:
+        """The chance that a drafted token is accepted, over all requests."""
+        return self._right / self._seen
+
+    def acceptance_of(
+        self,
+        setting: Int32Array,
+        stated: Float32Array,
+        sampled: BoolArray,
+        likeliest: Float32Array,
+    ) -> Float32Array:
+        """The chance that tokens are accepted, whichever was sampled; ``[m]`` all.
+
+        Args:
+            setting: of their requests.
+            stated: the draft's probability of its first choice.
+            sampled: whether they are samples; else they are first choices.
+            likeliest: the largest probability of their q'.
+        """
+        if not setting.any():
+            return self._greedy.acceptance_of(stated)
+        chances = self._greedy.acceptance_of(stated)
+        for one in np.unique(setting[setting > 0]).tolist():
+            model, emissions = self._sampled[one - 1], self._emissions[(one - 1) // self._arms]
+            certain = (setting == one) & ~sampled
+            chances[certain] = emissions.of_firsts(stated[certain])
+            drawn = (setting == one) & sampled
+            chances[drawn] = model.acceptance_by_shape(likeliest[drawn])
+        return chances
+
+    def observe(self, trunks: Verifications, ends: Ends) -> None:
+        """Take in how verifications ended."""
+        k = np.arange(trunks.stated.shape[1])
+        right = k < ends.accepted[:, None]
+        greedy = trunks.setting == 0
+        seen = ends.seen & greedy[:, None]
+        came = np.where(right, 0, ends.came[:, None])
+        self._greedy.observe(trunks.stated[seen], came[seen])
+        # Of greedy requests the token after all n says as much as the others.
+        counted = seen | (ends.seen & (k < trunks.verified[:, None]))
+        count, hits = np.count_nonzero(counted), np.count_nonzero(counted & (came == 0))
+        if not greedy.all():
+            hits = np.count_nonzero(counted & np.where(greedy[:, None], came == 0, right))
+            for one in np.unique(trunks.setting[~greedy]).tolist():
+                of_one = trunks.setting == one
+                self._sampled[one - 1].observe(trunks.where(of_one), ends.where(of_one))
+        faded = DECAY**count
+        self._seen = self._seen * faded + count
+        self._right = self._right * faded + hits
+
+    def chances(self, trunks: Verifications) -> Float64Array:
+        """How likely each outcome is, ``[B, K + 1, C]``.
+
+        For k < n the trunk's own token has a chance of 0: it cannot follow its own rejection.
+        """
+        setting = trunks.setting
+        if not setting.any():
+            return self._greedy.chances(trunks.verified, trunks.known, trunks.stated)
+        chances = np.empty(trunks.stated.shape)
+        for one in np.unique(setting).tolist():
+            of_one = setting == one
+            some = trunks.where(of_one)
+            if one:
+                chances[of_one] = self._sampled[one - 1].chances(some)
+            else:
+                chances[of_one] = self._greedy.chances(some.verified, some.known, some.stated)
+        return chances
+
+
+def choice_of(choices: Int32Array, tokens: Int32Array) -> Int64Array:
+    """Which of the choices, ``[..., C]``, each token, ``[...]``, is; -1 for none of them."""
+    same = choices == tokens[..., None]
+    found: Int64Array = np.where(same.any(axis=-1), same.argmax(axis=-1), -1)
+    return found
