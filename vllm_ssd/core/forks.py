@@ -22,7 +22,7 @@ class Forks(NamedTuple):
     k: Int64Array
     """How many tokens are accepted."""
     choice: Int64Array
-    """Which of the draft's choices after them t* is, from 1 on."""
+    """Which of the draft's choices after them t* is; 0 only where the trunk has another token."""
     chance: Float64Array
     """The chance of this outcome."""
 
@@ -36,6 +36,7 @@ def choose_forks(
     most: Int64Array,
     worth_of_a_hit: Float64Array | None = None,
     caps: Int64Array | None = None,
+    own: Float64Array | None = None,
 ) -> Forks:
     """The likeliest outcomes beside the trunk's own (all n tokens and the first choice after them).
 
@@ -49,8 +50,13 @@ def choose_forks(
         worth_of_a_hit: ``[B, branches]``, tokens that a hit yields with 1, 2, ... branches
             (:func:`vllm_ssd.core.budget.worth_of_a_hit`); None for as many forks as there may be.
         caps: ``[B, K + 1]``, the most forks for each k; None for no such cap.
+        own: ``[B]``, the chances of the trunks' own outcomes, where any choice may get a fork; None
+            if that is choice 0, which gets none.
     """
-    of_forks = chances[..., 1:]
+    least = int(own is None)
+    of_forks = chances[..., least:]
+    if own is None:
+        own = chances[..., 0].sum(axis=1)  # choice 0 has a chance only at k = n
     if caps is not None:
         of_forks = np.where(np.cumsum(of_forks > 0.0, axis=2) <= caps[..., None], of_forks, 0.0)
     flat = of_forks.reshape(len(chances), -1)
@@ -58,9 +64,8 @@ def choose_forks(
     chance = np.take_along_axis(flat, order, axis=1)
     count = most
     if worth_of_a_hit is not None:
-        # The trunk's own outcome: choice 0 has a chance only at k = n.
         hit = np.empty((len(chances), order.shape[1] + 1))
-        hit[:, 0] = chances[..., 0].sum(axis=1)
+        hit[:, 0] = own
         np.cumsum(chance, axis=1, out=hit[:, 1:])
         hit[:, 1:] += hit[:, :1]
         width = min(hit.shape[1], worth_of_a_hit.shape[1])
@@ -68,7 +73,7 @@ def choose_forks(
         count = np.minimum(most, best)
     request, rank = np.nonzero((np.arange(order.shape[1]) < count[:, None]) & (chance > 0.0))
     k, choice = np.divmod(order[request, rank], of_forks.shape[2])
-    return Forks(request, k, choice + 1, chance[request, rank])
+    return Forks(request, k, choice + least, chance[request, rank])
 
 
 def caps_for(fan_out: Sequence[int], verified: int) -> tuple[int, ...]:

@@ -77,9 +77,13 @@ class Forking:
     def fork(self, requests: Iterable[Request]) -> None:
         """Make the forks whose choices are known by now, the likeliest outcomes of all first.
 
+        None while the target waits for a trunk.
+
         Args:
             requests: those that are looked at; the others keep what they have.
         """
+        if self._allocator.awaited:
+            return
         looked_at = [request for request in requests if self._news(request)]
         if not looked_at:
             return
@@ -114,11 +118,20 @@ class Forking:
         tokens = cache.length[row].astype(np.int64)
         return _Trunks(row, length, verified, known, tokens, cache.ended[row], limit)
 
-    def _chances(self, trunks: _Trunks) -> Float64Array:
-        """The chance of each outcome, ``[B, K + 1, C]``; 0 where no fork is to be made."""
+    def _chances(
+        self, requests: Sequence[Request], trunks: _Trunks
+    ) -> tuple[Float64Array, Float64Array | None]:
+        """The chance of each outcome, ``[B, K + 1, C]``; 0 where no fork is to be made.
+
+        And those of the trunks' own outcomes, ``[B]``, where some of them hold tokens that are not
+        their first choices.
+        """
         positions = self._policy.num_speculative_tokens + 1
         stated = self._rows.stated[trunks.row, :positions]
-        chances = self._outcomes.chances(trunks.verified, trunks.known, stated)
+        drafted = None
+        if any(request.forced for request in requests):
+            drafted = self._drafted(trunks)
+        chances = self._outcomes.chances(trunks.verified, trunks.known, stated, drafted)
         k = np.arange(positions)
         # Nothing is drafted beyond the limit, and nothing follows an end token.
         beyond = k >= (trunks.limit - trunks.length - 1)[:, None]
@@ -129,7 +142,29 @@ class Forking:
             choices = self._rows.choices[trunks.row, :positions]
             ends = (choices[..., None] == stop[:, None, None, :]).any(-1)
             chances[ends & (k < trunks.known[:, None])[..., None]] = 0.0
-        return chances
+        if drafted is None:
+            return chances, None
+        request = np.arange(len(requests))
+        choice = drafted[request, trunks.verified]
+        at = request, trunks.verified, np.maximum(choice, 0)
+        own = np.where(choice >= 0, chances[at], 0.0)
+        chances[at] -= own
+        return chances, own
+
+    def _drafted(self, trunks: _Trunks) -> Int64Array:
+        """Which of the choices the trunks' tokens are, ``[B, K + 1]``; -1 for none of them."""
+        positions = self._policy.num_speculative_tokens + 1
+        row, k = trunks.row, np.arange(positions)
+        tokens = np.where(
+            k < trunks.tokens[:, None],
+            self._trees.cache.tokens[row, :positions],
+            self._rows.forced[row, :positions],
+        )
+        named = self._rows.choices[row, :positions] == tokens[..., None]
+        drafted = np.where(named.any(axis=2), named.argmax(axis=2), -1)
+        # Where nothing is forced on it a trunk grows by its first choice.
+        drafted[(tokens < 0) | (k >= trunks.known[:, None])] = 0
+        return drafted
 
     def _choose(self, requests: Sequence[Request], trunks: _Trunks) -> Forks:
         """The forks to make now.
@@ -147,7 +182,8 @@ class Forking:
             worth = worth[prepared]
         if policy.fan_out is not None:
             caps = fork_caps(policy.fan_out, trunks.verified)
-        forks = choose_forks(self._chances(trunks), most, worth, caps)
+        chances, own = self._chances(requests, trunks)
+        forks = choose_forks(chances, most, worth, caps, own)
         new = forks.k < trunks.known[forks.request]
         if any(request.made for request in requests):
             chosen = list(zip(*(held.tolist() for held in forks[:3]), strict=True))

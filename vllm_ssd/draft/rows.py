@@ -28,7 +28,7 @@ class Grown(NamedTuple):
     ended: BoolArray
     """Whether it ends with that token."""
     stated: Float32Array
-    """The draft's probability of its first choice there."""
+    """The draft's probability of that token."""
 
 
 class TableChanges:
@@ -107,6 +107,9 @@ class Rows:
         """``[row, i]``: the best tokens at position ``start + i``, best first."""
         self.stated: Float32Array = np.zeros((max_rows, width, num_choices), np.float32)
         """``[row, i]``: the draft's probabilities of these."""
+        self.forced: Int32Array = np.full((max_rows, width), -1, np.int32)
+        """``[row, i]``: the token that a trunk grows by at position ``start + i`` in place of its
+        own choice; -1 for none."""
         self.chance: Float32Array = np.zeros(max_rows, np.float32)
         """Of a fork: the chance of its outcome, as estimated when it was made."""
         self.tables = TableChanges()
@@ -119,6 +122,7 @@ class Rows:
     def reset(self) -> None:
         """All rows are free."""
         self.pending[:] = False
+        self.forced[:] = -1
         self.tables.clear()
         self._ahead[:] = False
         self._waiting.clear()
@@ -138,6 +142,7 @@ class Rows:
     def give_back(self, rows: list[int]) -> None:
         """Free rows."""
         self.pending[rows] = False
+        self.forced[rows] = -1
         self.tables.drop(rows)
         for row in rows:
             (self._waiting if self._ahead[row] else self._free).append(row)
@@ -158,12 +163,34 @@ class Rows:
             for held in (self.choices[row], self.stated[row]):
                 held[:-shift] = held[shift:].copy()
         self.start[row] = base
+        self.forced[row] = -1
 
     def restart(self, row: int, base: int, computed: int) -> None:
         """Make a row begin at ``base``, with ``computed`` positions of its text computed."""
         self.start[row] = base
         self.computed[row] = computed
         self.pending[row] = False
+        self.forced[row] = -1
+
+    def force(self, row: int, kept: int, tokens: list[int], cut: bool) -> None:
+        """Have a trunk go on with tokens that it did not choose.
+
+        Args:
+            row: the trunk; nothing has been forked off it after its first ``kept`` tokens.
+            kept: how many of its tokens stay.
+            tokens: the tokens it grows by after them.
+            cut: whether it has more tokens than ``kept``; :meth:`resume` comes next then.
+        """
+        self.forced[row] = -1
+        self.forced[row, kept : kept + len(tokens)] = tokens
+        if cut:
+            # All tokens but a row's last one have been fed, so the choices after these are known.
+            self.computed[row] = self.start[row] + kept
+            self.pending[row] = False
+
+    def forced_after(self, rows: Int32Array) -> Int32Array:
+        """``[n]``: the tokens forced on rows after the one that each is feeding; -1 for none."""
+        return self.forced[rows, self.computed[rows] + 1 - self.start[rows]]
 
     def resume(self, rows: Int32Array, lengths: Int32Array) -> Grown:
         """Let idle rows grow again, as far as they have room.
@@ -179,9 +206,7 @@ class Rows:
         fed = self.computed[rows] >= self.start[rows] + lengths
         self.pending[rows[~fed]] = True
         grows = fed & (self.room[rows] > 0)
-        rows, lengths = rows[grows], lengths[grows]
-        stated = self.stated[rows, lengths, 0]
-        return self._grow(rows, self.choices[rows, lengths, 0], stated)
+        return self._grow(rows[grows], lengths[grows])
 
     def take_step(self, rows: Int32Array, choices: Choices) -> Grown:
         """Take in one step's result.
@@ -196,10 +221,16 @@ class Rows:
         self.choices[rows, at] = choices.tokens
         self.stated[rows, at] = choices.probabilities
         grows = self.room[rows] > 0
-        firsts = np.ascontiguousarray(choices.tokens[grows, 0])
-        return self._grow(rows[grows], firsts, choices.probabilities[grows, 0])
+        return self._grow(rows[grows], at[grows])
 
-    def _grow(self, rows: Int32Array, tokens: Int32Array, stated: Float32Array) -> Grown:
+    def _grow(self, rows: Int32Array, at: Int32Array) -> Grown:
+        """Rows grow by their first choices at index ``at``, or by what is forced on them."""
+        tokens, stated = self.choices[rows, at, 0], self.stated[rows, at, 0]
+        forced = self.forced[rows, at]
+        if (forced >= 0).any():
+            tokens = np.where(forced >= 0, forced, tokens)
+            named = self.choices[rows, at] == tokens[:, None]
+            stated = np.where(named, self.stated[rows, at], 0.0).sum(axis=1, dtype=np.float32)
         self.room[rows] -= 1
         self.feed_token[rows] = tokens
         ended = (tokens[:, None] == self.stop[rows]).any(axis=1)
