@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from tests.draft.simulation import Simulation
+from tests.draft.simulation import Simulation, TargetRequest
 from tests.draft.toy_model import greedy
 from vllm_ssd.core.tree import SpeculationCache, Tree
 from vllm_ssd.draft.request import DORMANT, Request
@@ -29,11 +29,14 @@ def check_always(sim: Simulation) -> None:
     for handle, tree in sim.published.cache.trees.items():
         request = sim.requests[handle]
         assert tree.base <= request.told
-        check_tree(sim, sim.published.cache, tree, request.text)
+        check_tree(sim, sim.published.cache, tree, request, request.text)
     for handle, request_there in sim.engine.allocator.requests.items():
         if (tree_there := sim.cache.trees.get(handle)) is not None:
             assert request_there.trunk == tree_there.trunk
-            check_tree(sim, sim.cache, tree_there, request_there.text.tolist())
+            text_there = request_there.text[: request_there.length].tolist()
+            asked = sim.requests.get(handle)
+            if asked is not None:
+                check_tree(sim, sim.cache, tree_there, asked, text_there)
     assert sim.cache.trees.keys() <= sim.engine.allocator.requests.keys()
     check_rows(sim)
     check_blocks(sim)
@@ -41,14 +44,18 @@ def check_always(sim: Simulation) -> None:
         check_trees_agree(sim)
 
 
-def check_tree(sim: Simulation, cache: SpeculationCache, tree: Tree, text: list[int]) -> None:
-    """A tree holds the model's tokens for exactly this text, and nothing else."""
+def check_tree(
+    sim: Simulation, cache: SpeculationCache, tree: Tree, request: TargetRequest, text: list[int]
+) -> None:
+    """A tree holds the model's tokens for exactly this text, and what the target proposed."""
     vocab_size = sim.sizes.vocab_size
     base = text[: tree.base]
     assert len(base) == tree.base
     held = paths(cache, tree)
     trunk = held.pop(())
-    assert trunk == greedy(base, vocab_size, len(trunk))
+    for at, token in enumerate(trunk):
+        before = base + trunk[:at]
+        assert [token] == greedy(before, vocab_size, 1) or request.follows([*before, token])
     for (k, first), branch in held.items():
         assert k <= len(trunk)
         assert trunk[k : k + 1] != [first], "a fork of the very token it leaves"
@@ -148,15 +155,20 @@ def guard_writes(sim: Simulation) -> None:
 def check_at_rest(sim: Simulation) -> None:
     """Everything has arrived and the draft is idle: nothing may be pending for the target."""
     depth = sim.sizes.depth
+    waits = any(request.waits for request in sim.requests.values())
     for request in sim.requests.values():
         nothing_to_draft = request.limit - len(request.text) <= 1
         if request.handle in sim.published.withdrawn or nothing_to_draft or request.over:
             continue
         tree = sim.published.cache.trees[request.handle]
         assert tree.base == request.told
-        assert tree.complete
         ended, length = sim.published.cache.ended, sim.published.cache.length
         left = request.limit - tree.base
+        if request.waits:
+            assert ended[tree.trunk] or length[tree.trunk] >= min(depth, left)
+        if waits:
+            continue  # no forks are made meanwhile
+        assert tree.complete
         wanted = min(len(request.proposed) + 1 + depth, left)
         assert ended[tree.trunk] or length[tree.trunk] >= wanted
         for keys, rows in tree.forks:

@@ -61,9 +61,7 @@ def send_sampling(sampling: Sampling, device: torch.device) -> DeviceSampling:
     sent = async_tensor_h2d(joined, device=device)
     temperature, top_p, weight = sent[:, :3].contiguous().view(torch.float32).unbind(1)
     sampled, top_k, weighed = sent[:, 3:6].unbind(1)
-    return DeviceSampling(
-        sampled.bool(), temperature, top_k, top_p, sent[:, 6:], weighed, weight
-    )
+    return DeviceSampling(sampled.bool(), temperature, top_k, top_p, sent[:, 6:], weighed, weight)
 
 
 def own_generator(device: torch.device) -> torch.Generator:
@@ -89,9 +87,7 @@ def stated_probabilities(values: torch.Tensor, sampling: DeviceSampling) -> torc
     return _cut(values.float(), sampling)
 
 
-def proposals(
-    values: torch.Tensor, tokens: torch.Tensor, sampling: DeviceSampling
-) -> torch.Tensor:
+def proposals(values: torch.Tensor, tokens: torch.Tensor, sampling: DeviceSampling) -> torch.Tensor:
     """q' of each sequence.
 
     Args:

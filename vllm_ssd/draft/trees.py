@@ -135,9 +135,7 @@ class Trees:
         self.cache.append(rows, tokens, chances)
         self.cache.ended[rows] = grown.ended
         self._close()
-        message = Stepped(
-            pack(rows), pack(tokens), pack(rows[grown.ended]), pack_floats(chances)
-        )
+        message = Stepped(pack(rows), pack(tokens), pack(rows[grown.ended]), pack_floats(chances))
         if len(grown.q_tokens):
             support = int(np.flatnonzero(grown.q_probabilities.any(axis=0))[-1]) + 1
             message = replace(
