@@ -18,7 +18,6 @@ import argparse
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks.engines import (
@@ -32,6 +31,7 @@ from benchmarks.engines import (
     ssd_options,
     take_turns,
     target_cores,
+    wide_console,
 )
 from benchmarks.load import Case, Measured, Rate, added, rate
 from benchmarks.prompts import SETS, prompts
@@ -40,6 +40,8 @@ from vllm_ssd.cli.models import demo_models
 SIZES = "1,2,4,8,16,32"
 DEFAULT: dict[str, Any] = {"num_speculative_tokens": 4}
 OWN, ALL = "target's cores", "all cores"
+PLACES = {"own": OWN, "all": ALL}
+"""By what they are called on the command line."""
 RIVALS = ("plain", "draft_model")
 
 
@@ -150,7 +152,7 @@ def details(found: Curves, ks: dict[str, int]) -> Table:
     """
     table = Table(title="SSD")
     table.add_column("")
-    columns = ("batch", "hit rate", "acceptance\nlength", "draft_model's", "verification")
+    columns = ("batch", "hit rate", "acceptance\nlength", "that of\ndraft_model", "verification")
     for column in (*columns, "share of\nthe ideal"):
         table.add_column(column, justify="right")
     for name, k in ks.items():
@@ -222,17 +224,20 @@ def main() -> None:
     parser.add_argument("--sizes", type=numbers, default=SIZES)
     parser.add_argument("--texts", choices=SETS, default="hidden")
     parser.add_argument("--rivals", nargs="*", choices=RIVALS, default=RIVALS)
-    parser.add_argument("--places", nargs="+", choices=(OWN, ALL), default=(OWN, ALL))
+    parser.add_argument(
+        "--places", nargs="+", choices=PLACES, default=list(PLACES), help="cores of the rivals"
+    )
     parser.add_argument("--draw", type=Path, help="where to draw the curves (.png, .svg)")
     options = parser.parse_args()
     draft = options.draft or str(demo_models().draft)
     wanted = options.ssd or [DEFAULT]
-    engines = compared(draft, wanted, options.rivals, options.places)
+    places = [PLACES[place] for place in options.places]
+    engines = compared(draft, wanted, options.rivals, places)
     texts = prompts(options.texts)
     cases = [Case(texts, size, slices(options.answers, size)) for size in options.sizes]
     found = curves(take_turns(engines, cases, options), options.sizes)
     title = f"{options.texts}, temperature {options.temperature:g}"
-    console = Console()
+    console = wide_console()
     console.print(speeds(found, f"{title}, {options.rounds} rounds"))
     ks = {ssd_name(one): one["num_speculative_tokens"] for one in wanted}
     console.print(details(found, ks))

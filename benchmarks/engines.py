@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks.load import Case, Load, Measured, put_on
@@ -112,6 +114,11 @@ def slices(answers: int, size: int) -> int:
     return max(2, -(-answers // size))
 
 
+def wide_console() -> Console:
+    """The terminal, or a file as wide as the tables need."""
+    return Console() if sys.stdout.isatty() else Console(width=160)
+
+
 def take_turns(
     engines: Sequence[Engine], cases: list[Case], options: argparse.Namespace
 ) -> dict[str, list[list[Measured]]]:
@@ -135,7 +142,7 @@ def take_turns(
     found: dict[str, list[list[Measured]]] = {one.name: [[] for _ in cases] for one in engines}
     turns = [one for _ in range(options.rounds) for one in engines]
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, transient=True) as progress:
+    with Progress(*columns, console=wide_console(), transient=True) as progress:
         bar = progress.add_task("", total=len(turns) * len(cases))
         for number, one in enumerate(turns):
             progress.update(bar, description=one.name)
@@ -148,7 +155,7 @@ def take_turns(
                 cases=cases,
                 max_tokens=options.max_tokens,
                 temperature=options.temperature,
-                seed=number // len(found),
+                seed=number // len(engines),
             )
             began = time.perf_counter()
             report = run_apart(put_on, load, lambda event: progress.advance(bar))
@@ -156,7 +163,8 @@ def take_turns(
                 raise RuntimeError(f"{one.name} ran on cores {report.cores}, not on {one.cores}")
             # A line for each, so that the log of a long run shows where it is.
             seconds = time.perf_counter() - began
-            progress.console.print(f"round {load.seed + 1}: {one.name}, {seconds:.0f} s")
+            where = f"{report.dtype}, cores {','.join(map(str, report.cores))}"
+            progress.console.print(f"round {load.seed + 1}: {one.name} ({where}): {seconds:.0f} s")
             for rounds, measured in zip(found[one.name], report.cases, strict=True):
                 rounds.append(measured)
     return found

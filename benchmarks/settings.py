@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks.engines import (
@@ -29,6 +28,7 @@ from benchmarks.engines import (
     ssd_options,
     take_turns,
     target_cores,
+    wide_console,
 )
 from benchmarks.load import Case, Rate, rate
 from benchmarks.prompts import MIXED, SETS, prompts
@@ -120,7 +120,7 @@ def main() -> None:
     title = f"batch {options.size}, temperature {options.temperature:g}, {options.rounds} rounds"
     of_fixed = {ssd_name(one): rates[ssd_name(one)] for one in fixed}
     of_adaptive = {ssd_name(one): rates[ssd_name(one)] for one in adaptive}
-    Console().print(table(of_fixed, of_adaptive, title))
+    wide_console().print(table(of_fixed, of_adaptive, title))
 
 
 if __name__ == "__main__":
