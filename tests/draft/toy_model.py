@@ -216,9 +216,7 @@ class ToyModel:
             return Choices.firsts(best, stated(np.array(firsts), best.shape[1]))
         return self._sample(best, np.array(firsts), sampling)
 
-    def _sample(
-        self, best: Int32Array, firsts: NDArray[np.float64], sampling: Sampling
-    ) -> Choices:
+    def _sample(self, best: Int32Array, firsts: NDArray[np.float64], sampling: Sampling) -> Choices:
         """As the real model does, with the logits of the stated probabilities."""
         assert all(len(values) == len(best) for values in sampling)
         logits = torch.from_numpy(stated(firsts, self.vocab_size)).log()

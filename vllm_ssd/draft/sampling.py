@@ -24,8 +24,8 @@ from vllm_ssd.core.arrays import Int32Array
 from vllm_ssd.draft.model import Sampling
 
 SMALLEST = 1e-4
-"""Tokens with a smaller probability are not sampled: they would widen what is sent for all rows, and
-lose less than N times this in acceptance."""
+"""Tokens with a smaller probability are not sampled: they would widen what is sent for all rows.
+Without them less than N times this is lost in acceptance."""
 _COLDEST = 0.01
 """The lowest temperature above 0 that vLLM uses."""
 _LEAST_LEFT = 1e-6
@@ -61,9 +61,7 @@ def send_sampling(sampling: Sampling, device: torch.device) -> DeviceSampling:
     sent = async_tensor_h2d(joined, device=device)
     temperature, top_p, weight = sent[:, :3].contiguous().view(torch.float32).unbind(1)
     sampled, top_k, weighed = sent[:, 3:6].unbind(1)
-    return DeviceSampling(
-        sampled.bool(), temperature, top_k, top_p, sent[:, 6:], weighed, weight
-    )
+    return DeviceSampling(sampled.bool(), temperature, top_k, top_p, sent[:, 6:], weighed, weight)
 
 
 def own_generator(device: torch.device) -> torch.Generator:
@@ -89,9 +87,7 @@ def stated_probabilities(values: torch.Tensor, sampling: DeviceSampling) -> torc
     return _cut(values.float(), sampling)
 
 
-def proposals(
-    values: torch.Tensor, tokens: torch.Tensor, sampling: DeviceSampling
-) -> torch.Tensor:
+def proposals(values: torch.Tensor, tokens: torch.Tensor, sampling: DeviceSampling) -> torch.Tensor:
     """q' of each sequence.
 
     Args:
