@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vllm_ssd.core.arrays import BoolArray, Float32Array, Int32Array, Int64Array
+from vllm_ssd.core.arrays import BoolArray, Float32Array, Int32Array
 from vllm_ssd.draft.model import Choices, Sampling
 
 

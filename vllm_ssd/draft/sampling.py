@@ -24,8 +24,8 @@ from vllm_ssd.core.arrays import Int32Array
 from vllm_ssd.draft.model import Sampling
 
 SMALLEST = 1e-4
-"""Tokens with a smaller probability are not sampled: they would widen what is sent for all rows, and
-lose less than N times this in acceptance."""
+"""Tokens with a smaller probability are not sampled: they would widen what is sent for all rows.
+Without them less than N times this is lost in acceptance."""
 _COLDEST = 0.01
 """The lowest temperature above 0 that vLLM uses."""
 _LEAST_LEFT = 1e-6

@@ -140,7 +140,7 @@ class Trees:
             support = int(np.flatnonzero(grown.q_probabilities.any(axis=0))[-1]) + 1
             message = replace(
                 message,
-                sampled=pack(np.flatnonzero(grown.sampled)),
+                sampled=pack(np.flatnonzero(grown.sampled).astype(np.int32)),
                 support=support,
                 q_tokens=pack(grown.q_tokens[:, :support]),
                 q_probabilities=pack_floats(grown.q_probabilities[:, :support]),
