@@ -15,9 +15,11 @@ from vllm_ssd.draft.model import MAX_STOP_TOKENS, Sampling
 from vllm_ssd.draft.sampling import (
     SMALLEST,
     draw,
+    joined,
     own_generator,
     proposals,
     send_sampling,
+    split,
     stated_probabilities,
 )
 
@@ -69,16 +71,17 @@ def dense(
     for i, token in enumerate(tokens):
         if token in ends:
             q[i] = 0.0
+    ended = q.sum() <= (0.5 if tokens[0] in ends else 0.0)
     lighter, left = q.copy(), weighed
     for i in range(len(q)):
         if left and q[i] > 0.0:
             lighter[i] *= weight
             left -= 1
-    if lighter.sum() > 1e-6 * (0.0 if not q.any() else 1.0):
+    if lighter.sum() > 1e-6:
         q = lighter
     q[q < SMALLEST * q.sum()] = 0.0
-    if not q.any():
-        q[0] = 1.0
+    if ended:
+        return np.eye(len(q))[0]
     return q / q.sum()
 
 
@@ -150,12 +153,17 @@ def test_rows_that_sample_and_rows_that_do_not_share_a_step() -> None:
 
 
 @pytest.mark.parametrize("weight", [1.0, 0.0])
-def test_the_first_choice_is_certain_if_only_end_tokens_are_left(weight: float) -> None:
+def test_the_first_choice_is_certain_if_it_is_a_likely_end_token(weight: float) -> None:
     logits = torch.tensor([[5.0, 1.0, 0.0]])
     ids = torch.tensor([[4, 5, 6]], dtype=torch.int32)
     only = sampling(1, top_k=2, ends=(4, 5), weighed=1, weight=weight)
     q = proposals(logits, ids, send_sampling(only, CPU))
     assert q.tolist() == [[1.0, 0.0, 0.0]]
+    likely = sampling(1, ends=(4,), weighed=1, weight=weight)
+    assert proposals(logits, ids, send_sampling(likely, CPU)).tolist() == [[1.0, 0.0, 0.0]]
+    # An end token that is less likely than the others together is left to the target.
+    hot = sampling(1, temperature=9.0, ends=(4,))
+    assert proposals(logits, ids, send_sampling(hot, CPU))[0, 0] == 0.0
 
 
 def test_all_is_sampled_if_c_would_leave_nothing() -> None:
@@ -184,6 +192,18 @@ def test_stated_probabilities_are_those_of_the_requests_own_sampling() -> None:
     assert found[0].tolist() == pytest.approx([*hot, 0.0])
     assert found[1].tolist() == pytest.approx(logits[1].softmax(0).tolist())
     assert found[2].tolist() == [1.0, 0.0, 0.0, 0.0]
+
+
+def test_parameters_arrive_on_a_device_as_they_are_on_the_host() -> None:
+    given_ = sampling(3, 0.7, 5, 0.9, (4, 8), 2, 0.3)
+    given_.sampled[1] = False
+    sent = split(torch.from_numpy(joined(given_)), given_)
+    here = send_sampling(given_, CPU)
+    assert sent.weighs
+    for arrived, expected in zip(sent[:-1], here[:-1], strict=True):
+        assert isinstance(arrived, torch.Tensor)
+        assert arrived.dtype == expected.dtype  # type: ignore[union-attr]
+        assert arrived.tolist() == expected.tolist()  # type: ignore[union-attr]
 
 
 def test_each_generator_has_numbers_of_its_own() -> None:

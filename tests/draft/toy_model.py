@@ -98,9 +98,8 @@ def toy_q(
         before += share
     q /= q.sum()
     q[list(stop)] = 0.0
-    if not q.any():
-        q[order[0]] = 1.0
-        return q
+    if q.sum() <= (0.5 if order[0] in stop else 0.0):
+        return np.eye(vocab_size)[order[0]]
     lighter = q.copy()
     for token in [token for token in order if q[token]][:weighed]:
         lighter[token] *= weight

@@ -99,24 +99,21 @@ class Block:
         skipped: how many of them do not count.
     """
 
-    __slots__ = ("_skipped", "arm", "drafted", "seconds", "tokens", "verifications")
+    __slots__ = ("_skipped", "arm", "counted", "drafted", "seconds", "tokens", "verifications")
 
     def __init__(self, arm: int, skipped: int = 0) -> None:
         self.arm = arm
         self._skipped = skipped
         self.verifications = 0
-        """All of them, those not counted included."""
+        """All of them."""
+        self.counted = 0
+        """Those that count."""
         self.tokens = 0
-        """What those that are counted have yielded ..."""
+        """What these have yielded ..."""
         self.seconds = 0.0
         """... and how long they took."""
         self.drafted = 0
         """Drafted tokens among what they verified."""
-
-    @property
-    def counted(self) -> int:
-        """The verifications that count."""
-        return max(0, self.verifications - self._skipped)
 
     @property
     def full(self) -> bool:
@@ -128,9 +125,16 @@ class Block:
         return Block(arm, _SKIPPED if arm != self.arm else 0)
 
     def observe(self, tokens: int, drafted: int, seconds: float) -> None:
-        """Take in a verification: what it yielded, how many drafted tokens it was of, its time."""
+        """Take in a verification.
+
+        Args:
+            tokens: what it yielded.
+            drafted: how many drafted tokens it was of.
+            seconds: how long it took; 0.0 if that is not known: then it does not count.
+        """
         self.verifications += 1
-        if self.verifications > self._skipped:
+        if self.verifications > self._skipped and seconds:
+            self.counted += 1
             self.tokens += tokens
             self.drafted += drafted
             self.seconds += seconds
@@ -158,8 +162,8 @@ class BestArm:
         """Of the rates of blocks around their arm's mean, in parts of it, squared and summed."""
 
     def observe(self, block: Block) -> None:
-        """Take in a block; one without drafted tokens or a measured time says nothing."""
-        if not block.drafted or not block.seconds:
+        """Take in a block; one without drafted tokens says nothing."""
+        if not block.drafted:
             return
         share = block.counted / BLOCK
         rate, arm = block.tokens / block.seconds, block.arm
