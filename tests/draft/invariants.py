@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from tests.draft.simulation import Simulation
-from tests.draft.toy_model import greedy
+import numpy as np
+
+from tests.draft.simulation import Simulation, TargetRequest
+from tests.draft.toy_model import greedy, toy_q
 from vllm_ssd.core.tree import SpeculationCache, Tree
 from vllm_ssd.draft.request import DORMANT, Request
 
@@ -17,10 +19,8 @@ Paths = dict[tuple[int, ...], list[int]]
 def paths(cache: SpeculationCache, tree: Tree) -> Paths:
     """All that a tree holds."""
     found: Paths = {(): cache.row_tokens(tree.trunk)}
-    for keys, rows in tree.forks:
-        for key, row in zip(keys.tolist(), rows.tolist(), strict=True):
-            if key >= 0:  # not pruned
-                found[key >> 32, key & 0xFFFFFFFF] = cache.row_tokens(row)
+    for outcome, row in _rows_of(tree).items():
+        found[outcome] = cache.row_tokens(row)
     return found
 
 
@@ -29,11 +29,13 @@ def check_always(sim: Simulation) -> None:
     for handle, tree in sim.published.cache.trees.items():
         request = sim.requests[handle]
         assert tree.base <= request.told
-        check_tree(sim, sim.published.cache, tree, request.text)
+        check_tree(sim, sim.published.cache, tree, request.text, request.temperature)
+        check_q(sim, request, tree)
     for handle, request_there in sim.engine.allocator.requests.items():
         if (tree_there := sim.cache.trees.get(handle)) is not None:
             assert request_there.trunk == tree_there.trunk
-            check_tree(sim, sim.cache, tree_there, request_there.text.tolist())
+            text = request_there.text.tolist()
+            check_tree(sim, sim.cache, tree_there, text, request_there.temperature)
     assert sim.cache.trees.keys() <= sim.engine.allocator.requests.keys()
     check_rows(sim)
     check_blocks(sim)
@@ -41,20 +43,78 @@ def check_always(sim: Simulation) -> None:
         check_trees_agree(sim)
 
 
-def check_tree(sim: Simulation, cache: SpeculationCache, tree: Tree, text: list[int]) -> None:
+def check_tree(
+    sim: Simulation, cache: SpeculationCache, tree: Tree, text: list[int], temperature: float
+) -> None:
     """A tree holds the model's tokens for exactly this text, and nothing else."""
-    vocab_size = sim.sizes.vocab_size
     base = text[: tree.base]
     assert len(base) == tree.base
     held = paths(cache, tree)
     trunk = held.pop(())
-    assert trunk == greedy(base, vocab_size, len(trunk))
+    check_continuation(sim, base, trunk, temperature)
     for (k, first), branch in held.items():
         assert k <= len(trunk)
         assert trunk[k : k + 1] != [first], "a fork of the very token it leaves"
         assert branch[0] == first
-        below = greedy(base + trunk[:k] + [first], vocab_size, len(branch) - 1)
-        assert branch[1:] == below
+        check_continuation(sim, base + trunk[:k] + [first], branch[1:], temperature)
+
+
+def check_continuation(
+    sim: Simulation, text: list[int], drafted: list[int], temperature: float
+) -> None:
+    """Greedy requests go on with first choices; the others with any that can be sampled."""
+    if not temperature:
+        assert drafted == greedy(text, sim.sizes.vocab_size, len(drafted))
+        return
+    for token in drafted:
+        assert token in sim.best(text)[: sim.sizes.sampled_from]
+        text = [*text, token]
+
+
+def check_q(sim: Simulation, request: TargetRequest, tree: Tree) -> None:
+    """Every published token has the q' of its own text and position, or is certain."""
+    cache, sizes = sim.published.cache, sim.sizes
+    text = request.text[: tree.base]
+    trunk = cache.row_tokens(tree.trunk)
+    branches = [(tree.trunk, text, trunk, 0)]
+    for (k, _), row in _rows_of(tree).items():
+        branches.append((row, text + trunk[:k], cache.row_tokens(row), 1))
+    for row, before, tokens, first in branches:
+        for i, token in enumerate(tokens[first:], first):
+            q = sim.drawn_from.get((row, len(before) + i))
+            so_far = before + tokens[:i]
+            expected = toy_q(
+                so_far,
+                sizes.vocab_size,
+                sim.model.confidence_at(len(so_far)),
+                sizes.sampled_from,
+                request.temperature or 1.0,
+                request.top_k,
+                request.top_p,
+                request.stop,
+            )
+            if q is None:  # a guess, or nothing else is left
+                only_one = bool(request.temperature) and expected[token] == 1.0
+                assert only_one or token == sim.best(so_far)[0]
+                continue
+            assert request.temperature
+            assert q[token] > 0.0
+            found = np.zeros(sizes.vocab_size)
+            found[list(q)] = list(q.values())
+            assert abs(found.sum() - 1.0) < 1e-6
+            assert not found[request.stop].any()
+            if sizes.saguaro_c == 1.0:
+                np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def _rows_of(tree: Tree) -> dict[tuple[int, int], int]:
+    """The rows of the forks."""
+    found = {}
+    for keys, rows in tree.forks:
+        for key, row in zip(keys.tolist(), rows.tolist(), strict=True):
+            if key >= 0:  # not pruned
+                found[key >> 32, key & 0xFFFFFFFF] = row
+    return found
 
 
 def check_trees_agree(sim: Simulation) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from tests.draft.toy_model import LookaheadToyModel, ToyModel, best_tokens, greedy
+from vllm_ssd.core.arms import arms_of
 from vllm_ssd.core.stats import Stats
 from vllm_ssd.core.tree import Below
 from vllm_ssd.draft.blocks import KVBlocks
@@ -34,6 +35,8 @@ from vllm_ssd.wire.messages import (
     Trimmed,
     Verified,
     pack,
+    unpack,
+    unpack_floats,
 )
 
 
@@ -52,6 +55,9 @@ class Sizes(NamedTuple):
     prefill_chunk_idle: int = 16
     caching: bool = True
     lookahead: bool = False
+    sampled_from: int = 6
+    sampling: str = "probabilistic"
+    saguaro_c: float = 1.0
 
     @property
     def max_branches(self) -> int:
@@ -70,6 +76,11 @@ class TargetRequest:
     stop: list[int]
     told: int
     """How much of the text was sent to the draft."""
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    row: int = -1
+    """Where the proposal was found."""
     proposed: list[int] = field(default_factory=list)
     verifying: int = 0
     over: bool = False
@@ -83,14 +94,23 @@ class Simulation:
         self.sizes = sizes
         candidates = min(sizes.max_branches + 1, sizes.vocab_size)
         model_class = LookaheadToyModel if sizes.lookahead else ToyModel
-        self.model = model_class(sizes.num_blocks, sizes.block_size, sizes.vocab_size, candidates)
+        sampled_from = min(sizes.sampled_from, sizes.vocab_size)
+        self.model = model_class(
+            sizes.num_blocks, sizes.block_size, sizes.vocab_size, candidates, sampled_from
+        )
         self.blocks = KVBlocks(sizes.num_blocks, sizes.block_size, sizes.caching)
-        self.rows = Rows(sizes.max_rows, sizes.depth, candidates)
+        self.rows = Rows(sizes.max_rows, sizes.depth, candidates, sampled_from)
         self.engine = DraftEngine(
             self.model,
             self.rows,
             self.blocks,
-            Policy(sizes.depth, sizes.fan_out, sizes.branches, sizes.max_branches),
+            Policy(
+                sizes.depth,
+                sizes.fan_out,
+                sizes.branches,
+                sizes.max_branches,
+                arms_of(sizes.sampling, sizes.saguaro_c),
+            ),
             sizes.prefill_chunk,
             sizes.prefill_chunk_idle,
         )
@@ -103,23 +123,41 @@ class Simulation:
         self.to_target: deque[list[ToTarget]] = deque()
         self.verify_us = 0
         """The verification time that the target reports; 0: unknown."""
+        self.drawn_from: dict[tuple[int, int], dict[int, float]] = {}
+        """By row and position of published tokens: the q' of those that were sampled."""
         self._next_handle = 0
 
     # ---- the target
 
     def start(
-        self, prompt: Sequence[int], max_tokens: int = 100, stop: Sequence[int] = ()
+        self,
+        prompt: Sequence[int],
+        max_tokens: int = 100,
+        stop: Sequence[int] = (),
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
     ) -> TargetRequest:
         """A new request."""
         limit = min(len(prompt) + max_tokens, self.sizes.max_length) - 1
-        return self._announce(list(prompt), limit, list(stop))
+        sampling = temperature, top_k, top_p
+        return self._announce(list(prompt), limit, list(stop), *sampling)
 
-    def _announce(self, text: list[int], limit: int, stop: list[int]) -> TargetRequest:
-        request = TargetRequest(self._next_handle, text, limit, stop, len(text))
+    def _announce(
+        self,
+        text: list[int],
+        limit: int,
+        stop: list[int],
+        temperature: float,
+        top_k: int,
+        top_p: float,
+    ) -> TargetRequest:
+        sampling = temperature, top_k, top_p
+        request = TargetRequest(self._next_handle, text, limit, stop, len(text), *sampling)
         self._next_handle += 1
         self.requests[request.handle] = request
         self.published.announce(request.handle)
-        self.to_draft.append([Start(request.handle, pack(text), limit, stop)])
+        self.to_draft.append([Start(request.handle, pack(text), limit, stop, *sampling)])
         return request
 
     def confirm(self, request: TargetRequest, accepted: int, token: int) -> None:
@@ -140,7 +178,9 @@ class Simulation:
             tracked = Tracked(request.handle, request.told, request.limit)
             length = len(request.text)
             wanted = most_drafts(tracked, length, self.sizes.depth)
-            answer([LookUp(0, tracked, [], length, wanted, self.look_up(request))], Stats())
+            below = self.look_up(request)
+            answer([LookUp(0, tracked, [], length, wanted, below)], Stats())
+            request.row = below.row
             request.proposed, request.verifying = tracked.proposed, tracked.verifying
             handles.append(request.handle)
             lengths.append(request.told)
@@ -195,7 +235,8 @@ class Simulation:
         live = [request for request in self.requests.values() if not request.over]
         self.requests.clear()
         for request in live:
-            self._announce(request.text, request.limit, request.stop)
+            sampling = request.temperature, request.top_k, request.top_p
+            self._announce(request.text, request.limit, request.stop, *sampling)
 
     def greedy(self, request: TargetRequest, count: int) -> list[int]:
         """The draft model's own continuation of a request's text."""
@@ -242,7 +283,24 @@ class Simulation:
                     case Pruned():
                         self.published.prune(message)
                     case Stepped():
+                        self._note_q(message)
                         self.published.steps([message])
+
+    def _note_q(self, message: Stepped) -> None:
+        """Note the q' of each token that rows are about to grow by."""
+        cache, rows = self.published.cache, unpack(message.rows)
+        positions = (cache.start[rows] + cache.length[rows]).tolist()
+        places = list(zip(rows.tolist(), positions, strict=True))
+        for place in places:
+            self.drawn_from.pop(place, None)
+        sampled = unpack(message.sampled).tolist()
+        shape = len(sampled), message.support
+        tokens = unpack(message.q_tokens).reshape(shape)
+        q = unpack_floats(message.q_probabilities).reshape(shape)
+        for i, of, share in zip(sampled, tokens.tolist(), q.tolist(), strict=True):
+            held = {token: chance for token, chance in zip(of, share, strict=True) if chance}
+            assert len(held) == sum(chance > 0.0 for chance in share), "a token twice"
+            self.drawn_from[places[i]] = held
 
     def deliver(self) -> None:
         """Everything under way arrives; nothing is decoded."""

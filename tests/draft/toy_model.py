@@ -7,16 +7,34 @@ assertion here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from vllm_ssd.core.arrays import Float32Array, Int32Array
-from vllm_ssd.draft.model import FROM_LAST_STEP, BlockChanges, Choices, Done, Sequences, Ticket
+from vllm_ssd.draft.model import (
+    FROM_LAST_STEP,
+    BlockChanges,
+    Choices,
+    Done,
+    Sampling,
+    Sequences,
+    Ticket,
+)
+from vllm_ssd.draft.sampling import (
+    SMALLEST,
+    draw,
+    proposals,
+    send_sampling,
+    stated_probabilities,
+)
+
+torch.set_num_threads(1)  # its tensors are small: threads would only wait for each other
 
 NOTHING = -1
-_MOST_ROWS = 64
+_MOST_ROWS = 256
 _LONGEST = 4096
 _WEIGHTS = np.random.default_rng(0).integers(1, 2**63, _LONGEST, np.uint64) | np.uint64(1)
 
@@ -38,6 +56,57 @@ def greedy(text: list[int], vocab_size: int, count: int) -> list[int]:
     for _ in range(count):
         grown += best_tokens(grown, vocab_size, 1)
     return grown[len(text) :]
+
+
+def toy_q(
+    text: list[int],
+    vocab_size: int,
+    first: float,
+    count: int,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    stop: Sequence[int] = (),
+    weighed: int = 0,
+    weight: float = 1.0,
+) -> NDArray[np.float64]:
+    """q' after a text as the paper and vLLM define it, by loops; ``[vocab_size]``.
+
+    Args:
+        text: what was drafted so far, with the text before it.
+        vocab_size: the model's tokens.
+        first: the model's confidence in its first choice.
+        count: N.
+        temperature: of the request.
+        top_k: of the request; 0: no such bound.
+        top_p: of the request.
+        stop: its end tokens.
+        weighed: how many of the likeliest tokens are weighed ...
+        weight: ... by C.
+    """
+    order = best_tokens(text, vocab_size, vocab_size)
+    base = stated(np.array([first]), vocab_size)[0].astype(np.float64)[:count]
+    heat = base ** (1.0 / temperature)
+    if top_k:
+        heat[top_k:] = 0.0
+    heat /= heat.sum()
+    q = np.zeros(vocab_size)
+    before = 0.0
+    for token, share in zip(order, heat.tolist(), strict=False):
+        if before < top_p:
+            q[token] = share
+        before += share
+    q /= q.sum()
+    q[list(stop)] = 0.0
+    if not q.any():
+        q[order[0]] = 1.0
+        return q
+    lighter = q.copy()
+    for token in [token for token in order if q[token]][:weighed]:
+        lighter[token] *= weight
+    q = lighter if lighter.sum() > 1e-6 else q
+    q[q < SMALLEST * q.sum()] = 0.0
+    return q / q.sum()
 
 
 def _best(hashes: NDArray[np.uint64], vocab_size: int) -> Int32Array:
@@ -64,10 +133,16 @@ class ToyModel:
         block_size: tokens per block.
         vocab_size: its tokens.
         num_candidates: how many best tokens a forward returns.
+        num_sampled_from: how many best tokens are sampled from.
     """
 
     def __init__(
-        self, num_blocks: int, block_size: int, vocab_size: int, num_candidates: int
+        self,
+        num_blocks: int,
+        block_size: int,
+        vocab_size: int,
+        num_candidates: int,
+        num_sampled_from: int = 0,
     ) -> None:
         shape = (num_blocks, block_size)
         self.vocab_size = vocab_size
@@ -81,6 +156,8 @@ class ToyModel:
         """The confidence in the first choice for a position."""
         self._size = block_size
         self._num_candidates = num_candidates
+        self._num_sampled_from = num_sampled_from
+        self._generator = torch.Generator().manual_seed(0)
         self._tables = np.zeros((_MOST_ROWS, num_blocks), np.int32)
         self._position = np.full(shape, NOTHING, np.int32)
         self._token = np.full(shape, NOTHING, np.int32)
@@ -108,7 +185,7 @@ class ToyModel:
 
     def _compute(self, sequences: Sequences) -> Choices:
         """Write, then read back, then answer."""
-        rows, lens, tokens, positions, _ = sequences
+        rows, lens, tokens, positions, sampling = sequences
         assert len(rows) == len(lens) == len(set(rows.tolist())) > 0
         assert (tokens >= 0).all()
         assert len(tokens) == len(positions) == lens.sum()
@@ -133,8 +210,28 @@ class ToyModel:
         self.forwards += 1
         self.sequences.append(len(lens))
         firsts = [self.confidence_at(int(positions[end - 1]) + 1) for end in ends]
-        best = _best(hashes, self.vocab_size)[:, : self._num_candidates]
-        return Choices.firsts(best, stated(np.array(firsts), best.shape[1]))
+        best = _best(hashes, self.vocab_size)
+        if sampling is None:
+            best = best[:, : self._num_candidates]
+            return Choices.firsts(best, stated(np.array(firsts), best.shape[1]))
+        return self._sample(best, np.array(firsts), sampling)
+
+    def _sample(
+        self, best: Int32Array, firsts: NDArray[np.float64], sampling: Sampling
+    ) -> Choices:
+        """As the real model does, with the logits of the stated probabilities."""
+        assert all(len(values) == len(best) for values in sampling)
+        logits = torch.from_numpy(stated(firsts, self.vocab_size)).log()
+        sent = send_sampling(sampling, torch.device("cpu"))
+        count = self._num_candidates
+        probabilities = stated_probabilities(logits[:, :count], sent).numpy()
+        if not sampling.sampled.any():
+            return Choices.firsts(best[:, :count], probabilities)
+        among = torch.from_numpy(np.ascontiguousarray(best[:, : self._num_sampled_from]))
+        q = proposals(logits[:, : self._num_sampled_from], among, sent)
+        drawn = draw(q, among, self._generator).numpy()
+        tokens = best[:, : max(count, self._num_sampled_from)]
+        return Choices(tokens, probabilities, drawn, q.numpy())
 
     def _read_back(self, table: Int32Array, first_new: int, length: int) -> np.uint64:
         """The hash of a sequence's text as its blocks hold it."""
@@ -166,7 +263,7 @@ class LookaheadToyModel(ToyModel):
         self.under_way: list[_Unread] = []
         """Launched and not read yet."""
         self._next_token: dict[int, int] = {}
-        """The first choice of the newest launch for each of its rows."""
+        """What the newest launch chose for each of its rows."""
 
     def launch(self, changes: BlockChanges, sequences: Sequences) -> Ticket:
         """Compute; tokens left to the step before are taken from it."""
@@ -178,8 +275,8 @@ class LookaheadToyModel(ToyModel):
             assert self.under_way, "the host knows this token"
             tokens[i] = self._next_token[int(sequences.rows[i])]
         choices = self._compute(sequences._replace(tokens=tokens))
-        firsts = choices.tokens[:, 0].tolist()
-        self._next_token = dict(zip(sequences.rows.tolist(), firsts, strict=True))
+        grown = choices.next_tokens.tolist()
+        self._next_token = dict(zip(sequences.rows.tolist(), grown, strict=True))
         unread = _Unread(self, choices)
         self.under_way.append(unread)
         return unread
