@@ -9,9 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from tests.draft.invariants import check_always, check_at_rest, check_q, guard_writes
 from tests.draft.simulation import Simulation, Sizes, TargetRequest
-from tests.draft.test_engine_properties import doubts
 from tests.draft.toy_model import best_tokens, stated, toy_q
 
 PROMPT = [3, 1, 4, 1, 5, 2]
