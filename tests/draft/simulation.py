@@ -147,7 +147,7 @@ class Simulation:
         self,
         requests: Iterable[TargetRequest],
         waits: Sequence[TargetRequest] = (),
-        more: Mapping[int, list[int]] = {},  # noqa: B006 (not changed)
+        more: Mapping[int, list[int]] = {},
     ) -> None:
         """Look up what follows the confirmed texts, and send the draft the outcomes.
 

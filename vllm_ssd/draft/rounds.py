@@ -173,7 +173,7 @@ class Rounds:
             return False
         if proposed is not None:
             return self._go_on(request, proposed)
-        request.verified, request.forced = 0, False
+        request.verified = 0
         grow_to = min(self._depth, request.limit - request.length)
         rows.room[request.trunk] = max(0, grow_to - len(request.drafted))
         return allocator.cover(request, request.length + max(grow_to, len(request.drafted)))
@@ -190,8 +190,9 @@ class Rounds:
         cut = kept < min(held, len(proposed))
         if cut:
             request.drafted, request.ended = request.drafted[:kept], False
-        request.verified, request.forced = len(proposed), kept < len(proposed)
-        if request.forced:
+        request.verified = len(proposed)
+        if kept < len(proposed):
+            request.forced = True
             self._rows.force(request.trunk, kept, proposed[kept:], cut)
         held = len(request.drafted)
         grow_to = min(len(proposed) + 1 + self._depth, request.limit - request.length)

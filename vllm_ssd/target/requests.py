@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vllm_ssd.wire.messages import Start, pack
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import NewRequestData
     from vllm.v1.worker.gpu_input_batch import CachedRequestState
+
+
+class Origin(NamedTuple):
+    """Where the tokens of a proposal are from, in this order; none of the counts is negative."""
+
+    found: int
+    """The draft, at once."""
+    waited: int
+    """The draft, after waiting."""
+    ngram: int
+    """The request's own text."""
 
 
 @dataclass(slots=True)
@@ -27,6 +38,8 @@ class Tracked:
     """Tokens that end it."""
     proposed: list[int] = field(default_factory=list)
     """The last proposal."""
+    origin: Origin | None = None
+    """Where its tokens are from; None if all were found at once."""
     verifying: int = 0
     """How many of the proposed tokens the scheduler lets be verified."""
     look_ups: int = 0
