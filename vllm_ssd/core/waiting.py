@@ -84,7 +84,7 @@ class Delay:
 
     def __init__(self) -> None:
         self._seconds = 0.0
-        self._seen = 0
+        self._seen = self._missed = 0
 
     @property
     def seconds(self) -> float:
@@ -93,13 +93,19 @@ class Delay:
 
     def came(self, seconds: float) -> None:
         """A token has come after so many seconds."""
-        weight = max(_SMOOTHING, 1.0 / (self._seen + 1))
-        self._seconds += weight * (seconds - self._seconds)
-        self._seen += 1
+        self._missed = 0
+        self._observe(seconds, _SMOOTHING)
 
     def missed(self, seconds: float) -> None:
         """None came within so many seconds."""
-        self.came(max(_LATE * seconds, self._seconds))
+        # A single one may have been an accident; several in a row are not.
+        self._missed += 1
+        self._observe(max(_LATE * seconds, self._seconds), min(1.0, _SMOOTHING * self._missed))
+
+    def _observe(self, seconds: float, weight: float) -> None:
+        weight = max(weight, 1.0 / (self._seen + 1))
+        self._seconds += weight * (seconds - self._seconds)
+        self._seen += 1
 
     def too_long(self) -> None:
         """It was not worth waiting for."""

@@ -71,8 +71,6 @@ class SSDProposer:
         """The target is ready to decode: vLLM has resolved its graph mode."""
         graphs = vllm_config.compilation_config.cudagraph_mode
         self._pads = pads(self.config.pad_misses, graphs)
-        if self.client is not None:
-            self._waiting.compile()
 
     def load_model(self, target_model: Any) -> None:
         """Called by vLLM once the target is loaded; the draft loads in its own process.

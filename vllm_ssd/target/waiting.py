@@ -13,7 +13,7 @@ from vllm_ssd.core.stats import Stats
 from vllm_ssd.core.tree import Where
 from vllm_ssd.core.waiting import Acceptance, Awaited, Delay, Price, gains, patience
 from vllm_ssd.target.lookup import Batch, LookUp, growing, lacking, look_up
-from vllm_ssd.target.ngram import Ngrams
+from vllm_ssd.target.ngram import prolong
 from vllm_ssd.target.pace import Pace
 
 if TYPE_CHECKING:
@@ -41,7 +41,8 @@ class Waiting:
         bound = config.max_wait_ms
         self._bound = math.inf if isinstance(bound, str) else bound * 1e-3
         self._while_it_pays = config.backup == "auto" or isinstance(bound, str)
-        self._ngrams = Ngrams(self._depth, stats) if config.backup in ("auto", "ngram") else None
+        self._for_texts = config.backup in ("auto", "ngram")
+        """Whether proposals may be prolonged from the text."""
         self._ngram_always = config.backup == "ngram"
         self.first, self.following = Delay(), Delay()
         """How long the first token of a wait takes, and each one after it."""
@@ -50,11 +51,6 @@ class Waiting:
         """The counters when these two were last brought up to date."""
         self._silent_at = -1
         """How many frames of the draft there were when it did not answer within a wait."""
-
-    def compile(self) -> None:
-        """Compile what is used on the critical path."""
-        if self._ngrams is not None:
-            self._ngrams.compile()
 
     # ---- found branches that grow
 
@@ -194,7 +190,7 @@ class Waiting:
             short: requests that could use more tokens, answered.
             batch: the verification.
         """
-        if self._ngrams is None:
+        if not self._for_texts:
             return
         open_ended = [
             each
@@ -209,7 +205,7 @@ class Waiting:
             counts = self._worth_prolonging(open_ended, counts)
         if any(counts):
             chosen = [each for each, count in zip(open_ended, counts, strict=True) if count]
-            self._ngrams.prolong(chosen, [count for count in counts if count], batch)
+            prolong(chosen, [count for count in counts if count], batch, self._stats)
         else:
             self._ngram_acceptance.not_tried()
 
