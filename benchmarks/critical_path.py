@@ -170,6 +170,7 @@ def _proposer(
 ) -> tuple[SSDProposer, DraftClient]:
     options: dict[str, Any] = {"model": "table", "num_speculative_tokens": DEPTH, "strict": True}
     options["draft_sampling"] = "greedy"
+    options["max_wait_ms"] = 0.0  # the draft runs between two proposals only
     config: Any = SimpleNamespace(
         additional_config={"ssd": options},
         model_config=SimpleNamespace(max_model_len=context + 4096),

@@ -288,6 +288,10 @@ class Simulation:
         """The draft model's own continuation of a request's text."""
         return greedy(request.text, self.sizes.vocab_size, count)
 
+    def greedy_after(self, text: list[int], count: int) -> list[int]:
+        """The draft model's own continuation of a text."""
+        return greedy(text, self.sizes.vocab_size, count)
+
     def best(self, text: list[int]) -> list[int]:
         """The draft model's next tokens after a text, best first."""
         return best_tokens(text, self.sizes.vocab_size, self.sizes.vocab_size)

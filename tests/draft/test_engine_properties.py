@@ -66,7 +66,7 @@ prompts = st.builds(
     st.integers(0, len(OPENING)),
     st.lists(st.integers(0, 7), min_size=1, max_size=6),
 )
-others = st.lists(st.integers(0, 7), max_size=4) | st.just([])
+others: st.SearchStrategy[list[int]] = st.lists(st.integers(0, 7), max_size=4) | st.just([])
 """Tokens that the draft has not chosen."""
 time_passing = st.fixed_dictionaries(
     {

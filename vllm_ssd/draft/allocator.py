@@ -107,7 +107,7 @@ class Allocator:
         rows, trunk = self.rows, request.trunk
         rows.restart(trunk, request.length, computed)
         request.drafted = request.text[:0]
-        request.ended = False
+        request.ended = request.forced = False
         if request.length - computed == 1:
             rows.feed_token[trunk] = request.text[computed]
             rows.pending[trunk] = True
@@ -219,6 +219,7 @@ class Allocator:
         request.blocks[first_own:] = own
         self.rows.give_back([request.trunk])
         request.trunk = row
+        request.forced = False
 
     def drop_forks(self, requests: Iterable[Request]) -> None:
         """Free all forks of requests; the caller replaces or withdraws their trees."""

@@ -51,7 +51,7 @@ class Request:
     verified: int = 0
     """n, how many tokens after ``length`` are being verified."""
     forced: bool = False
-    """Some of the trunk's tokens in this round are not its own choices."""
+    """Some of the trunk's tokens may not be its own choices."""
     drafted: Int32Array = field(default_factory=lambda: np.zeros(0, np.int32))
     """What the trunk holds after the confirmed text when a round begins."""
     ended: bool = False

@@ -187,7 +187,7 @@ class Rounds:
             return False
         if proposed is not None:
             return self._go_on(request, proposed)
-        request.verified, request.forced = 0, False
+        request.verified = 0
         # Whatever it grows by may be proposed: the guess that came true is its last verified token.
         self._drafting.set_row(request, request.length - 1)
         grow_to = min(self._depth, request.limit - request.length)
@@ -206,8 +206,9 @@ class Rounds:
         cut = kept < min(held, len(proposed))
         if cut:
             request.drafted, request.ended = request.drafted[:kept], False
-        request.verified, request.forced = len(proposed), kept < len(proposed)
-        if request.forced:
+        request.verified = len(proposed)
+        if kept < len(proposed):
+            request.forced = True
             self._rows.force(request.trunk, kept, proposed[kept:], cut)
         held = len(request.drafted)
         grow_to = min(len(proposed) + 1 + self._depth, request.limit - request.length)

@@ -88,6 +88,8 @@ class DraftClient:
         self._forget_requests = forget_requests
         self.epoch = 0
         """Changes when the draft has forgotten all requests."""
+        self.received = 0
+        """Frames of the draft so far."""
         self._number = self._expected = 0
         self._steps: list[Stepped] = []
         """Received and not applied yet."""
@@ -250,6 +252,7 @@ class DraftClient:
             return
         if frames:
             self._unanswered_since = None
+            self.received += len(frames)
         try:
             for frame in frames:
                 self._take(frame)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vllm_ssd.wire.messages import MAX_STOP_TOKENS, Start, pack
 
@@ -13,6 +13,17 @@ if TYPE_CHECKING:
 
 _GREEDY_BELOW = 1e-5
 """Temperatures at which vLLM takes the likeliest token (``SamplingParams.sampling_type``)."""
+
+
+class Origin(NamedTuple):
+    """Where the tokens of a proposal are from, in this order; none of the counts is negative."""
+
+    found: int
+    """The draft, at once."""
+    waited: int
+    """The draft, after waiting."""
+    ngram: int
+    """The request's own text."""
 
 
 @dataclass(slots=True)
@@ -30,6 +41,8 @@ class Tracked:
     """Tokens that end it."""
     proposed: list[int] = field(default_factory=list)
     """The last proposal."""
+    origin: Origin | None = None
+    """Where its tokens are from; None if all were found at once."""
     verifying: int = 0
     """How many of the proposed tokens the scheduler lets be verified."""
     look_ups: int = 0
