@@ -81,7 +81,7 @@ TARGET: Names = {
         "lora_request mm_features num_prompt_tokens prompt_embeds prompt_token_ids sampling_params"
     ),
     "vllm.sampling_params:SamplingParams": (
-        "eos_token_id ignore_eos max_tokens min_tokens stop_token_ids"
+        "eos_token_id ignore_eos max_tokens min_tokens stop_token_ids temperature"
     ),
     "vllm.v1.worker.gpu_worker": "Worker",
     "vllm.v1.worker.gpu_worker:Worker": (

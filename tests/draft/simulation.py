@@ -129,8 +129,13 @@ class Simulation:
         new = request.text[-accepted - 1 :]
         request.over = len(request.text) > request.limit or bool(set(new) & set(request.stop))
 
-    def propose(self, requests: Iterable[TargetRequest]) -> None:
-        """Look up what follows the confirmed texts, and send the draft the outcomes."""
+    def propose(self, requests: Iterable[TargetRequest], speculate: bool = True) -> None:
+        """Look up what follows the confirmed texts, and send the draft the outcomes.
+
+        Args:
+            requests: those verified.
+            speculate: if not, nothing is looked up, and the draft only keeps the texts.
+        """
         handles: list[int] = []
         lengths: list[int] = []
         confirmed: list[int] = []
@@ -139,7 +144,7 @@ class Simulation:
         for request in requests:
             tracked = Tracked(request.handle, request.told, request.limit)
             length = len(request.text)
-            wanted = most_drafts(tracked, length, self.sizes.depth)
+            wanted = most_drafts(tracked, length, self.sizes.depth) if speculate else 0
             answer([LookUp(0, tracked, [], length, wanted, self.look_up(request))], Stats())
             request.proposed, request.verifying = tracked.proposed, tracked.verifying
             handles.append(request.handle)
@@ -155,6 +160,7 @@ class Simulation:
             pack(proposed),
             pack(tokens),
             self.verify_us,
+            speculate,
         )
         self.to_draft.append([message])
 

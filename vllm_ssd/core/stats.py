@@ -31,6 +31,18 @@ class Stats:
     """Verifications of at least one drafted token."""
     depth_at_hit: int = 0
     """Sum over the hits of the tokens found below the outcome."""
+    tokens_found: int = 0
+    """Drafted tokens found below the outcomes."""
+    tokens_chosen: int = 0
+    """How many of them are verified, because that pays."""
+    rounds_full: int = 0
+    """Verifications of all that was found, to learn what that takes."""
+    rounds_off: int = 0
+    """Rounds without speculation, because plain decoding is faster or to see if it is."""
+    rounds_probing: int = 0
+    """Rounds with speculation where it is usually off, or without where it is usually on."""
+    probe_seconds: float = 0.0
+    """Time in them."""
     waits: int = 0
     wait_seconds: float = 0.0
     proposals: int = 0

@@ -93,6 +93,8 @@ class DraftEngine:
         self._counted = 0.0
         """When the newest step was counted."""
         self._round_began: float | None = None
+        self._resting = False
+        """Nothing is proposed: no branches are drafted, only the texts are kept."""
 
     # ---- messages from the target
 
@@ -101,6 +103,7 @@ class DraftEngine:
         self._pipeline.abandon()
         self.allocator.reset()
         self._round_began = None
+        self._resting = False
 
     def start(self, message: Start) -> None:
         """A new request, or a known one whose text is announced again."""
@@ -117,6 +120,10 @@ class DraftEngine:
         )
         request.last_used = self.allocator.round
         self.allocator.requests[message.handle] = request
+        if self._resting:
+            self._rounds.rest([request])
+            self.trees.withdraw(request.handle)  # the target must not wait for a tree
+            return
         self._rounds.plan([request], [[]])
         self._forking.fork([request])
 
@@ -150,6 +157,13 @@ class DraftEngine:
         self._cut_round()
         began = time.perf_counter()
         requests, confirmed, proposed = self._unpack(message)
+        if not message.speculate:
+            self._rounds.follow(requests, confirmed)
+            # Also what others hold: a branch would only take the target's share of the memory.
+            self._rounds.rest(requests if self._resting else self.allocator.requests.values())
+            self._resting = True
+            return
+        self._resting = False
         self._times.begin_round(len(requests), any(proposed), message.verify_us * 1e-6)
         self._rounds.follow(requests, confirmed)
         self._rounds.plan(requests, proposed)

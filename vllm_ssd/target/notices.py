@@ -93,7 +93,9 @@ class Notices:
             )
         return messages
 
-    def verified(self, look_ups: Sequence[LookUp], verify_us: int) -> Verified:
+    def verified(
+        self, look_ups: Sequence[LookUp], verify_us: int, speculate: bool = True
+    ) -> Verified:
         """The message of a verification: what was confirmed, and what is proposed now."""
         handles, lengths, confirmed, proposed = [], [], [], []
         tokens: list[int] = []
@@ -107,7 +109,13 @@ class Notices:
             tokens += request.proposed
             request.length = look_up.length
         return Verified(
-            pack(handles), pack(lengths), pack(confirmed), pack(proposed), pack(tokens), verify_us
+            pack(handles),
+            pack(lengths),
+            pack(confirmed),
+            pack(proposed),
+            pack(tokens),
+            verify_us,
+            speculate,
         )
 
     def _may_announce(self) -> bool:

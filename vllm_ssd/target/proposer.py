@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_ssd.config import ADDITIONAL_CONFIG_KEY, SSDConfig
 from vllm_ssd.core.stats import Stats
+from vllm_ssd.target.decisions import Decisions
 from vllm_ssd.target.lookup import Batch, LookUp, answer, choose, growing, look_up
 from vllm_ssd.target.notices import Notices
+from vllm_ssd.target.pace import Pace
 from vllm_ssd.target.padding import pad, pads
 from vllm_ssd.target.requests import RequestTable, can_draft
 
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
     from vllm_ssd.wire.messages import ToDraft
 
 logger = logging.getLogger("vllm.vllm_ssd")
+
+KEEP_UP_ROUNDS = 16
+"""Rounds without speculation after which the draft is told the texts."""
 
 
 class SSDProposer:
@@ -41,11 +46,15 @@ class SSDProposer:
         self.depth = self.config.num_speculative_tokens
         self.stats = Stats()
         self.requests = RequestTable(vllm_config.model_config.max_model_len)
+        self.pace = Pace()
+        self.decisions = Decisions(self.requests, self.pace, self.stats)
         self.client: DraftClient | None = None
         self._notices: Notices | None = None
         self._runner: Any = None
         self._pads = self.config.pad_misses is True
         self._proposed_at: float | None = None
+        self._rounds_off = 0
+        """Rounds without speculation since the last one with it."""
         self._complained = False
 
     def bind(self, runner: Any, client: DraftClient | None) -> None:
@@ -83,6 +92,8 @@ class SSDProposer:
             return
         began = time.perf_counter()
         try:
+            self.decisions.take_in()
+            self.pace.scheduled(scheduler_output)
             client.poll()
             client.maintain()
             client.send(notices.scheduled(scheduler_output))
@@ -121,7 +132,7 @@ class SSDProposer:
             batch = Batch(req_ids, sampled_token_ids, lengths, token_ids_cpu)
             for each in self._round(batch, began):
                 proposals[each.row] = each.request.proposed
-            if self._pads:
+            if self._pads and not self._rounds_off:
                 pad(proposals, batch, self._runner.requests, self.depth)
         except Exception as error:  # as above: decoding goes on plainly
             proposals = [[] for _ in sampled_token_ids]
@@ -139,7 +150,14 @@ class SSDProposer:
         client.poll()
         if not client.up:
             stats.missed("draft_down", sum(1 for tokens in batch.sampled if tokens))
+            self.decisions.interrupted()
             return ()
+        if not self.decisions.speculates(batch, began, self._proposed_at):
+            if self._rounds_off % KEEP_UP_ROUNDS == 0:
+                self._keep_up(batch)
+            self._rounds_off += 1
+            return ()
+        self._rounds_off = 0
         look_ups, unknown = choose(batch, self.requests, self.depth, stats)
         verify_us = self._measure_verification(look_ups, began)
         messages = self._announce_again(unknown, batch)
@@ -148,11 +166,28 @@ class SSDProposer:
         if not self._wait(look_ups, batch, began):
             stats.missed("resync", len(look_ups))
             return ()
+        if not self._pads:
+            # Padded, a verification takes the same time however many of its tokens were drafted.
+            self.decisions.choose(look_ups)
         answer(look_ups, stats)
         if look_ups:
             messages.append(notices.verified(look_ups, verify_us))
         client.send(messages)
         return look_ups
+
+    def _keep_up(self, batch: Batch) -> None:
+        """Tell the draft the texts, and that nothing is proposed."""
+        client, notices = self.client, self._notices
+        assert client is not None
+        assert notices is not None
+        look_ups, unknown = choose(batch, self.requests, self.depth, self.stats)
+        for each in look_ups:
+            each.request.proposed, each.request.verifying = [], 0
+            each.request.look_ups += 1
+        messages = self._announce_again(unknown, batch)
+        if look_ups:
+            messages.append(notices.verified(look_ups, 0, speculate=False))
+        client.send(messages)
 
     def _wait(self, look_ups: list[LookUp], batch: Batch, began: float) -> bool:
         """Wait for the hit branches until they are complete or the time allowed is over.
@@ -209,6 +244,7 @@ class SSDProposer:
         if self.config.strict:
             raise error
         self.stats.errors += 1
+        self.decisions.interrupted()
         if not self._complained:
             self._complained = True
             logger.exception("ssd: error in the plugin; decoding goes on plainly")
