@@ -19,8 +19,8 @@ from vllm_ssd.core.step_times import level_of
 SHARE = 0.006
 """Of the time, what probes may cost."""
 _SHORTEST_PROBE, _PROBE_ROUNDS, _LONGEST_PROBE = 4, 8, 64
-"""Rounds of a probe that are measured: if it is plainly slower, usually, and while it looks faster
-without being clear."""
+"""Rounds of a probe that are measured: if it is plainly slower, usually, and while it may be faster
+without that being clear."""
 _SETTLING_ROUNDS = {True: 3, False: 2}
 """Rounds after a change to speculation (the draft catches up) or to plain decoding (it finishes a
 step) that say nothing of what follows."""
@@ -30,6 +30,8 @@ _TRIAL_ROUNDS = 24
 """So long a level speculates before its first probe."""
 _CLEAR = 2.0
 """Standard errors by which the other way must be ahead."""
+_HOPE = 0.5
+"""Standard errors by which it may be behind while a probe goes on."""
 _PLAINLY = 3.0
 """Standard errors by which it is behind beyond doubt."""
 _DRIFT = 1e-4
@@ -215,7 +217,8 @@ class Switch:
             return
         belief = self.belief.after(-ratio if self.usually else ratio, variance)
         ahead = -belief.mean if self.usually else belief.mean
-        unclear = 0.0 < ahead < _CLEAR * math.sqrt(belief.variance)
+        error = math.sqrt(belief.variance)
+        unclear = -_HOPE * error < ahead < _CLEAR * error
         if unclear and measured < _LONGEST_PROBE:
             return
         self.belief = belief
@@ -262,13 +265,13 @@ class Switches:
     def _new(self, sampled: bool, level: int) -> Switch:
         """A level not seen before: what the next one knows is expected of it."""
         known = [
-            (abs(at - level), switch)
+            (abs(at - level), at, switch)
             for (kind, at), switch in self.by_level.items()
-            if kind == sampled and switch.belief.variance < _EXPECTED
+            if kind == sampled and switch.belief.variance < 0.5 * _UNKNOWN
         ]
         if not known:
             return Switch()
-        distance, nearest = min(known, key=lambda pair: pair[0])
+        distance, at, nearest = min(known, key=lambda near: near[:2])
         belief = Belief(nearest.belief.mean, nearest.belief.variance + _EXPECTED * distance)
-        usually = belief.mean > -_CLEAR * math.sqrt(belief.variance)
-        return Switch(usually, belief)
+        # The larger the batch, the less there is to gain.
+        return Switch(nearest.usually or at > level, belief)
