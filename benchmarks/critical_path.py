@@ -19,12 +19,14 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from vllm_ssd.core.switch import Switch
 from vllm_ssd.draft.blocks import KVBlocks
 from vllm_ssd.draft.engine import DraftEngine
 from vllm_ssd.draft.forking import Policy
 from vllm_ssd.draft.model import BlockChanges, Choices, Done, Sequences
 from vllm_ssd.draft.rows import Rows
 from vllm_ssd.target.client import DraftClient
+from vllm_ssd.target.decisions import Decisions
 from vllm_ssd.target.proposer import SSDProposer
 from vllm_ssd.wire.channel import Channel
 from vllm_ssd.wire.messages import (
@@ -76,6 +78,13 @@ class TableModel:
 def successor(token: int, choice: int = 0) -> int:
     """The model's token after ``token``, and so the simulated target's; or another choice."""
     return (token * 31 + choice * 101 + 7) % VOCABULARY
+
+
+class AlwaysOn(Decisions):
+    """What is measured is speculation, not whether it pays here."""
+
+    def decide(self, switch: Switch) -> bool:
+        return True
 
 
 class Draft:
@@ -134,7 +143,12 @@ def measure(
     client.poll(1.0)
     names = [f"request-{i}" for i in range(requests)]
     parameters = SimpleNamespace(
-        max_tokens=4096, min_tokens=0, stop_token_ids=[], eos_token_id=None, ignore_eos=True
+        max_tokens=4096,
+        min_tokens=0,
+        stop_token_ids=[],
+        eos_token_id=None,
+        ignore_eos=True,
+        temperature=0.0,
     )
     proposer.bind(SimpleNamespace(input_batch=SimpleNamespace(req_ids=names), requests={}), client)
     announced = [
@@ -159,10 +173,22 @@ def measure(
             texts[i, lengths[i] : lengths[i] + len(tokens)] = tokens
             lengths[i] += len(tokens)
             sampled.append(tokens)
+        proposer.decisions.take_in()
+        proposer.pace.scheduled(_step(names, proposals))
         began = time.perf_counter()
         proposals = proposer.propose(sampled, lengths, texts)
         seconds.append(time.perf_counter() - began)
     return seconds, draft.engine, proposer.stats.hits / proposer.stats.look_ups
+
+
+def _step(names: list[str], proposals: list[list[int]]) -> Any:
+    """The step that verifies these, as vLLM's scheduler describes it."""
+    drafts = {name: of for name, of in zip(names, proposals, strict=True) if of}
+    return SimpleNamespace(
+        num_scheduled_tokens={name: 1 + len(drafts.get(name, ())) for name in names},
+        scheduled_spec_decode_tokens=drafts,
+        scheduled_new_reqs=[],
+    )
 
 
 def _proposer(
@@ -176,6 +202,7 @@ def _proposer(
         model_config=SimpleNamespace(max_model_len=context + 4096),
     )
     proposer = SSDProposer(config)
+    proposer.decisions = AlwaysOn(proposer.requests, proposer.pace, proposer.stats)
     setup = Setup({}, DEPTH, [], branches, branches, True, VOCABULARY)
     client = DraftClient(setup, [], 60.0, proposer.stats, proposer.requests.forget_all)
     stand_in: Any = SimpleNamespace(channel=Channel(connection, TargetBound), pid=0)

@@ -186,6 +186,7 @@ class Simulation:
         requests: Iterable[TargetRequest],
         waits: Sequence[TargetRequest] = (),
         more: Mapping[int, list[int]] = {},
+        speculate: bool = True,
     ) -> None:
         """Look up what follows the confirmed texts, and send the draft the outcomes.
 
@@ -193,6 +194,7 @@ class Simulation:
             requests: those verified.
             waits: those of them that the target waits for.
             more: by handle, tokens that prolong what is found.
+            speculate: if not, nothing is looked up, and the draft only keeps the texts.
         """
         handles: list[int] = []
         lengths: list[int] = []
@@ -202,7 +204,7 @@ class Simulation:
         for request in requests:
             tracked = Tracked(request.handle, request.told, request.limit)
             length = len(request.text)
-            wanted = most_drafts(tracked, length, self.sizes.depth)
+            wanted = most_drafts(tracked, length, self.sizes.depth) if speculate else 0
             below = self.look_up(request)
             request.row = below.row
             request.waits = request in waits
@@ -225,6 +227,7 @@ class Simulation:
             pack(proposed),
             pack(tokens),
             self.verify_us,
+            speculate,
         )
         self.to_draft.append([message])
 

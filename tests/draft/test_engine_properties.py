@@ -140,16 +140,23 @@ class TargetAndDraft(RuleBasedStateMachine):
         self.time_passes(**time)
 
     @precondition(lambda self: self.live)
-    @rule(data=st.data(), rounds=st.lists(time_passing, min_size=1, max_size=6))
-    def batches_are_verified(self, data: st.DataObject, rounds: list[dict[str, int]]) -> None:
-        for time in rounds:
+    @rule(
+        data=st.data(),
+        rounds=st.lists(time_passing, min_size=1, max_size=6),
+        # Speculation is off in some of these rounds, or none.
+        off=st.sets(st.integers(0, 5), max_size=4) | st.just(set()),
+    )
+    def batches_are_verified(
+        self, data: st.DataObject, rounds: list[dict[str, int]], off: set[int]
+    ) -> None:
+        for number, time in enumerate(rounds):
             batch = data.draw(st.sets(st.sampled_from(range(MAX_REQUESTS)), max_size=2))
             left_out = [self.live[i] for i in batch if i < len(self.live) - 1]
             verified = [request for request in self.live if request not in left_out]
             for request in verified:
                 self.verify(data, request)
             if verified:
-                self.sim.propose(verified)
+                self.sim.propose(verified, speculate=number not in off)
             self.time_passes(**time)
 
     @precondition(lambda self: self.live)

@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import vllm_ssd
+from tests.decisions import AlwaysOn, deciding
 from tests.tiny_models import TinyModels
 
 if TYPE_CHECKING:
@@ -88,7 +89,8 @@ class Engine:
     def __init__(self, model: str, **arguments: Any) -> None:
         from vllm import LLM
 
-        self.llm: LLM = LLM(model=model, **{**ENGINE_ARGS, **arguments})
+        with deciding(AlwaysOn):
+            self.llm: LLM = LLM(model=model, **{**ENGINE_ARGS, **arguments})
         self._runs = 0
 
     @property

@@ -13,6 +13,7 @@ import psutil
 from vllm import LLM, SamplingParams
 
 import vllm_ssd
+from tests.decisions import AlwaysOn, deciding
 from tests.tiny_models import TinyModels
 
 if TYPE_CHECKING:
@@ -67,7 +68,10 @@ def running_engine(
     models: TinyModels, speculative: dict[str, Any] | None = None, **arguments: Any
 ) -> Iterator[LLM]:
     """An engine in this process, plain unless ``speculative`` is given; shut down at the end."""
-    llm = LLM(model=str(models.target), speculative_config=speculative, **{**ENGINE, **arguments})
+    with deciding(AlwaysOn):
+        llm = LLM(
+            model=str(models.target), speculative_config=speculative, **{**ENGINE, **arguments}
+        )
     try:
         yield llm
     finally:

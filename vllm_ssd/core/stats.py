@@ -40,6 +40,18 @@ class Stats:
     batches_too_large: int = 0
     """Such proposals verified as if all tokens were certain: the probabilities would take too much
     memory."""
+    tokens_found: int = 0
+    """Drafted tokens found below the outcomes."""
+    tokens_chosen: int = 0
+    """How many of them are verified, because that pays."""
+    rounds_full: int = 0
+    """Verifications of all that was found, to learn what that takes."""
+    rounds_off: int = 0
+    """Rounds without speculation, because plain decoding is faster or to see if it is."""
+    rounds_probing: int = 0
+    """Rounds with speculation where it is usually off, or without where it is usually on."""
+    probe_seconds: float = 0.0
+    """Time in them."""
     waits: int = 0
     """Proposals that waited for the draft."""
     wait_seconds: float = 0.0

@@ -98,8 +98,8 @@ class DraftEngine:
         self._counted = 0.0
         """When the newest step was counted."""
         self._round_began: float | None = None
-        self._speculating = True
-        """Whether drafts were wanted for the verification under way."""
+        self._resting = False
+        """Nothing is proposed: no branches are drafted, only the texts are kept."""
 
     # ---- messages from the target
 
@@ -108,6 +108,7 @@ class DraftEngine:
         self._pipeline.abandon()
         self.allocator.reset()
         self._round_began = None
+        self._resting = False
 
     def start(self, message: Start) -> None:
         """A new request, or a known one whose text is announced again."""
@@ -127,6 +128,10 @@ class DraftEngine:
         self._drafting.begin(request)
         request.last_used = self.allocator.round
         self.allocator.requests[message.handle] = request
+        if self._resting:
+            self._rounds.rest([request])
+            self.trees.withdraw(request.handle)  # the target must not wait for a tree
+            return
         self._rounds.plan([request], [[]])
         self._forking.fork([request])
 
@@ -161,12 +166,18 @@ class DraftEngine:
         self._cut_round()
         began = time.perf_counter()
         requests, confirmed, proposed = self._unpack(message)
+        # A verification without drafts, since speculation is off, says nothing of how to draft.
+        verify_seconds = 0.0 if self._resting else message.verify_us * 1e-6
+        self._drafting.observe(requests, confirmed, verify_seconds)
+        if not message.speculate:
+            self._rounds.follow(requests, confirmed)
+            # Also what others hold: a branch would only take the target's share of the memory.
+            self._rounds.rest(requests if self._resting else self.allocator.requests.values())
+            self._resting = True
+            return
+        self._resting = False
         verifying = any(tokens is None or tokens for tokens in proposed)
         self._times.begin_round(len(requests), verifying, message.verify_us * 1e-6)
-        # A verification without drafts, since speculation is off, says nothing of how to draft.
-        verify_seconds = message.verify_us * 1e-6 if self._speculating else 0.0
-        self._drafting.observe(requests, confirmed, verify_seconds)
-        self._speculating = message.speculate
         self._rounds.follow(requests, confirmed)
         self._rounds.plan(requests, proposed)
         self._forking.fork(requests)

@@ -9,7 +9,7 @@ them become known as always.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -23,6 +23,9 @@ from vllm_ssd.draft.request import DORMANT, Request
 from vllm_ssd.draft.rows import Grown
 from vllm_ssd.draft.trees import Trees
 from vllm_ssd.draft.verifications import read_verifications
+
+KEEP_UP_TOKENS = 16
+"""While nothing is drafted, a trunk follows its text in chunks of so many tokens or more."""
 
 
 class Rounds:
@@ -215,6 +218,40 @@ class Rounds:
         self._rows.room[request.trunk] = max(0, grow_to - held)
         self._drafting.set_row(request, request.length + len(proposed))
         return self._allocator.cover(request, request.length + max(grow_to, held))
+
+    # ---- rest
+
+    def rest(self, requests: Iterable[Request]) -> None:
+        """Nothing is drafted for these: they hold their trunks, which follow the texts in chunks.
+
+        Args:
+            requests: those; what is confirmed of them has been followed.
+        """
+        for request in requests:
+            self._rest(request)
+
+    def _rest(self, request: Request) -> None:
+        allocator, rows = self._allocator, self._rows
+        if request.forks:
+            allocator.drop_forks([request])
+        if request.handle in self._trees.cache.trees:
+            self._trees.withdraw(request.handle)
+        request.verified = 0
+        request.complete = True  # no forks
+        if request.length >= request.limit - 1:
+            allocator.release(request)
+            return
+        if request.trunk == DORMANT and not allocator.admit(request):
+            return
+        trunk = request.trunk
+        rows.pending[trunk], rows.room[trunk] = False, 0
+        missing = request.length - int(rows.computed[trunk])
+        if missing < KEEP_UP_TOKENS:
+            allocator.catching_up.pop(request.handle, None)
+        elif allocator.cover(request, request.length):
+            allocator.catching_up[request.handle] = request
+        else:
+            allocator.release(request)
 
     def _resume(self, requests: Sequence[Request]) -> None:
         """Let idle trunks grow again: they have more room now."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -41,6 +42,8 @@ class LookUp:
     """How many drafted tokens it can use."""
     below: Below = NOWHERE
     """What has been found so far."""
+    chosen: int = sys.maxsize
+    """How many of the tokens found are proposed at most: more do not pay."""
     before: Below | None = None
     """What had been found when the target began to wait for more; None if it does not wait."""
 
@@ -178,6 +181,7 @@ def answer(look_ups: Sequence[LookUp], stats: Stats) -> None:
                 ended = True
                 del found[next(at for at, token in enumerate(found) if token in request.ends) :]
             _count(each, len(found), bool(found) or ended, stats)
+            del found[each.chosen :]
         request.proposed, request.verifying = found, len(found)
         request.origin = None
         if each.before is not None:

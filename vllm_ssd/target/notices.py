@@ -93,7 +93,9 @@ class Notices:
             )
         return messages
 
-    def verified(self, look_ups: Sequence[LookUp], verify_us: int) -> Verified:
+    def verified(
+        self, look_ups: Sequence[LookUp], verify_us: int, speculate: bool = True
+    ) -> Verified:
         """The message of a verification: what was confirmed, and what is proposed now.
 
         Requests that are waited for are named in it; :meth:`proposed` follows.
@@ -114,7 +116,13 @@ class Notices:
                 look_up.confirmed = []  # the draft has them
             request.length = look_up.length
         return Verified(
-            pack(handles), pack(lengths), pack(confirmed), pack(proposed), pack(tokens), verify_us
+            pack(handles),
+            pack(lengths),
+            pack(confirmed),
+            pack(proposed),
+            pack(tokens),
+            verify_us,
+            speculate,
         )
 
     def proposed(self, look_ups: Sequence[LookUp]) -> Proposed:

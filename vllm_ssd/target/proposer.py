@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_ssd.config import ADDITIONAL_CONFIG_KEY, SSDConfig
 from vllm_ssd.core.stats import Stats
+from vllm_ssd.target.decisions import Decisions
 from vllm_ssd.target.handover import HandOver, SparseRows
 from vllm_ssd.target.lookup import Batch, LookUp, answer, choose, lacking, look_up
 from vllm_ssd.target.notices import Notices
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from vllm_ssd.wire.messages import ToDraft
 
 logger = logging.getLogger("vllm.vllm_ssd")
+
+KEEP_UP_ROUNDS = 16
+"""Rounds without speculation after which the draft is told the texts."""
 
 
 class SSDProposer:
@@ -49,16 +53,15 @@ class SSDProposer:
         )
         self._hand_over: HandOver | None = None
         self.pace = Pace()
+        self.decisions = Decisions(self.requests, self.pace, self.stats)
         self._waiting = Waiting(self.config, self.stats, self.pace)
         self.client: DraftClient | None = None
         self._notices: Notices | None = None
         self._runner: Any = None
         self._pads = self.config.pad_misses is True
         self._proposed_at: float | None = None
-        self._decoding = False
-        """Whether requests have been decoding since then."""
-        self._drafted = 0
-        """The tokens verified until then."""
+        self._rounds_off = 0
+        """Rounds without speculation since the last one with it."""
         self._complained = False
 
     def bind(
@@ -104,6 +107,8 @@ class SSDProposer:
             return
         began = time.perf_counter()
         try:
+            self.decisions.take_in()
+            self.pace.scheduled(scheduler_output)
             client.poll()
             client.maintain()
             client.send(notices.scheduled(scheduler_output))
@@ -141,7 +146,6 @@ class SSDProposer:
                 hand_over.receive()
             return proposals
         distributions: SparseRows | None = None
-        self._decoding = False
         try:
             lengths = num_tokens_no_spec[: len(proposals)].tolist()
             req_ids = self._runner.input_batch.req_ids
@@ -149,7 +153,7 @@ class SSDProposer:
             look_ups = self._round(batch, began)
             for each in look_ups:
                 proposals[each.row] = each.request.proposed
-            if self._pads:
+            if self._pads and not self._rounds_off:
                 pad(proposals, batch, self._runner.requests, self.depth)
             if hand_over is not None:
                 distributions = hand_over.collect(proposals, look_ups, self.client.published)
@@ -160,9 +164,7 @@ class SSDProposer:
             # Also after an error: other ranks wait for it.
             if hand_over is not None:
                 self._hand(hand_over, lambda: hand_over.give(distributions))
-        before, self._proposed_at = self._proposed_at, time.perf_counter()
-        if before is not None and self._decoding:
-            self.pace.observe(sum(map(len, sampled_token_ids)), self._proposed_at - before)
+        self._proposed_at = time.perf_counter()
         self.stats.proposals += 1
         self.stats.propose_seconds += self._proposed_at - began
         return proposals
@@ -188,12 +190,20 @@ class SSDProposer:
         client.poll()
         if not client.up:
             stats.missed("draft_down", sum(1 for tokens in batch.sampled if tokens))
+            self.decisions.interrupted()
             return ()
+        if not self.decisions.speculates(batch, began, self._proposed_at):
+            if self._rounds_off % KEEP_UP_ROUNDS == 0:
+                self._keep_up(batch)
+            self._rounds_off += 1
+            return ()
+        self._rounds_off = 0
         look_ups, unknown = choose(batch, self.requests, self.depth, stats)
         verify_us = self._measure_verification(look_ups, began)
         messages = self._announce_again(unknown, batch)
 
         look_up(look_ups, batch, client.published)
+        self.decisions.begin(look_ups)
         short = lacking(look_ups)
         waited: list[LookUp] = []
         if short:
@@ -201,7 +211,8 @@ class SSDProposer:
                 stats.missed("resync", len(look_ups))
                 return ()
             waited = self._waiting.begin(short, client)
-        answer([each for each in look_ups if each.before is None] if waited else look_ups, stats)
+        at_once = [each for each in look_ups if each.before is None] if waited else look_ups
+        self._answer(at_once)
         if short:
             self._waiting.prolong([each for each in short if each.before is None], batch)
         if look_ups:
@@ -212,6 +223,13 @@ class SSDProposer:
             return ()
         return look_ups
 
+    def _answer(self, look_ups: Sequence[LookUp]) -> None:
+        """Decide what is proposed of what was found."""
+        if not self._pads:
+            # Padded, a verification takes the same time however many of its tokens were drafted.
+            self.decisions.choose(look_ups)
+        answer(look_ups, self.stats)
+
     def _propose_later(self, waited: list[LookUp], batch: Batch, began: float) -> bool:
         """Wait for more of some requests' trunks, then answer these; False in a new epoch."""
         client, notices = self.client, self._notices
@@ -219,20 +237,32 @@ class SSDProposer:
         assert notices is not None
         if not self._waiting.wait(waited, batch, client, began):
             return False
-        answer(waited, self.stats)
+        self._answer(waited)
         self._waiting.prolong(waited, batch)
         client.send([notices.proposed(waited)])
         return True
 
+    def _keep_up(self, batch: Batch) -> None:
+        """Tell the draft the texts, and that nothing is proposed."""
+        client, notices = self.client, self._notices
+        assert client is not None
+        assert notices is not None
+        look_ups, unknown = choose(batch, self.requests, self.depth, self.stats)
+        for each in look_ups:
+            each.request.proposed, each.request.verifying = [], 0
+            each.request.origin = None
+            each.request.look_ups += 1
+        messages = self._announce_again(unknown, batch)
+        if look_ups:
+            messages.append(notices.verified(look_ups, 0, speculate=False))
+        client.send(messages)
+
     def _measure_verification(self, look_ups: list[LookUp], now: float) -> int:
         """Microseconds since the last proposal; 0 if no request has been decoding since."""
-        drafted = self.stats.tokens_drafted - self._drafted
-        self._drafted += drafted
-        self._decoding = any(each.request.look_ups for each in look_ups)
-        if self._proposed_at is None or not self._decoding:
+        going_on = any(each.request.look_ups for each in look_ups)
+        if self._proposed_at is None or not going_on:
             return 0
         seconds = now - self._proposed_at
-        self.pace.observe_verification(len(look_ups) + drafted, seconds)
         self.stats.verify_seconds += seconds
         self.stats.verify_intervals += 1
         return int(seconds * 1e6)
@@ -255,6 +285,7 @@ class SSDProposer:
         if self.config.strict:
             raise error
         self.stats.errors += 1
+        self.decisions.interrupted()
         if not self._complained:
             self._complained = True
             logger.exception("ssd: error in the plugin; decoding goes on plainly")

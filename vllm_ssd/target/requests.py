@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -82,6 +83,11 @@ class RequestTable:
         self._sampled_from = sampled_from
         self._tracked: dict[str, Tracked] = {}
         self._next_handle = 0
+        self._sampled: set[str] = set()
+
+    def count_sampled(self, req_ids: Sequence[str]) -> int:
+        """How many of these requests have a temperature, of those announced."""
+        return sum(map(self._sampled.__contains__, req_ids)) if self._sampled else 0
 
     def get(self, req_id: str) -> Tracked | None:
         """The request, if it has been announced."""
@@ -90,9 +96,11 @@ class RequestTable:
     def forget_all(self) -> None:
         """A new epoch has begun: no request has been announced in it."""
         self._tracked.clear()
+        self._sampled.clear()
 
     def forget(self, req_id: str) -> Tracked | None:
         """Remove a request that has finished or must be announced again."""
+        self._sampled.discard(req_id)
         return self._tracked.pop(req_id, None)
 
     def announce(self, req_id: str, tokens: Any, prompt_length: int, sampling_params: Any) -> Start:
@@ -114,6 +122,8 @@ class RequestTable:
         min_length = prompt_length + sampling_params.min_tokens
         known = Tracked(handle, len(tokens), limit, min_length, frozenset(ends))
         known.resynced = len(tokens) > prompt_length
+        if sampling_params.temperature > 0.0:
+            self._sampled.add(req_id)
         self._tracked[req_id] = known
         if not self._sampled_from or not may_sample(sampling_params, ends):
             return Start(handle, pack(tokens), limit, ends)

@@ -185,6 +185,7 @@ class SSDWorker(PlatformWorker):
         self._client.poll()
         return {
             **self._proposer.stats.as_dict(),
+            **self._proposer.decisions.as_dict(),
             **add_draft_ratios(self._client.draft_counters),
         }
 

@@ -1,0 +1,32 @@
+"""Speculation that goes off and on, and proposals cut short, change no text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tests.decisions import InTurns
+from tests.engine.conftest import SPECS
+from tests.engine.harness import Job, Pair, Spec, assert_identical, difference, greedy, prompt
+
+
+def test_text_is_plain_vllms_while_speculation_goes_off_and_on(
+    start_pair: Callable[[Spec], Pair],
+) -> None:
+    pair = start_pair(SPECS["near"])
+    jobs = [Job(prompt(10 + 9 * i, i), greedy(120), arrives=4 * i) for i in range(16)]
+    expected = pair.expected(jobs)
+    before, drafter = pair.ssd.stats(), pair.ssd.drafter
+    usual, drafter.decisions = (
+        drafter.decisions,
+        InTurns(drafter.requests, drafter.pace, drafter.stats),
+    )
+    try:
+        found = pair.ssd.run(jobs)
+    finally:
+        drafter.decisions = usual
+    grown = difference(pair.ssd.stats(), before)
+    assert_identical(jobs, expected, found)
+    assert grown["rounds_off"] > 50
+    assert grown["tokens_accepted"] > 20
+    assert grown["tokens_chosen"] < grown["tokens_found"]
+    assert grown["errors"] == grown["resyncs"] == grown["misses_draft_down"] == 0

@@ -1,0 +1,139 @@
+"""What a step of the target takes, by its requests and drafted tokens, fitted while it runs."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+_FEW = 8
+"""With fewer steps than this, a line does not know yet what an outlier is."""
+_OUTLIER = 4.0
+"""So many mean deviations from the line count as no more than that."""
+_SLOPE_PRIOR = 10.0
+"""Strength of the slope given to a line that has seen little, in tokens squared."""
+
+
+def level_of(requests: int) -> int:
+    """The level of a batch size: 1, 2, 3 to 4, 5 to 8, ... are levels 0, 1, 2, 3, ..."""
+    return (requests - 1).bit_length()
+
+
+class Line:
+    """Seconds of a step as a straight line over its tokens, exponentially weighted.
+
+    Steps far off the line (a pause, another program) are taken in as if they were less far, and a
+    lasting change is followed all the same, since the usual deviation grows with them.
+
+    Args:
+        memory: number of steps after which the weight of an older one has fallen to 1 / e.
+    """
+
+    __slots__ = ("_cross", "_deviation", "_memory", "_spread", "mean", "seen", "tokens")
+
+    def __init__(self, memory: int = 100) -> None:
+        self._memory = memory
+        self.seen = 0
+        """Steps taken in, at most ``memory``."""
+        self.tokens = self.mean = 0.0
+        """The means of the steps' tokens and seconds."""
+        self._spread = self._cross = self._deviation = 0.0
+
+    def slope(self, usual: float = 0.0) -> float:
+        """Seconds a token; ``usual`` is what it is until enough is known.
+
+        More tokens never make a step cheaper: a negative slope is noise.
+        """
+        cross = self.seen * self._cross + _SLOPE_PRIOR * usual
+        return max(0.0, cross / (self.seen * self._spread + _SLOPE_PRIOR))
+
+    def observe(self, tokens: int, seconds: float) -> None:
+        """Take in one step."""
+        if self.seen:
+            expected = self.mean + self.slope() * (tokens - self.tokens)
+            off = seconds - expected
+            if self.seen < _FEW:
+                if off < -0.5 * expected:
+                    self.seen = 0  # what came before were no usual steps
+                off = min(off, expected)
+            else:
+                most = _OUTLIER * self._deviation + 1e-3 * expected
+                off = min(max(off, -most), most)
+            seconds = seconds if not self.seen else expected + off
+            self._deviation += (abs(off) - self._deviation) / min(self.seen + 1, 20)
+        if not self.seen:
+            self.tokens, self.mean = tokens, seconds
+            self._spread = self._cross = 0.0
+            self._deviation = 0.1 * seconds
+            self.seen = 1
+            return
+        self.seen = min(self.seen + 1, self._memory)
+        weight = 1.0 / self.seen
+        beside, above = tokens - self.tokens, seconds - self.mean
+        self.tokens += weight * beside
+        self.mean += weight * above
+        self._spread = (1.0 - weight) * (self._spread + weight * beside * beside)
+        self._cross = (1.0 - weight) * (self._cross + weight * beside * above)
+
+
+class Forecast(NamedTuple):
+    """What the next step takes, in seconds, by the drafted tokens that it verifies."""
+
+    plain: float
+    """Without any."""
+    base: float
+    each: float
+    """With m > 0 of them: ``base + each m``."""
+
+    def of(self, drafted: int) -> float:
+        """With so many drafted tokens."""
+        return self.base + self.each * drafted if drafted else self.plain
+
+
+class StepTimes:
+    """The measured times of the target's steps.
+
+    Each level of the batch size has a line over the step's tokens (one a request and the drafted
+    ones), and one for plain steps, which may run other kernels. A line over all levels stands in
+    where a level has seen nothing, and gives the slope where it has seen little.
+    """
+
+    def __init__(self) -> None:
+        self._all = Line(memory=200)
+        self._verifying: dict[int, Line] = {}
+        self._plain: dict[int, Line] = {}
+
+    def observe(self, requests: int, drafted: int, seconds: float) -> None:
+        """Take in a step in which all requests decoded.
+
+        Args:
+            requests: its requests.
+            drafted: the drafted tokens that it verified, over all requests.
+            seconds: from the proposal before it to its result.
+        """
+        self._all.observe(requests + drafted, seconds)
+        lines = self._verifying if drafted else self._plain
+        lines.setdefault(level_of(requests), Line()).observe(requests + drafted, seconds)
+
+    def usual(self, tokens: int) -> float:
+        """Seconds of a step of so many tokens, whatever it verifies; 0.0 if nothing is known."""
+        line = self._all
+        return max(line.mean + line.slope() * (tokens - line.tokens), 0.1 * line.mean)
+
+    def plain(self, requests: int) -> float:
+        """Seconds of a plain step; 0.0 if this level has not seen any."""
+        line = self._plain.get(level_of(requests))
+        if line is None:
+            return 0.0
+        return max(line.mean + self._all.slope() * (requests - line.tokens), 0.1 * line.mean)
+
+    def forecast(self, requests: int) -> Forecast:
+        """The next step's time with so many requests; zeros if nothing is known."""
+        every = self._all
+        line = self._verifying.get(level_of(requests))
+        if line is None:
+            # Nothing verified at this level: other levels' slope from a plain step on.
+            plain = self.plain(requests) or self.usual(requests)
+            return Forecast(plain, plain, every.slope())
+        # What plain steps and other levels say of a token, until this level knows better.
+        each = line.slope(every.slope())
+        base = max(line.mean + each * (requests - line.tokens), 0.1 * line.mean)
+        return Forecast(self.plain(requests) or base, base, each)
