@@ -202,8 +202,8 @@ def test_parameters_arrive_on_a_device_as_they_are_on_the_host() -> None:
     assert sent.weighs
     for arrived, expected in zip(sent[:-1], here[:-1], strict=True):
         assert isinstance(arrived, torch.Tensor)
-        assert arrived.dtype == expected.dtype  # type: ignore[union-attr]
-        assert arrived.tolist() == expected.tolist()  # type: ignore[union-attr]
+        assert arrived.dtype == expected.dtype
+        assert arrived.tolist() == expected.tolist()
 
 
 def test_each_generator_has_numbers_of_its_own() -> None:
