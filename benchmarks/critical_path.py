@@ -168,7 +168,9 @@ def measure(
 def _proposer(
     connection: socket.socket, branches: int, context: int
 ) -> tuple[SSDProposer, DraftClient]:
-    options = {"model": "table", "num_speculative_tokens": DEPTH, "strict": True}
+    options: dict[str, Any] = {"model": "table", "num_speculative_tokens": DEPTH, "strict": True}
+    options["draft_sampling"] = "greedy"
+    options["max_wait_ms"] = 0.0  # the draft runs between two proposals only
     config: Any = SimpleNamespace(
         additional_config={"ssd": options},
         model_config=SimpleNamespace(max_model_len=context + 4096),

@@ -66,10 +66,14 @@ TARGET: Names = {
         "device_control_env_var device_count device_name is_cpu "
         "logical_device_id_to_visible_device_id"
     ),
+    "vllm.distributed.parallel_state": "get_tp_group",
+    "vllm.distributed.parallel_state:GroupCoordinator": "broadcast_object(self obj src)",
     "vllm.model_executor.model_loader": "get_model_loader",
     "vllm.triton_utils": "HAS_TRITON",
     "vllm.utils.import_utils": "resolve_obj_by_qualname",
-    "vllm.utils.torch_utils": "kv_cache_dtype_str_to_dtype resolve_kv_cache_dtype_string",
+    "vllm.utils.torch_utils": (
+        "async_tensor_h2d(data | device) kv_cache_dtype_str_to_dtype resolve_kv_cache_dtype_string"
+    ),
     "vllm.v1.core.sched.output:SchedulerOutput": (
         "finished_req_ids num_scheduled_tokens scheduled_new_reqs scheduled_spec_decode_tokens"
     ),
@@ -81,7 +85,8 @@ TARGET: Names = {
         "lora_request mm_features num_prompt_tokens prompt_embeds prompt_token_ids sampling_params"
     ),
     "vllm.sampling_params:SamplingParams": (
-        "eos_token_id ignore_eos max_tokens min_tokens stop_token_ids"
+        "eos_token_id ignore_eos max_tokens min_tokens stop_token_ids structured_outputs "
+        "temperature top_k top_p"
     ),
     "vllm.v1.worker.gpu_worker": "Worker",
     "vllm.v1.worker.gpu_worker:Worker": (
@@ -91,6 +96,7 @@ TARGET: Names = {
         "update_max_model_len(self max_model_len) wake_up(self tags)"
     ),
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner": (
+        "_get_spec_decode_draft_probs(self spec_decode_metadata) "
         "propose_draft_token_ids(self scheduler_output)"
     ),
 }
@@ -108,8 +114,12 @@ TARGET_ON_CPU: Names = {
 }
 
 WORKER = (
+    "model_runner._draft_prob_req_ids",
+    "model_runner._draft_probs",
+    "model_runner.device",
     "model_runner.drafter",
     "model_runner.effective_drafter_max_model_len",
+    "model_runner.input_batch.all_greedy",
     "model_runner.input_batch.req_ids",
     "model_runner.requests",
     "parallel_config",

@@ -87,6 +87,8 @@ def _rewrite(engine_args: Any, options: dict[str, Any], target: Any, parallel: A
         "method": "custom_class",
         "model": PROPOSER,
         "num_speculative_tokens": config.num_speculative_tokens,
+        # With the draft's probabilities: vLLM warms that way of sampling up.
+        "draft_sample_method": "greedy" if config.draft_sampling == "greedy" else "probabilistic",
     }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from tests.draft.simulation import Simulation, TargetRequest
-from tests.draft.toy_model import greedy, toy_q
+from tests.draft.toy_model import toy_q
 from vllm_ssd.core.tree import SpeculationCache, Tree
 from vllm_ssd.draft.request import DORMANT, Request
 
@@ -29,13 +29,15 @@ def check_always(sim: Simulation) -> None:
     for handle, tree in sim.published.cache.trees.items():
         request = sim.requests[handle]
         assert tree.base <= request.told
-        check_tree(sim, sim.published.cache, tree, request.text, request.temperature)
+        check_tree(sim, sim.published.cache, tree, request, request.text)
         check_q(sim, request, tree)
     for handle, request_there in sim.engine.allocator.requests.items():
         if (tree_there := sim.cache.trees.get(handle)) is not None:
             assert request_there.trunk == tree_there.trunk
-            text = request_there.text.tolist()
-            check_tree(sim, sim.cache, tree_there, text, request_there.temperature)
+            text_there = request_there.text[: request_there.length].tolist()
+            asked = sim.requests.get(handle)
+            if asked is not None:
+                check_tree(sim, sim.cache, tree_there, asked, text_there)
     assert sim.cache.trees.keys() <= sim.engine.allocator.requests.keys()
     check_rows(sim)
     check_blocks(sim)
@@ -44,30 +46,29 @@ def check_always(sim: Simulation) -> None:
 
 
 def check_tree(
-    sim: Simulation, cache: SpeculationCache, tree: Tree, text: list[int], temperature: float
+    sim: Simulation, cache: SpeculationCache, tree: Tree, request: TargetRequest, text: list[int]
 ) -> None:
-    """A tree holds the model's tokens for exactly this text, and nothing else."""
+    """A tree holds the model's tokens for exactly this text, and what the target proposed."""
     base = text[: tree.base]
     assert len(base) == tree.base
     held = paths(cache, tree)
     trunk = held.pop(())
-    check_continuation(sim, base, trunk, temperature)
+    check_continuation(sim, base, trunk, request)
     for (k, first), branch in held.items():
         assert k <= len(trunk)
         assert trunk[k : k + 1] != [first], "a fork of the very token it leaves"
         assert branch[0] == first
-        check_continuation(sim, base + trunk[:k] + [first], branch[1:], temperature)
+        check_continuation(sim, base + trunk[:k] + [first], branch[1:], request)
 
 
 def check_continuation(
-    sim: Simulation, text: list[int], drafted: list[int], temperature: float
+    sim: Simulation, text: list[int], drafted: list[int], request: TargetRequest
 ) -> None:
-    """Greedy requests go on with first choices; the others with any that can be sampled."""
-    if not temperature:
-        assert drafted == greedy(text, sim.sizes.vocab_size, len(drafted))
-        return
+    """Greedy requests go on with first choices, the others with any that can be sampled; all of
+    them with what the target proposed instead."""
+    count = sim.sizes.sampled_from if request.temperature else 1
     for token in drafted:
-        assert token in sim.best(text)[: sim.sizes.sampled_from]
+        assert token in sim.best(text)[:count] or request.follows([*text, token])
         text = [*text, token]
 
 
@@ -100,7 +101,8 @@ def check_q(sim: Simulation, request: TargetRequest, tree: Tree) -> None:
                 possible = sim.best(so_far)[: request.top_k or sizes.sampled_from]
                 left_by_c = sizes.saguaro_c < 1.0 and token in possible
                 only_one = expected[token] == 1.0 or (left_by_c and token not in request.stop)
-                assert only_one or token == sim.best(so_far)[0]
+                followed = request.follows([*so_far, token])
+                assert only_one or followed or token == sim.best(so_far)[0]
                 continue
             assert q[token] > 0.0
             found = np.zeros(sizes.vocab_size)
@@ -212,15 +214,20 @@ def guard_writes(sim: Simulation) -> None:
 def check_at_rest(sim: Simulation) -> None:
     """Everything has arrived and the draft is idle: nothing may be pending for the target."""
     depth = sim.sizes.depth
+    waits = any(request.waits for request in sim.requests.values())
     for request in sim.requests.values():
         nothing_to_draft = request.limit - len(request.text) <= 1
         if request.handle in sim.published.withdrawn or nothing_to_draft or request.over:
             continue
         tree = sim.published.cache.trees[request.handle]
         assert tree.base == request.told
-        assert tree.complete
         ended, length = sim.published.cache.ended, sim.published.cache.length
         left = request.limit - tree.base
+        if request.waits:
+            assert ended[tree.trunk] or length[tree.trunk] >= min(depth, left)
+        if waits:
+            continue  # no forks are made meanwhile
+        assert tree.complete
         wanted = min(len(request.proposed) + 1 + depth, left)
         assert ended[tree.trunk] or length[tree.trunk] >= wanted
         for keys, rows in tree.forks:

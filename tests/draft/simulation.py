@@ -7,7 +7,7 @@ draft's side is the real engine over vLLM's real block pool, with :class:`ToyMod
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -26,6 +26,7 @@ from vllm_ssd.wire.messages import (
     Finished,
     Forked,
     Planted,
+    Proposed,
     Pruned,
     Ready,
     Start,
@@ -85,6 +86,19 @@ class TargetRequest:
     verifying: int = 0
     over: bool = False
     """It has ended; the draft may not have the message yet."""
+    waits: bool = False
+    """The target waits for more of its trunk; it has not decided what it proposes."""
+    others: list[tuple[int, list[int]]] = field(default_factory=list)
+    """Proposals that are not the draft's alone, with the length of the text before each."""
+
+    def follows(self, text: list[int]) -> bool:
+        """Whether a text of it ends with a token from such a proposal."""
+        return any(
+            0 < len(text) - length <= len(tokens)
+            and text[length:] == tokens[: len(text) - length]
+            and text[:length] == self.text[:length]
+            for length, tokens in self.others
+        )
 
 
 class Simulation:
@@ -115,7 +129,7 @@ class Simulation:
             sizes.prefill_chunk_idle,
         )
         self.cache = self.engine.trees.cache
-        self.published = PublishedTrees(sizes.depth, sizes.vocab_size)
+        self.published = PublishedTrees(sizes.depth, sizes.vocab_size, sizes.sampled_from)
         self.published.start(Ready(sizes.max_rows, sizes.num_blocks, sizes.block_size))
         self.requests: dict[int, TargetRequest] = {}
         """All requests that were announced and not reported as finished."""
@@ -167,8 +181,19 @@ class Simulation:
         new = request.text[-accepted - 1 :]
         request.over = len(request.text) > request.limit or bool(set(new) & set(request.stop))
 
-    def propose(self, requests: Iterable[TargetRequest]) -> None:
-        """Look up what follows the confirmed texts, and send the draft the outcomes."""
+    def propose(
+        self,
+        requests: Iterable[TargetRequest],
+        waits: Sequence[TargetRequest] = (),
+        more: Mapping[int, list[int]] = {},
+    ) -> None:
+        """Look up what follows the confirmed texts, and send the draft the outcomes.
+
+        Args:
+            requests: those verified.
+            waits: those of them that the target waits for.
+            more: by handle, tokens that prolong what is found.
+        """
         handles: list[int] = []
         lengths: list[int] = []
         confirmed: list[int] = []
@@ -179,13 +204,18 @@ class Simulation:
             length = len(request.text)
             wanted = most_drafts(tracked, length, self.sizes.depth)
             below = self.look_up(request)
-            answer([LookUp(0, tracked, [], length, wanted, below)], Stats())
             request.row = below.row
+            request.waits = request in waits
+            if not request.waits:
+                answer([LookUp(0, tracked, [], length, wanted, below)], Stats())
             request.proposed, request.verifying = tracked.proposed, tracked.verifying
+            if request.handle in more and not request.waits:
+                tokens_of_it = [*request.proposed, *more[request.handle]][: max(0, wanted)]
+                self._set_proposal(request, tokens_of_it)
             handles.append(request.handle)
             lengths.append(request.told)
             confirmed.append(len(request.text) - request.told)
-            proposed.append(len(request.proposed))
+            proposed.append(-1 if request.waits else len(request.proposed))
             tokens += request.text[request.told :] + request.proposed
             request.told = len(request.text)
         message = Verified(
@@ -197,6 +227,22 @@ class Simulation:
             self.verify_us,
         )
         self.to_draft.append([message])
+
+    def _set_proposal(self, request: TargetRequest, tokens: list[int]) -> None:
+        request.proposed, request.verifying = tokens, len(tokens)
+        request.others.append((len(request.text), tokens))
+
+    def decide(self, proposals: Mapping[int, list[int]]) -> None:
+        """The target has waited; this is what it proposes, by handle."""
+        tokens: list[int] = []
+        for handle, proposed in proposals.items():
+            request = self.requests[handle]
+            assert request.waits
+            request.waits = False
+            self._set_proposal(request, proposed)
+            tokens += proposed
+        counts = [len(proposed) for proposed in proposals.values()]
+        self.to_draft.append([Proposed(pack(list(proposals)), pack(counts), pack(tokens))])
 
     def look_up(self, request: TargetRequest) -> Below:
         """Look a request's text up in its tree, however old the tree is; either way to do it."""
@@ -242,6 +288,10 @@ class Simulation:
         """The draft model's own continuation of a request's text."""
         return greedy(request.text, self.sizes.vocab_size, count)
 
+    def greedy_after(self, text: list[int], count: int) -> list[int]:
+        """The draft model's own continuation of a text."""
+        return greedy(text, self.sizes.vocab_size, count)
+
     def best(self, text: list[int]) -> list[int]:
         """The draft model's next tokens after a text, best first."""
         return best_tokens(text, self.sizes.vocab_size, self.sizes.vocab_size)
@@ -257,6 +307,8 @@ class Simulation:
                         self.engine.start(message)
                     case Verified():
                         self.engine.verified(message)
+                    case Proposed():
+                        self.engine.proposed(message)
                     case Trimmed():
                         self.engine.trimmed(message)
                     case Finished():

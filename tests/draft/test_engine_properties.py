@@ -19,6 +19,7 @@ from hypothesis.stateful import (
 from tests.draft.invariants import check_always, check_at_rest, check_blocks, guard_writes
 from tests.draft.simulation import Simulation, Sizes, TargetRequest
 from vllm_ssd.core.forks import geometric_fan_out
+from vllm_ssd.target.requests import Tracked, most_drafts
 
 MAX_REQUESTS = 4
 MAX_LENGTH = 48
@@ -65,6 +66,8 @@ prompts = st.builds(
     st.integers(0, len(OPENING)),
     st.lists(st.integers(0, 7), min_size=1, max_size=6),
 )
+others: st.SearchStrategy[list[int]] = st.lists(st.integers(0, 7), max_size=4) | st.just([])
+"""Tokens that the draft has not chosen."""
 time_passing = st.fixed_dictionaries(
     {
         # Mostly enough: without hits little would be tested.
@@ -150,6 +153,37 @@ class TargetAndDraft(RuleBasedStateMachine):
             self.time_passes(**time)
 
     @precondition(lambda self: self.live)
+    @rule(data=st.data(), waiting=time_passing, time=time_passing)
+    def the_target_waits(
+        self, data: st.DataObject, waiting: dict[str, int], time: dict[str, int]
+    ) -> None:
+        verified = self.live
+        for request in verified:
+            self.verify(data, request)
+        live = [request for request in verified if not request.over]
+        waits = [request for request in live if data.draw(st.booleans(), label="waits")]
+        more = {request.handle: data.draw(others, label="more") for request in live[:1]}
+        more = {handle: self.allowed(handle, tokens) for handle, tokens in more.items()}
+        self.sim.propose(verified, waits, more)
+        self.time_passes(**waiting)
+        check_always(self.sim)
+        proposals: dict[int, list[int]] = {}
+        for request in waits:
+            tracked = Tracked(request.handle, request.told, request.limit)
+            wanted = most_drafts(tracked, len(request.text), self.sim.sizes.depth)
+            found = [t for t in self.sim.look_up(request).drafted if t not in request.stop]
+            kept = data.draw(st.sampled_from([ALL, ALL, 2, 1, 0]), label="kept")
+            tokens = [*found[:kept], *data.draw(others, label="others")]
+            proposals[request.handle] = self.allowed(request.handle, tokens)[: max(0, wanted)]
+        if proposals:
+            self.sim.decide(proposals)
+        self.time_passes(**time)
+
+    def allowed(self, handle: int, tokens: list[int]) -> list[int]:
+        """Without end tokens, which are never proposed."""
+        return [token for token in tokens if token not in self.sim.requests[handle].stop]
+
+    @precondition(lambda self: self.live)
     @rule(data=st.data(), time=time_passing)
     def a_proposal_is_skipped(self, data: st.DataObject, time: dict[str, int]) -> None:
         request = self.some(data, lambda r: True)
@@ -199,8 +233,10 @@ class TargetAndDraft(RuleBasedStateMachine):
     def proposals_are_the_models_own_continuations(self) -> None:
         for request in self.live:
             if request.told == len(request.text) and not request.temperature:
-                count = len(request.proposed)
-                assert request.proposed == self.sim.greedy(request, count)
+                for at, token in enumerate(request.proposed):
+                    text = request.text + request.proposed[:at]
+                    own = self.sim.best(text)[0]
+                    assert token == own or request.follows([*text, token])
 
     def teardown(self) -> None:
         if not hasattr(self, "sim"):

@@ -81,10 +81,28 @@ def _likeliest(prefixes: torch.Tensor, joint: torch.Tensor) -> tuple[torch.Tenso
 def deviation(tokens: Sequence[int], probabilities: torch.Tensor) -> float:
     """How far samples are from a distribution, in standard deviations of the chi-square statistic.
 
-    Tokens expected fewer than eight times are counted together; Wilson and Hilferty's cube root
-    makes the statistic nearly normal.
+    Wilson and Hilferty's cube root makes the statistic nearly normal.
+    """
+    statistic, freedom = _chi_square(tokens, probabilities)
+    spread = 2.0 / (9.0 * freedom)
+    return float(((statistic / freedom) ** (1 / 3) - (1.0 - spread)) / spread**0.5)
+
+
+def p_value(tokens: Sequence[int], probabilities: torch.Tensor) -> float:
+    """How often samples of a distribution are as far from it as these, by the chi-square test."""
+    statistic, freedom = _chi_square(tokens, probabilities)
+    half = torch.tensor([freedom, statistic], dtype=torch.float64) / 2
+    return float(torch.special.gammaincc(*half))
+
+
+def _chi_square(tokens: Sequence[int], probabilities: torch.Tensor) -> tuple[float, int]:
+    """The statistic and its degrees of freedom.
+
+    Tokens expected fewer than eight times are counted together. One that cannot be, and is there
+    all the same, makes the statistic infinite.
     """
     counts, total = Counter(tokens), len(tokens)
+    impossible = sum(counts[token] for token in counts if probabilities[token] <= 0.0)
     observed: list[float] = []
     expected: list[float] = []
     seen = wanted = 0.0
@@ -98,5 +116,4 @@ def deviation(tokens: Sequence[int], probabilities: torch.Tensor) -> float:
     observed[-1] += seen
     expected[-1] += wanted
     statistic = sum((o - e) ** 2 / e for o, e in zip(observed, expected, strict=True))
-    spread = 2.0 / (9.0 * max(1, len(observed) - 1))
-    return float(((statistic / (len(observed) - 1)) ** (1 / 3) - (1.0 - spread)) / spread**0.5)
+    return math.inf if impossible else statistic, max(1, len(observed) - 1)

@@ -65,11 +65,14 @@ class Spec:
 
     def speculative_config(self, models: TinyModels) -> dict[str, Any]:
         """The first-class spelling."""
+        # With a backup a bound is waited for only while that pays: then hits are not certain.
+        certain = {"backup": "none"} if "max_wait_ms" in self.options else {}
         return {
             "method": "ssd",
             "model": str(models.drafts()[self.draft]),
             "num_speculative_tokens": self.depth,
             "strict": True,  # errors of the plugin must fail the test, not cost hits
+            **certain,
             **self.options,
         }
 

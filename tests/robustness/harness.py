@@ -55,6 +55,7 @@ def ssd_options(draft: Path | str, **options: Any) -> dict[str, Any]:
         "model": str(draft),
         "num_speculative_tokens": NUM_SPECULATIVE_TOKENS,
         "fan_out": 2,
+        "backup": "none",
         "max_wait_ms": 200.0,
         "strict": True,
         **options,

@@ -101,7 +101,8 @@ class Draft:
 def draft() -> Iterator[tuple[Draft, SSDProposer]]:
     """A draft, and a proposer that is connected to it."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    options = {"model": "table", "num_speculative_tokens": DEPTH, "strict": True}
+    options: dict[str, Any] = {"model": "table", "num_speculative_tokens": DEPTH, "strict": True}
+    options["draft_sampling"] = "greedy"
     config: Any = SimpleNamespace(
         additional_config={"ssd": options}, model_config=SimpleNamespace(max_model_len=LENGTH + 100)
     )

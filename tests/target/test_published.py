@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 
 from vllm_ssd.core.tree import Where
 from vllm_ssd.target.published import PublishedTrees
@@ -23,7 +24,7 @@ from vllm_ssd.wire.messages import (
     pack_floats,
 )
 
-DEPTH, VOCAB_SIZE, ROWS = 2, 100, 8
+DEPTH, VOCAB_SIZE, ROWS, MOST = 2, 100, 8, 3
 WIDTH = 2 * DEPTH + 2
 HANDLE = 3
 
@@ -53,9 +54,50 @@ def forked(
     )
 
 
-def stepped(rows: list[int], tokens: list[int], ended: Sequence[int] = ()) -> Stepped:
+def stepped(
+    rows: list[int],
+    tokens: list[int],
+    ended: Sequence[int] = (),
+    sampled: Mapping[int, Mapping[int, float]] | None = None,
+    support: int = MOST,
+) -> Stepped:
+    """A step; ``sampled`` are the distributions of some of its tokens, by index."""
     chances = pack_floats(np.full(len(rows), 0.5, np.float32))
-    return Stepped(pack(rows), pack(tokens), pack(list(ended)), chances)
+    step = Stepped(pack(rows), pack(tokens), pack(list(ended)), chances)
+    if not sampled:
+        return step
+    q = np.zeros((2, len(sampled), support), np.float32)
+    for i, distribution in enumerate(sampled.values()):
+        q[0, i, : len(distribution)] = list(distribution)
+        q[1, i, : len(distribution)] = list(distribution.values())
+    return structs.replace(
+        step,
+        sampled=pack(list(sampled)),
+        support=support,
+        q_tokens=pack(q[0].astype(np.int32)),
+        q_probabilities=pack_floats(q[1]),
+    )
+
+
+def sampling(sampled_from: int = MOST) -> PublishedTrees:
+    """One announced request, with an empty trunk in row 0, of a draft that samples."""
+    trees = PublishedTrees(DEPTH, VOCAB_SIZE, sampled_from)
+    trees.start(Ready(ROWS, 100, 16))
+    trees.announce(HANDLE)
+    trees.plant(planted(HANDLE, 0, []))
+    return trees
+
+
+def distributions_of(published: PublishedTrees, row: int, count: int) -> list[dict[int, float]]:
+    """What the tokens of a row from position 10 on were sampled from; empty for certain ones."""
+    assert published.distributions is not None
+    _, of, tokens, values = published.distributions.look_up(
+        np.full(count, row), 10 + np.arange(count)
+    )
+    found: list[dict[int, float]] = [{} for _ in range(count)]
+    for at, token, value in zip(of.tolist(), tokens.tolist(), values.tolist(), strict=True):
+        found[at][token] = value
+    return found
 
 
 def test_what_is_published_is_found(published: PublishedTrees) -> None:
@@ -196,18 +238,117 @@ def test_a_row_cannot_grow_beyond_its_width(published: PublishedTrees) -> None:
         published.steps([stepped([0], [1])])
 
 
+# ---- sampled tokens
+
+FIVE, SIX = {5: 0.5, 7: 0.5}, {6: 1.0}
+
+
+def test_what_tokens_were_sampled_from_is_kept() -> None:
+    published = sampling()
+    published.fork(forked(HANDLE, [0], [4], [2]))
+    # Together, as during a verification: in each step other rows have sampled.
+    published.steps(
+        [
+            stepped([0, 2], [5, 6], sampled={0: FIVE}),
+            stepped([0, 2], [8, 6], sampled={1: SIX}, support=1),
+            stepped([0, 2], [9, 9]),
+        ]
+    )
+    assert distributions_of(published, 0, 3) == [FIVE, {}, {}]
+    assert distributions_of(published, 2, 4) == [{}, {}, SIX, {}]
+
+
+def test_a_fork_that_becomes_the_trunk_keeps_what_its_tokens_were_sampled_from() -> None:
+    published = sampling()
+    published.steps([stepped([0], [5], sampled={0: FIVE})])
+    published.fork(forked(HANDLE, [0], [4], [2]))
+    published.steps([stepped([2], [6], sampled={0: SIX})])
+    published.plant(planted(HANDLE, 2, [4, 6]))
+    assert distributions_of(published, 2, 2) == [{}, SIX]
+
+
+def test_a_trunk_that_is_cut_back_grows_by_what_is_sampled_then() -> None:
+    published = sampling()
+    published.steps([stepped([0], [5], sampled={0: FIVE})])
+    published.plant(planted(HANDLE, 0, []))
+    published.steps([stepped([0], [8])])
+    assert distributions_of(published, 0, 1) == [{}]
+
+
+@pytest.mark.parametrize("what", ["fork", "trunk", "tree of another request"])
+def test_a_row_that_is_used_anew_has_sampled_nothing(what: str) -> None:
+    published = sampling()
+    published.fork(forked(HANDLE, [0], [4], [2]))
+    published.steps([stepped([2], [5], sampled={0: FIVE})])
+    published.prune(Pruned(pack([HANDLE]), pack([1]), pack([2])))
+    if what == "fork":
+        published.fork(forked(HANDLE, [0], [4], [2]))
+    elif what == "trunk":
+        published.plant(planted(HANDLE, 2, [4, 5]))
+    else:
+        published.announce(HANDLE + 1)
+        published.plant(planted(HANDLE + 1, 2, [4, 5]))
+    assert distributions_of(published, 2, 2) == [{}, {}]
+
+
+def test_a_new_draft_process_has_sampled_nothing_yet() -> None:
+    published = sampling()
+    published.steps([stepped([0], [5], sampled={0: FIVE})])
+    published.start(Ready(ROWS, 100, 16))
+    assert distributions_of(published, 0, 1) == [{}]
+
+
+SAMPLED = stepped([0], [5], sampled={0: FIVE})
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        stepped([0], [8], sampled={0: FIVE}),
+        stepped([0], [8], sampled={0: {5: 1.0, 8: 0.0}}),
+        stepped([0], [5], sampled={0: {5: 0.5, VOCAB_SIZE: 0.5}}),
+        stepped([0], [5], sampled={0: {5: 0.5, -1: 0.5}}),
+        stepped([0], [5], sampled={0: {5: 1.5, 6: -0.5}}),
+        stepped([0], [5], sampled={0: {5: 0.5, 6: 0.4}}),
+        stepped([0], [5], sampled={0: {5: 0.5, 6: np.nan}}),
+        stepped([0], [5], sampled={0: {5: np.inf}}),
+        stepped([0], [5], sampled={1: FIVE}),
+        stepped([0], [5], sampled={-1: FIVE}),
+        stepped([0], [5], sampled={0: FIVE}, support=MOST + 1),
+        structs.replace(SAMPLED, support=0),
+        structs.replace(SAMPLED, support=-1),
+        structs.replace(SAMPLED, support=2),
+        structs.replace(SAMPLED, q_tokens=b""),
+        structs.replace(SAMPLED, q_probabilities=b"1234"),
+        structs.replace(SAMPLED, sampled=b"123"),
+    ],
+)
+def test_distributions_that_cannot_be_are_refused(step: Stepped) -> None:
+    with pytest.raises((ValueError, IndexError)):
+        sampling().steps([step])
+
+
+def test_a_draft_that_shall_not_sample_is_refused_if_it_does() -> None:
+    sampling().steps([SAMPLED])
+    with pytest.raises(ValueError, match="none were asked for"):
+        sampling(0).steps([SAMPLED])
+
+
 numbers = st.lists(st.integers(-2, ROWS + 1) | st.just(VOCAB_SIZE), max_size=3).map(pack)
 messages = st.one_of(
     st.builds(Planted, numbers, numbers, numbers, numbers, numbers, numbers),
     st.builds(Forked, numbers, numbers, numbers, numbers, numbers, numbers),
     st.builds(Pruned, numbers, numbers, numbers),
-    st.builds(Stepped, numbers, numbers, numbers),
+    st.builds(Stepped, numbers, numbers, numbers, numbers),
+    st.builds(
+        Stepped, numbers, numbers, numbers, numbers, numbers, st.integers(-1, 4), numbers, numbers
+    ),
 )
 
 
 @given(st.lists(messages, max_size=8), st.lists(st.integers(0, 9), max_size=4))
 def test_no_message_makes_a_look_up_fail(garbage: list[Any], text: list[int]) -> None:
-    published = PublishedTrees(DEPTH, VOCAB_SIZE)
+    published = PublishedTrees(DEPTH, VOCAB_SIZE, MOST)
     published.start(Ready(ROWS, 100, 16))
     published.announce(HANDLE)
     published.plant(planted(HANDLE, 0, [1, 2]))

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 from vllm import SamplingParams
+from vllm.sampling_params import SamplingType, StructuredOutputsParams
 
 from tests.tiny_models import EOS
-from vllm_ssd.target.requests import RequestTable, can_draft, end_tokens, most_drafts
-from vllm_ssd.wire.messages import unpack
+from vllm_ssd.target.requests import RequestTable, can_draft, end_tokens, may_sample, most_drafts
+from vllm_ssd.wire.messages import MAX_STOP_TOKENS, unpack
 
 MAX_LENGTH = 100
 PROMPT = [5, 6, 7, 8]
@@ -101,6 +102,54 @@ def test_no_verification_crosses_the_length_from_which_a_request_may_end(
     tracked = table.get("a")
     assert tracked is not None
     assert most_drafts(tracked, length, depth=4) == most
+
+
+SAMPLED_FROM = 16
+
+
+def announced(sampled_from: int = SAMPLED_FROM, **options: Any) -> tuple[float, int, float]:
+    """Temperature, top-k and top-p with which drafts of a request may be sampled."""
+    table = RequestTable(MAX_LENGTH, sampled_from)
+    start = table.announce("a", PROMPT, 4, parameters(**options))
+    return start.temperature, start.top_k, start.top_p
+
+
+def test_the_draft_samples_as_the_target_does() -> None:
+    assert announced(temperature=0.7, top_k=5, top_p=0.9) == (0.7, 5, 0.9)
+
+
+@pytest.mark.parametrize("top_k", [0, -1, SAMPLED_FROM, 512, 1 << 40])
+def test_no_top_k_is_one_of_as_many_tokens_as_there_are(top_k: int) -> None:
+    assert announced(temperature=1.0, top_k=top_k) == (1.0, 0, 1.0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0.0},
+        {"temperature": 0.0, "top_k": 3, "top_p": 0.5},
+        {"temperature": 1.0, "structured_outputs": StructuredOutputsParams(regex="a")},
+        {"temperature": 1.0, "stop_token_ids": list(range(10, 10 + MAX_STOP_TOKENS))},  # and eos
+        {"temperature": 1.0, "sampled_from": 0},
+    ],
+    ids=["greedy", "greedy with others", "grammar", "end tokens", "draft_sampling"],
+)
+def test_drafts_are_first_choices(options: dict[str, Any]) -> None:
+    assert announced(**options) == (0.0, 0, 1.0)
+
+
+def test_drafts_are_sampled_if_the_draft_checks_all_end_tokens() -> None:
+    stop = list(range(10, 9 + MAX_STOP_TOKENS))
+    assert announced(temperature=1.0, stop_token_ids=stop, min_tokens=3)[0] == 1.0
+    stop.append(9)
+    assert announced(temperature=1.0, stop_token_ids=stop, ignore_eos=True)[0] == 1.0
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-9, 0.9e-5, 1.1e-5, 1e-3, 0.01, 1.0, 2.0])
+def test_what_vllm_takes_as_greedy_is_not_sampled(temperature: float) -> None:
+    chosen = parameters()
+    chosen.temperature = temperature  # the constructor would raise small ones
+    assert may_sample(chosen, []) == (chosen.sampling_type != SamplingType.GREEDY)
 
 
 def request(**changes: Any) -> Any:

@@ -22,7 +22,7 @@ class Forks(NamedTuple):
     k: Int64Array
     """How many tokens are accepted."""
     choice: Int64Array
-    """Which of the draft's choices after them t* is."""
+    """Which of the draft's choices after them t* is; 0 only where the trunk has another token."""
     chance: Float64Array
     """The chance of this outcome."""
 

@@ -103,7 +103,11 @@ class OutcomeModel:
             self._others.observe(_shares(stated[wrong]), others)
 
     def chances(
-        self, verified: Int64Array, known: Int64Array, stated: Float32Array
+        self,
+        verified: Int64Array,
+        known: Int64Array,
+        stated: Float32Array,
+        drafted: Int64Array | None = None,
     ) -> Float64Array:
         """How likely each outcome of each of B verifications is.
 
@@ -111,16 +115,20 @@ class OutcomeModel:
             verified: ``[B]``, n of each, at most K.
             known: ``[B]``, at how many positions, from the first on, the choices are known.
             stated: ``[B, K + 1, C]``, the draft's probabilities of its choices, best first.
+            drafted: ``[B, K + 1]``, which of the choices each verified token is; -1: none of them.
+                None: all are first choices.
 
         Returns:
             ``[B, K + 1, C]``: the chance that k tokens are accepted and choice c follows them. It
-            is 0 for k > n, and for k < n at choice 0: a token cannot follow its own rejection.
+            is 0 for k > n, and for k < n at the token drafted: it cannot follow its own rejection.
         """
         k = np.arange(stated.shape[1])
         unknown = k >= known[:, None]
         if unknown.any():
             stated = stated.copy()
             stated[unknown] = self._usual
+        if drafted is not None:
+            return self._chances_of_others(verified, stated, drafted)
         first = self._first.of(stated[..., 0])
         reached = np.cumprod(first, axis=1)  # all up to and including this one are right
         wrong = 1.0 - first
@@ -129,6 +137,26 @@ class OutcomeModel:
         chances = np.empty(stated.shape)
         np.multiply(wrong[..., None], self._others.of(_shares(stated)), out=chances[..., 1:])
         chances[..., 0] = np.where(k == verified[:, None], reached, 0.0)
+        return chances
+
+    def _chances_of_others(
+        self, verified: Int64Array, stated: Float32Array, drafted: Int64Array
+    ) -> Float64Array:
+        """As :meth:`chances`, where some of the verified tokens are not first choices."""
+        chances = np.empty(stated.shape)
+        first = chances[..., 0] = self._first.of(stated[..., 0])
+        others = self._others.of(_shares(stated))
+        np.multiply((1.0 - first)[..., None], others, out=chances[..., 1:])
+        at = np.maximum(drafted, 0)[..., None]
+        accepted = np.take_along_axis(chances, at, axis=2)[..., 0]
+        none_of_them = np.clip(1.0 - chances.sum(axis=2), 0.0, 1.0)
+        accepted = np.where(drafted >= 0, accepted, none_of_them)
+        chances[:, 1:] *= np.cumprod(accepted, axis=1)[:, :-1, None]
+        k = np.arange(stated.shape[1])
+        chances[k > verified[:, None]] = 0.0
+        rejected = (k < verified[:, None]) & (drafted >= 0)
+        request, position = np.nonzero(rejected)
+        chances[request, position, drafted[rejected]] = 0.0
         return chances
 
 

@@ -66,7 +66,7 @@ class SettingOutcomes:
         right = k < ends.accepted[:, None]
         greedy = trunks.setting == 0
         seen = ends.seen & greedy[:, None]
-        came = np.where(right, 0, ends.came[:, None])
+        came = np.where(right, trunks.choice, ends.came[:, None])
         self._greedy.observe(trunks.stated[seen], came[seen])
         # Of greedy requests the token after all n says as much as the others.
         counted = seen | (ends.seen & (k < trunks.verified[:, None]))
@@ -87,16 +87,19 @@ class SettingOutcomes:
         """
         setting = trunks.setting
         if not setting.any():
-            return self._greedy.chances(trunks.verified, trunks.known, trunks.stated)
+            return self._of_greedy(trunks)
         chances = np.empty(trunks.stated.shape)
         for one in np.unique(setting).tolist():
             of_one = setting == one
             some = trunks.where(of_one)
-            if one:
-                chances[of_one] = self._sampled[one - 1].chances(some)
-            else:
-                chances[of_one] = self._greedy.chances(some.verified, some.known, some.stated)
+            of = self._sampled[one - 1].chances if one else self._of_greedy
+            chances[of_one] = of(some)
         return chances
+
+    def _of_greedy(self, trunks: Verifications) -> Float64Array:
+        """The same, of greedy requests."""
+        drafted = trunks.choice if trunks.choice.any() else None
+        return self._greedy.chances(trunks.verified, trunks.known, trunks.stated, drafted)
 
 
 def choice_of(choices: Int32Array, tokens: Int32Array) -> Int64Array:

@@ -29,10 +29,34 @@ class Stats:
     tokens_accepted: int = 0
     verifications: int = 0
     """Verifications of at least one drafted token."""
+    rejections: int = 0
+    """Verifications that rejected a drafted token."""
     depth_at_hit: int = 0
     """Sum over the hits of the tokens found below the outcome."""
+    batches_with_probabilities: int = 0
+    """Proposals of a batch in which tokens were sampled, verified by their probabilities."""
+    tokens_with_probabilities: int = 0
+    """Tokens proposed there that were sampled; the others were certain."""
+    batches_too_large: int = 0
+    """Such proposals verified as if all tokens were certain: the probabilities would take too much
+    memory."""
     waits: int = 0
+    """Proposals that waited for the draft."""
     wait_seconds: float = 0.0
+    waits_in_vain: int = 0
+    """Waits that ended with a token that did not come in time."""
+    waited_tokens: int = 0
+    """Tokens got by waiting, among those verified."""
+    waited_accepted: int = 0
+    ngram_proposals: int = 0
+    """Proposals of one request each that n-grams of its text made or prolonged."""
+    ngram_tokens: int = 0
+    """Their tokens from the text, among those verified."""
+    ngram_accepted: int = 0
+    ngram_rejections: int = 0
+    """Verifications that rejected one of these tokens."""
+    ngram_seconds: float = 0.0
+    """Time to find them."""
     proposals: int = 0
     """Calls of ``propose()``, each for a whole batch."""
     propose_seconds: float = 0.0
@@ -61,6 +85,7 @@ class Stats:
         result: dict[str, float] = asdict(self)
         _ratio(result, "hit_rate", self.hits, self.look_ups)
         _ratio(result, "mean_depth_at_hit", self.depth_at_hit, self.hits)
+        _ratio(result, "mean_wait_seconds", self.wait_seconds, self.waits)
         _ratio(result, "mean_propose_seconds", self.propose_seconds, self.proposals)
         _ratio(result, "mean_notice_seconds", self.notice_seconds, self.notices)
         _ratio(result, "mean_verify_seconds", self.verify_seconds, self.verify_intervals)

@@ -88,6 +88,12 @@ class Tree:
                 return int(rows[known.index(key)])
         return -1
 
+    def has(self, row: int) -> bool:
+        """Whether the row is its trunk or one of its forks."""
+        return row == self.trunk or any(
+            row in rows[keys != _PRUNED].tolist() for keys, rows in self.forks
+        )
+
 
 _MANY = 48
 """From this many requests on, operations on arrays of all are faster than a loop over them."""

@@ -43,6 +43,8 @@ class Allocator:
         self.requests: dict[int, Request] = {}
         self.catching_up: dict[int, Request] = {}
         """Requests whose trunk has more than one confirmed token to compute."""
+        self.awaited: dict[int, Request] = {}
+        """Requests whose trunk the target waits for: it decides later what it proposes."""
         self.round = 0
         """Rounds so far: the clock of :attr:`Request.last_used`."""
         self._trees = trees
@@ -54,6 +56,7 @@ class Allocator:
             self.release(request)
         self.requests.clear()
         self.catching_up.clear()
+        self.awaited.clear()
         self._trees.clear()
         self.rows.reset()
         if not self.blocks.all_free:  # an error came between taking them and noting their owner
@@ -96,6 +99,7 @@ class Allocator:
         """Forget a finished request."""
         self.release(request)
         self._trees.forget(request.handle)
+        self.awaited.pop(request.handle, None)
         del self.requests[request.handle]
 
     def cut_back(self, request: Request, computed: int) -> None:
@@ -103,7 +107,7 @@ class Allocator:
         rows, trunk = self.rows, request.trunk
         rows.restart(trunk, request.length, computed)
         request.drafted = request.text[:0]
-        request.ended = False
+        request.ended = request.forced = False
         if request.length - computed == 1:
             rows.feed_token[trunk] = request.text[computed]
             rows.pending[trunk] = True
@@ -215,6 +219,7 @@ class Allocator:
         request.blocks[first_own:] = own
         self.rows.give_back([request.trunk])
         request.trunk = row
+        request.forced = False
 
     def drop_forks(self, requests: Iterable[Request]) -> None:
         """Free all forks of requests; the caller replaces or withdraws their trees."""

@@ -58,10 +58,15 @@ class Drafting:
         request.block = request.block.next(arm) if request.block else Block(arm)
         request.setting = self.settings.of(level, arm)
 
-    def set_row(self, request: Request) -> None:
-        """Have a request's trunk, and all that forks off it, draft as its arm says."""
+    def set_row(self, request: Request, guess_at: int) -> None:
+        """Have a request's trunk, and all that forks off it, draft as its arm says.
+
+        Args:
+            request: whose.
+            guess_at: the position of the token that is guessed to follow what is verified.
+        """
         rows, trunk = self._rows, request.trunk
-        rows.guess_at[trunk] = request.length + request.verified
+        rows.guess_at[trunk] = guess_at
         if rows.temperature[trunk] == request.temperature == 0.0:
             return
         rows.temperature[trunk] = request.temperature

@@ -20,14 +20,16 @@ from vllm_ssd.draft.allocator import Allocator
 from vllm_ssd.draft.blocks import KVBlocks, VerifiedPrefix
 from vllm_ssd.draft.drafting import Drafting
 from vllm_ssd.draft.forking import Forking, Policy
-from vllm_ssd.draft.model import MAX_STOP_TOKENS, DraftModel
+from vllm_ssd.draft.model import DraftModel
 from vllm_ssd.draft.pipeline import Pipeline, Taken
 from vllm_ssd.draft.request import Request
 from vllm_ssd.draft.rounds import Rounds, chances_of
 from vllm_ssd.draft.rows import Rows
 from vllm_ssd.draft.trees import Trees
 from vllm_ssd.wire.messages import (
+    MAX_STOP_TOKENS,
     Finished,
+    Proposed,
     Start,
     ToTarget,
     Trimmed,
@@ -159,7 +161,8 @@ class DraftEngine:
         self._cut_round()
         began = time.perf_counter()
         requests, confirmed, proposed = self._unpack(message)
-        self._times.begin_round(len(requests), any(proposed), message.verify_us * 1e-6)
+        verifying = any(tokens is None or tokens for tokens in proposed)
+        self._times.begin_round(len(requests), verifying, message.verify_us * 1e-6)
         # A verification without drafts, since speculation is off, says nothing of how to draft.
         verify_seconds = message.verify_us * 1e-6 if self._speculating else 0.0
         self._drafting.observe(requests, confirmed, verify_seconds)
@@ -173,11 +176,35 @@ class DraftEngine:
         if self.has_work:
             self._round_began = began
 
-    def _unpack(self, message: Verified) -> tuple[list[Request], list[list[int]], list[list[int]]]:
+    def proposed(self, message: Proposed) -> None:
+        """The target has decided what it verifies of the requests that it waited for.
+
+        Raises:
+            OutOfStepError: it did not say that it waits for them.
+        """
+        self._settle()
+        began = time.perf_counter()
+        awaited = self.allocator.awaited
+        handles = unpack(message.handles).tolist()
+        if len(set(handles)) < len(handles) or not awaited.keys() >= set(handles):
+            raise OutOfStepError("a proposal for a request that is not waited for")
+        tokens, at = unpack(message.tokens).tolist(), 0
+        proposed: list[list[int]] = []
+        for count in unpack(message.counts).tolist():
+            proposed.append(tokens[at : at + count])
+            at += count
+        self._rounds.propose([awaited[handle] for handle in handles], proposed)
+        self._forking.fork(self.allocator.requests.values())
+        self.counters["draft_plan_seconds"] += time.perf_counter() - began
+        self._end_idle_round()
+
+    def _unpack(
+        self, message: Verified
+    ) -> tuple[list[Request], list[list[int]], list[list[int] | None]]:
         """The requests of a verification, their confirmed tokens and what is proposed for each."""
         requests: list[Request] = []
         confirmed: list[list[int]] = []
-        proposed: list[list[int]] = []
+        proposed: list[list[int] | None] = []
         tokens, handles = unpack(message.tokens).tolist(), unpack(message.handles).tolist()
         if len(set(handles)) < len(handles):
             raise OutOfStepError("a request twice in one verification")
@@ -191,12 +218,12 @@ class DraftEngine:
         ):
             request = self.allocator.requests.get(handle)
             middle = at + n_confirmed
-            end = middle + n_proposed
+            end = middle + max(0, n_proposed)
             if request is None or request.length != length or end > len(tokens):
                 raise OutOfStepError(f"request {handle} at length {length}")
             requests.append(request)
             confirmed.append(tokens[at:middle])
-            proposed.append(tokens[middle:end])
+            proposed.append(tokens[middle:end] if n_proposed >= 0 else None)
             at = end
         return requests, confirmed, proposed
 

@@ -81,9 +81,13 @@ class Forking:
     def fork(self, requests: Iterable[Request]) -> None:
         """Make the forks whose choices are known by now, the likeliest outcomes of all first.
 
+        None while the target waits for a trunk.
+
         Args:
             requests: those that are looked at; the others keep what they have.
         """
+        if self._allocator.awaited:
+            return
         looked_at = [request for request in requests if self._news(request)]
         if not looked_at:
             return

@@ -11,9 +11,6 @@ from vllm_ssd.core.arrays import BoolArray, Float32Array, Int32Array, Int64Array
 FROM_LAST_STEP = -1
 """In place of a token: the next token that the step before chose for the same row."""
 
-MAX_STOP_TOKENS = 8
-"""End tokens checked per request; drafting goes on past any further ones."""
-
 
 class BlockChanges(NamedTuple):
     """What has happened to the KV blocks since the forward before; applied in this order."""

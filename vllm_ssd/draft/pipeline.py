@@ -17,10 +17,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_ssd.core.arrays import Int32Array
+from vllm_ssd.core.arrays import BoolArray, Int32Array
 from vllm_ssd.draft.allocator import Allocator
 from vllm_ssd.draft.model import FROM_LAST_STEP, DraftModel, Sampling, Sequences, Ticket
-from vllm_ssd.draft.request import Request
+from vllm_ssd.draft.request import DORMANT, Request
 from vllm_ssd.draft.rows import Grown
 
 
@@ -138,7 +138,7 @@ class Pipeline:
     def _launch(self) -> _Step:
         """Launch a step of all pending rows and of some prompts' tokens."""
         began = time.perf_counter()
-        decoding = np.flatnonzero(self._rows.pending).astype(np.int32)
+        decoding = self._due(self._rows.pending)
         chunks = self._next_chunks(len(decoding))
         return self._submit(began, decoding, chunks, None)
 
@@ -148,12 +148,30 @@ class Pipeline:
         rows, before = self._rows, step.decoding
         pending = rows.pending.copy()
         pending[before] &= rows.room[before] > 0
-        decoding = np.flatnonzero(pending).astype(np.int32)
+        decoding = self._due(pending)
         if not len(decoding):
             return None
         grows = np.zeros(len(pending), np.bool_)
         grows[before] = True
         return self._submit(began, decoding, [], grows[decoding])
+
+    def _due(self, pending: BoolArray) -> Int32Array:
+        """The rows to decode: of those pending the ones the target waits for, if there are any."""
+        if self._allocator.awaited:
+            first = np.zeros_like(pending)
+            first[self._awaited_trunks()] = True
+            first &= pending
+            if first.any() or self._awaited_prompts():
+                pending = first
+        return np.flatnonzero(pending).astype(np.int32)
+
+    def _awaited_trunks(self) -> list[int]:
+        awaited = self._allocator.awaited.values()
+        return [request.trunk for request in awaited if request.trunk != DORMANT]
+
+    def _awaited_prompts(self) -> list[Request]:
+        catching_up, awaited = self._allocator.catching_up, self._allocator.awaited
+        return [request for handle, request in catching_up.items() if handle in awaited]
 
     def _submit(
         self,
@@ -171,6 +189,10 @@ class Pipeline:
     def _next_chunks(self, decoding: int) -> list[tuple[Request, int]]:
         """Which requests catch up with their text in this step, and by how many tokens."""
         waiting = list(self._allocator.catching_up.values())
+        if self._allocator.awaited:
+            first = self._awaited_prompts()
+            if first or self._rows.pending[self._awaited_trunks()].any():
+                waiting = first
         for request in waiting:
             self._allocator.reuse_prefix(request)
         missing = [request.length - int(self._rows.computed[request.trunk]) for request in waiting]
@@ -198,7 +220,9 @@ class Pipeline:
         rows = self._rows
         tokens, positions = rows.feed_token[decoding], rows.computed[decoding]
         if grows is not None:
-            tokens[grows] = FROM_LAST_STEP
+            # Without a token forced on it a row feeds what the step under way chooses.
+            after = rows.forced_after(decoding[grows])
+            tokens[grows] = np.where(after >= 0, after, FROM_LAST_STEP)
             positions += grows
         if not chunks:
             sampling = rows.sampled.sampling(decoding, positions + 1, rows.stop)

@@ -50,8 +50,8 @@ class Request:
     """Row of each fork, and the blocks that are its own."""
     verified: int = 0
     """n, how many tokens after ``length`` are being verified."""
-    strayed: bool = False
-    """The tokens being verified are not those that the trunk holds."""
+    forced: bool = False
+    """Some of the trunk's tokens may not be its own choices."""
     drafted: Int32Array = field(default_factory=lambda: np.zeros(0, np.int32))
     """What the trunk holds after the confirmed text when a round begins."""
     ended: bool = False

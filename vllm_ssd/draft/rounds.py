@@ -2,7 +2,9 @@
 
 On a hit the fork reached becomes the trunk; on a miss the trunk is cut back to the confirmed text.
 All other forks are freed. Then each trunk is planted as the next tree, which grows past the tokens
-being verified now; :mod:`vllm_ssd.draft.forking` makes its forks.
+being verified now; :mod:`vllm_ssd.draft.forking` makes its forks. If other tokens are verified than
+the trunk holds, it follows them: they are forced on it, one a step, and the choices after each of
+them become known as always.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vllm_ssd.core.arrays import Float32Array
+from vllm_ssd.core.arrays import Float32Array, Int32Array
 from vllm_ssd.core.sampled_outcomes import Ends
 from vllm_ssd.core.setting_outcomes import SettingOutcomes, choice_of
 from vllm_ssd.core.tree import Where
@@ -59,6 +61,7 @@ class Rounds:
             confirmed: the new tokens of each.
         """
         self._allocator.round += 1
+        self._allocator.awaited.clear()
         self._learn(requests, confirmed)
         for request, tokens in zip(requests, confirmed, strict=True):
             request.last_used = self._allocator.round
@@ -90,9 +93,7 @@ class Rounds:
         known = [
             (request, tokens)
             for request, tokens in zip(requests, confirmed, strict=True)
-            if request.trunk != DORMANT
-            and not request.strayed
-            and 0 < len(tokens) <= request.verified + 1
+            if request.trunk != DORMANT and 0 < len(tokens) <= request.verified + 1
         ]
         if not known:
             return
@@ -108,57 +109,112 @@ class Rounds:
         # [requests, K + 1]: the tokens that were accepted, and the one that came then.
         k = np.arange(positions)
         right = k < accepted[:, None]
-        # What the draft would choose after the accepted tokens may not be known yet.
-        seen = right | ((k == accepted[:, None]) & (prepared >= accepted)[:, None])
-        held = (
+        # What the draft would choose after some of the accepted tokens may not be known yet.
+        seen = (k <= accepted[:, None]) & (k <= prepared[:, None])
+        held = np.ones(right.shape, np.bool_)
+        held[right] = (
             np.concatenate([tokens[:-1] for _, tokens in known])
-            == (cache.tokens[trunk, :positions][right])
+            == cache.tokens[trunk, :positions][right]
         )
-        strayed = np.bincount(np.nonzero(right)[0], ~held, len(known)) > 0
-        seen &= ~strayed[:, None]
+        seen[:, 1:] &= np.logical_and.accumulate(held, axis=1)[:, :-1]
         self._outcomes.observe(trunks, Ends(accepted, came, seen))
 
     # ---- plan
 
-    def plan(self, requests: Sequence[Request], proposed: Sequence[list[int]]) -> None:
+    def plan(self, requests: Sequence[Request], proposed: Sequence[list[int] | None]) -> None:
         """Plant the next trees.
 
         Args:
             requests: their owners; new or evicted ones hold nothing yet.
-            proposed: the drafted tokens of each that are verified now.
+            proposed: the drafted tokens of each that are verified now; None where the target waits
+                for more of the trunk (:meth:`propose` follows).
         """
         planned: list[Request] = []
         for request, tokens in zip(requests, proposed, strict=True):
             if self._prepare(request, tokens):
                 planned.append(request)
             else:
-                self._allocator.release(request)
-                self._trees.withdraw(request.handle)  # the target must not wait for a tree
+                self._refuse(request)
         for request in planned:
-            self._trees.plant(
-                request.handle, request.length, request.trunk, request.drafted, request.ended
-            )
-            request.made = {}
-            request.next_k = 0
-            request.complete = False
+            self._plant(request)
         self._resume(planned)
 
-    def _prepare(self, request: Request, proposed: list[int]) -> bool:
+    def propose(self, requests: Sequence[Request], proposed: Sequence[list[int]]) -> None:
+        """What is verified of requests that the target has waited for is known now.
+
+        Args:
+            requests: those.
+            proposed: the drafted tokens of each; they need not be the trunk's.
+        """
+        cache = self._trees.cache
+        planned: list[Request] = []
+        for request, tokens in zip(requests, proposed, strict=True):
+            del self._allocator.awaited[request.handle]
+            if request.trunk == DORMANT:
+                continue
+            held = int(cache.length[request.trunk])
+            request.drafted = cache.tokens[request.trunk, :held].copy()
+            request.ended = bool(cache.ended[request.trunk])
+            if not self._go_on(request, tokens):
+                self._refuse(request)
+                continue
+            planned.append(request)
+            if len(request.drafted) < held:
+                self._plant(request)
+        self._resume(planned)
+
+    def _plant(self, request: Request) -> None:
+        self._trees.plant(
+            request.handle, request.length, request.trunk, request.drafted, request.ended
+        )
+        request.made = {}
+        request.next_k = 0
+        request.complete = False
+
+    def _refuse(self, request: Request) -> None:
+        """Nothing can be drafted for a request: the target must not wait for a tree."""
+        self._allocator.release(request)
+        self._trees.withdraw(request.handle)
+
+    def _prepare(self, request: Request, proposed: list[int] | None) -> bool:
         """Give a trunk what it needs to grow; False if nothing can be drafted now."""
         allocator, rows = self._allocator, self._rows
+        if proposed is None:
+            allocator.awaited[request.handle] = request
         if request.length >= request.limit - 1:
             return False  # the next token is the last, and comes from the target itself
         if request.trunk == DORMANT and not allocator.admit(request):
             return False
+        if proposed is not None:
+            return self._go_on(request, proposed)
+        request.verified = 0
+        # Whatever it grows by may be proposed: the guess that came true is its last verified token.
+        self._drafting.set_row(request, request.length - 1)
+        grow_to = min(self._depth, request.limit - request.length)
+        rows.room[request.trunk] = max(0, grow_to - len(request.drafted))
+        return allocator.cover(request, request.length + max(grow_to, len(request.drafted)))
+
+    def _go_on(self, request: Request, proposed: list[int]) -> bool:
+        """Have a trunk follow what is proposed and go on from there; False if it finds no blocks.
+
+        Tokens of it that are not what is proposed are cut off.
+        """
         held = len(request.drafted)
-        # If the trunk does not hold the proposal (its branch is lost), only the trunk's own course
-        # is drafted, as if nothing were being verified.
-        request.strayed = request.drafted[: len(proposed)].tolist() != proposed
-        request.verified = 0 if request.strayed else len(proposed)
+        kept = _common_prefix(request.drafted, proposed)
+        if kept == held and request.ended:
+            proposed = proposed[:kept]  # nothing follows an end token
+        cut = kept < min(held, len(proposed))
+        if cut:
+            request.drafted, request.ended = request.drafted[:kept], False
+        request.verified = len(proposed)
+        if kept < len(proposed):
+            request.forced = True
+            self._rows.force(request.trunk, kept, proposed[kept:], cut)
+        held = len(request.drafted)
         grow_to = min(len(proposed) + 1 + self._depth, request.limit - request.length)
-        rows.room[request.trunk] = max(0, grow_to - held)
-        self._drafting.set_row(request)
-        return allocator.cover(request, request.length + max(grow_to, held))
+        self._rows.room[request.trunk] = max(0, grow_to - held)
+        self._drafting.set_row(request, request.length + len(proposed))
+        return self._allocator.cover(request, request.length + max(grow_to, held))
 
     def _resume(self, requests: Sequence[Request]) -> None:
         """Let idle trunks grow again: they have more room now."""
@@ -184,6 +240,7 @@ class Rounds:
         request.verified = verified
         if request.trunk != DORMANT:
             self._rows.sampled.guess_at[request.trunk] = request.length + verified
+            self._rows.forced[request.trunk, verified:] = -1
         last = request.length + verified
         beyond = [row for row in request.forks if self._rows.start[row] > last]
         if beyond:
@@ -195,3 +252,11 @@ class Rounds:
 def chances_of(outcomes: SettingOutcomes, grown: Grown) -> Float32Array:
     """The chance that the target accepts each token that rows grew by."""
     return outcomes.acceptance_of(grown.setting, grown.stated, grown.sampled, grown.likeliest)
+
+
+def _common_prefix(drafted: Int32Array, proposed: list[int]) -> int:
+    """How many leading tokens agree."""
+    for at, (ours, theirs) in enumerate(zip(drafted.tolist(), proposed, strict=False)):
+        if ours != theirs:
+            return at
+    return min(len(drafted), len(proposed))

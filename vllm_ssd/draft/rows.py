@@ -13,8 +13,9 @@ import numpy as np
 
 from vllm_ssd.core.arrays import BoolArray, Float32Array, Int32Array
 from vllm_ssd.core.tree import row_width
-from vllm_ssd.draft.model import MAX_STOP_TOKENS, BlockChanges, Choices, Sampling
+from vllm_ssd.draft.model import BlockChanges, Choices, Sampling
 from vllm_ssd.draft.sampled_rows import Drawn, SampledRows
+from vllm_ssd.wire.messages import MAX_STOP_TOKENS
 
 
 class Grown(NamedTuple):
@@ -26,7 +27,7 @@ class Grown(NamedTuple):
     ended: BoolArray
     """Whether it ends with that token."""
     stated: Float32Array
-    """The draft's probability of its first choice there."""
+    """The draft's probability of its first choice there, or of a token forced on the row."""
     setting: Int32Array
     """How its request is drafted for (:class:`vllm_ssd.core.arms.Settings`)."""
     sampled: BoolArray
@@ -123,6 +124,9 @@ class Rows:
         self.stated: Float32Array = np.zeros((max_rows, width, num_choices), np.float32)
         """``[row, i]``: the draft's probabilities of these."""
         self.sampled = SampledRows(max_rows, width, num_speculative_tokens, num_sampled_from)
+        self.forced: Int32Array = np.full((max_rows, width), -1, np.int32)
+        """``[row, i]``: the token that a trunk grows by at position ``start + i`` in place of its
+        own choice; -1 for none."""
         self.chance: Float32Array = np.zeros(max_rows, np.float32)
         """Of a fork: the chance of its outcome, as estimated when it was made."""
         self.tables = TableChanges()
@@ -135,6 +139,7 @@ class Rows:
     def reset(self) -> None:
         """All rows are free."""
         self.pending[:] = False
+        self.forced[:] = -1
         self.tables.clear()
         self._ahead[:] = False
         self._waiting.clear()
@@ -154,6 +159,7 @@ class Rows:
     def give_back(self, rows: list[int]) -> None:
         """Free rows."""
         self.pending[rows] = False
+        self.forced[rows] = -1
         self.tables.drop(rows)
         for row in rows:
             (self._waiting if self._ahead[row] else self._free).append(row)
@@ -174,6 +180,7 @@ class Rows:
             for held in (self.choices[row], self.stated[row], *self.sampled.by_position(row)):
                 held[:-shift] = held[shift:].copy()
         self.start[row] = base
+        self.forced[row] = -1
 
     def restart(self, row: int, base: int, computed: int) -> None:
         """Make a row begin at ``base``, with ``computed`` positions of its text computed."""
@@ -181,6 +188,28 @@ class Rows:
         self.computed[row] = computed
         self.pending[row] = False
         self.sampled.forget(row)
+        self.forced[row] = -1
+
+    def force(self, row: int, kept: int, tokens: list[int], cut: bool) -> None:
+        """Have a trunk go on with tokens that it did not choose.
+
+        Args:
+            row: the trunk; nothing has been forked off it after its first ``kept`` tokens.
+            kept: how many of its tokens stay.
+            tokens: the tokens it grows by after them.
+            cut: whether it has more tokens than ``kept``; :meth:`resume` comes next then.
+        """
+        self.forced[row] = -1
+        self.forced[row, kept : kept + len(tokens)] = tokens
+        if cut:
+            # All tokens but a row's last one have been fed, so the choices after these are known.
+            self.computed[row] = self.start[row] + kept
+            self.pending[row] = False
+            self.sampled.forget(row)
+
+    def forced_after(self, rows: Int32Array) -> Int32Array:
+        """``[n]``: the tokens forced on rows after the one that each is feeding; -1 for none."""
+        return self.forced[rows, self.computed[rows] + 1 - self.start[rows]]
 
     def resume(self, rows: Int32Array, lengths: Int32Array) -> Grown:
         """Let idle rows grow again, as far as they have room.
@@ -197,9 +226,9 @@ class Rows:
         self.pending[rows[~fed]] = True
         grows = fed & (self.room[rows] > 0)
         rows, lengths = rows[grows], lengths[grows]
-        firsts = self.choices[rows, lengths, 0]
-        kept = self.sampled.resume(rows, lengths, self.start[rows] + lengths, firsts)
-        return self._grow(rows, self.stated[rows, lengths, 0], kept)
+        firsts, forced = self.choices[rows, lengths, 0], self.forced[rows, lengths]
+        kept = self.sampled.resume(rows, lengths, self.start[rows] + lengths, firsts, forced)
+        return self._grow(rows, lengths, kept, forced)
 
     def take_step(
         self, rows: Int32Array, choices: Choices, sampling: Sampling | None = None
@@ -217,11 +246,17 @@ class Rows:
         self.choices[rows, at] = choices.tokens[:, : self.choices.shape[2]]
         self.stated[rows, at] = choices.probabilities
         grows = self.room[rows] > 0
-        drawn = self.sampled.take_step(rows, at, choices, sampling, grows)
-        return self._grow(rows[grows], choices.probabilities[grows, 0], drawn)
+        forced = self.forced[rows, at]
+        drawn = self.sampled.take_step(rows, at, choices, sampling, grows, forced)
+        return self._grow(rows[grows], at[grows], drawn, forced[grows])
 
-    def _grow(self, rows: Int32Array, stated: Float32Array, drawn: Drawn) -> Grown:
-        tokens = drawn.tokens
+    def _grow(self, rows: Int32Array, at: Int32Array, drawn: Drawn, forced: Int32Array) -> Grown:
+        """Rows grow by what was drawn for their index ``at``, or by what is forced on them."""
+        tokens, stated = drawn.tokens, self.stated[rows, at, 0]
+        if (forced >= 0).any():
+            named = (self.choices[rows, at] == tokens[:, None]) & (forced >= 0)[:, None]
+            of_forced = np.where(named, self.stated[rows, at], 0.0).sum(axis=1, dtype=np.float32)
+            stated = np.where(forced >= 0, of_forced, stated)
         self.room[rows] -= 1
         self.feed_token[rows] = tokens
         # A token that was sampled is never an end token.

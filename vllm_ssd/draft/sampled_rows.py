@@ -146,6 +146,7 @@ class SampledRows:
         choices: Choices,
         sampling: Sampling | None,
         grows: BoolArray,
+        forced: Int32Array,
     ) -> Drawn:
         """Take in what a step chose.
 
@@ -155,11 +156,12 @@ class SampledRows:
             choices: of the n rows.
             sampling: how they were chosen.
             grows: ``[n]``, which rows grow by their next token now; the others rest.
+            forced: ``[n]``, tokens that take the place of what was chosen; -1 for none.
 
         Returns:
             Of the rows that grow.
         """
-        tokens = choices.next_tokens
+        tokens = np.where(forced >= 0, forced, choices.next_tokens)
         if sampling is None:
             return Drawn.certain(tokens[grows])
         q = choices.proposals
@@ -170,8 +172,8 @@ class SampledRows:
             return Drawn.certain(tokens[grows])
         among = choices.tokens[:, : q.shape[1]]
         own = (q * (among == tokens[:, None])).max(axis=1)
-        likeliest = q.max(axis=1)
-        sampled = own < 1.0
+        sampled = (own < 1.0) & (forced < 0)
+        likeliest = np.where(sampled, q.max(axis=1), np.float32(1.0))
         self.own[rows, at] = np.where(sampled, own, np.float32(0.0))
         self.likeliest[rows, at] = likeliest
         self.weighed[rows, at] = sampling.weighed
@@ -186,7 +188,12 @@ class SampledRows:
         return Drawn(tokens[grows], sampled[grows], likeliest[grows], among[drawn], q[drawn])
 
     def resume(
-        self, rows: Int32Array, at: Int32Array, positions: Int32Array, firsts: Int32Array
+        self,
+        rows: Int32Array,
+        at: Int32Array,
+        positions: Int32Array,
+        firsts: Int32Array,
+        forced: Int32Array,
     ) -> Drawn:
         """What resting rows grow by.
 
@@ -195,8 +202,10 @@ class SampledRows:
             at: ``[m]``, the index in each row of the token it grows by.
             positions: ``[m]``, the positions of these tokens.
             firsts: ``[m]``, their first choices.
+            forced: ``[m]``, tokens that take the place of what was chosen; -1 for none.
         """
-        kept = self._keeps[rows] & (positions != self.guess_at[rows])
+        kept = self._keeps[rows] & (positions != self.guess_at[rows]) & (forced < 0)
+        firsts = np.where(forced >= 0, forced, firsts)
         self._keeps[rows] = False
         certain = rows[~kept], at[~kept]
         self.own[certain] = 0.0

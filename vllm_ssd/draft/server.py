@@ -23,6 +23,7 @@ from vllm_ssd.wire.messages import (
     Failed,
     Finished,
     Lost,
+    Proposed,
     Ready,
     Report,
     Setup,
@@ -187,6 +188,8 @@ class DraftServer:
                 self._engine.start(message)
             case Verified():
                 self._engine.verified(message)
+            case Proposed():
+                self._engine.proposed(message)
             case Trimmed():
                 self._engine.trimmed(message)
             case Finished():

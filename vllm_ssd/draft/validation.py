@@ -6,7 +6,7 @@ import math
 from typing import NamedTuple
 
 from vllm_ssd.core.arrays import Int32Array
-from vllm_ssd.wire.messages import Start, ToDraft, Trimmed, Verified, unpack
+from vllm_ssd.wire.messages import Proposed, Start, ToDraft, Trimmed, Verified, unpack
 
 MAX_HANDLE = 2**31 - 1
 """Handles travel as int32."""
@@ -49,8 +49,15 @@ def check(message: ToDraft, bounds: Bounds) -> None:
             tokens = unpack(message.tokens)
             _check_tokens(tokens, bounds)
             _check_counts(confirmed, len(tokens))
-            _check_counts(proposed, bounds.num_speculative_tokens)
-            if sum(confirmed.tolist()) + sum(proposed.tolist()) != len(tokens):
+            _check_counts(proposed, bounds.num_speculative_tokens, least=-1)
+            in_all = sum(confirmed.tolist()) + sum(max(0, count) for count in proposed.tolist())
+            if in_all != len(tokens):
+                raise ValueError("counts that do not add up")
+        case Proposed():
+            counts, tokens = unpack(message.counts), unpack(message.tokens)
+            _check_tokens(tokens, bounds)
+            _check_counts(counts, bounds.num_speculative_tokens)
+            if sum(counts.tolist()) != len(tokens):
                 raise ValueError("counts that do not add up")
         case Trimmed():
             _check_counts(unpack(message.verified_counts), bounds.num_speculative_tokens)
@@ -61,6 +68,6 @@ def _check_tokens(tokens: Int32Array, bounds: Bounds) -> None:
         raise ValueError("a token outside the vocabulary")
 
 
-def _check_counts(counts: Int32Array, most: int) -> None:
-    if counts.size and not (counts.min() >= 0 and counts.max() <= most):
-        raise ValueError(f"a count that is not from 0 to {most}")
+def _check_counts(counts: Int32Array, most: int, least: int = 0) -> None:
+    if counts.size and not (counts.min() >= least and counts.max() <= most):
+        raise ValueError(f"a count that is not from {least} to {most}")

@@ -31,17 +31,19 @@ def read_verifications(
     """
     sampled = rows.sampled
     setting, stated = sampled.setting[trunks], rows.stated[trunks, :positions]
-    if not setting.any():  # greedy requests: the trunk holds first choices
+    forced = rows.forced[trunks, :positions]
+    if not setting.any() and forced.max(initial=-1) < 0:  # trunks hold first choices
         shape = stated.shape[:2]
         zeros = np.broadcast_to(np.float32(0.0), shape)
         first = np.broadcast_to(np.int64(0), shape)
         none = np.broadcast_to(np.False_, stated.shape)
         return Verifications(setting, verified, known, stated, first, zeros, zeros, none)
     choices = rows.choices[trunks, :positions]
-    choice = choice_of(choices, cache.tokens[trunks, :positions])
-    held = np.minimum(known, cache.length[trunks])
-    # What it does not hold yet will be its first choice.
-    choice[np.arange(positions) >= held[:, None]] = 0
+    held = np.arange(positions) < cache.length[trunks][:, None]
+    tokens = np.where(held, cache.tokens[trunks, :positions], forced)
+    choice = choice_of(choices, tokens)
+    # What it does not hold yet, and is not forced on it, will be its first choice.
+    choice[(tokens < 0) | (np.arange(positions) >= known[:, None])] = 0
     counts = sampled.weighed[trunks, :positions]
     weighed = np.zeros(choices.shape, np.bool_)
     if counts.any():

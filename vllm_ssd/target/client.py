@@ -71,7 +71,10 @@ class DraftClient:
     ) -> None:
         self.up = False
         """Whether the draft has come up and takes requests."""
-        self.published = PublishedTrees(setup.num_speculative_tokens, setup.vocab_size)
+        sampled_from = 0 if setup.draft_sampling == "greedy" else setup.draft_top_n
+        self.published = PublishedTrees(
+            setup.num_speculative_tokens, setup.vocab_size, sampled_from
+        )
         self.draft_counters: dict[str, float] = {}
         """Counters of this draft process, added to those of the processes before it."""
         self._counters_before: dict[str, float] = {}
@@ -85,6 +88,8 @@ class DraftClient:
         self._forget_requests = forget_requests
         self.epoch = 0
         """Changes when the draft has forgotten all requests."""
+        self.received = 0
+        """Frames of the draft so far."""
         self._number = self._expected = 0
         self._steps: list[Stepped] = []
         """Received and not applied yet."""
@@ -247,6 +252,7 @@ class DraftClient:
             return
         if frames:
             self._unanswered_since = None
+            self.received += len(frames)
         try:
             for frame in frames:
                 self._take(frame)

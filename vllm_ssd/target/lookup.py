@@ -11,7 +11,7 @@ import numpy as np
 from vllm_ssd.core.stats import Stats
 from vllm_ssd.core.tree import NOWHERE, Below, Where
 from vllm_ssd.target.published import PublishedTrees
-from vllm_ssd.target.requests import RequestTable, Tracked, most_drafts
+from vllm_ssd.target.requests import Origin, RequestTable, Tracked, most_drafts
 
 
 class Batch(NamedTuple):
@@ -41,6 +41,24 @@ class LookUp:
     """How many drafted tokens it can use."""
     below: Below = NOWHERE
     """What has been found so far."""
+    before: Below | None = None
+    """What had been found when the target began to wait for more; None if it does not wait."""
+
+    def prolong(self, tokens: list[int]) -> int:
+        """Add tokens of the request's own text to its proposal, as far as none ends it.
+
+        Returns:
+            How many were added.
+        """
+        request = self.request
+        ends = [at for at, token in enumerate(tokens) if token in request.ends]
+        tokens = tokens[: ends[0]] if ends else tokens
+        if tokens:
+            origin = request.origin or Origin(len(request.proposed), 0, 0)
+            request.origin = origin._replace(ngram=len(tokens))
+            request.proposed = request.proposed + tokens
+            request.verifying = len(request.proposed)
+        return len(tokens)
 
 
 def choose(
@@ -59,7 +77,7 @@ def choose(
     """
     look_ups: list[LookUp] = []
     unknown: list[int] = []
-    verifications = drafted = accepted = 0
+    verifications = drafted = accepted = whole = 0
     find = requests.get
     rows = zip(batch.req_ids, batch.sampled, batch.lengths, strict=False)
     for row, (req_id, tokens, length) in enumerate(rows):
@@ -72,7 +90,11 @@ def choose(
         if request.verifying:
             verifications += 1
             drafted += request.verifying
-            accepted += min(len(tokens) - 1, request.verifying)
+            right = min(len(tokens) - 1, request.verifying)
+            accepted += right
+            whole += right == request.verifying
+            if request.origin is not None:
+                _count_backup(request.origin, request.verifying, right, stats)
         if not request.ends.isdisjoint(tokens):
             # It has finished; the scheduler will notice next.
             request.proposed, request.verifying = [], 0
@@ -84,6 +106,7 @@ def choose(
         wanted = most_drafts(request, length, depth)
         look_ups.append(LookUp(row, request, confirmed, length, wanted))
     stats.verifications += verifications
+    stats.rejections += verifications - whole
     stats.tokens_drafted += drafted
     stats.tokens_accepted += accepted
     return look_ups, unknown
@@ -104,6 +127,13 @@ def look_up(look_ups: Sequence[LookUp], batch: Batch, published: PublishedTrees)
             texts.append(batch.texts[each.row, tree.base : each.length].tolist())
     for each, below in zip(look_ups, published.cache.look_up(handles, texts), strict=True):
         each.below = below
+
+
+def lacking(look_ups: Iterable[LookUp]) -> list[LookUp]:
+    """Those that could use more tokens than were found."""
+    return [
+        each for each in look_ups if len(each.below.drafted) < each.wanted and not each.below.ended
+    ]
 
 
 def growing(look_ups: Iterable[LookUp], published: PublishedTrees, depth: int) -> list[LookUp]:
@@ -149,10 +179,30 @@ def answer(look_ups: Sequence[LookUp], stats: Stats) -> None:
                 del found[next(at for at, token in enumerate(found) if token in request.ends) :]
             _count(each, len(found), bool(found) or ended, stats)
         request.proposed, request.verifying = found, len(found)
+        request.origin = None
+        if each.before is not None:
+            at_once = min(len(each.before.drafted), len(found))
+            request.origin = Origin(at_once, len(found) - at_once, 0)
+
+
+def _count_backup(origin: Origin, verified: int, accepted: int, stats: Stats) -> None:
+    """Count what was accepted of tokens that were not found at once."""
+    waited = min(max(0, verified - origin.found), origin.waited)
+    stats.waited_tokens += waited
+    stats.waited_accepted += min(max(0, accepted - origin.found), waited)
+    if not origin.ngram:
+        return
+    ours = origin.found + origin.waited
+    tokens, right = max(0, verified - ours), max(0, accepted - ours)
+    stats.ngram_tokens += tokens
+    stats.ngram_accepted += right
+    stats.ngram_rejections += ours <= accepted < verified
 
 
 def _count(each: LookUp, depth: int, hit: bool, stats: Stats) -> None:
-    request = each.request
+    request, below = each.request, each.below
+    if each.before is not None and each.before.where is not Where.FOUND:
+        below, hit = each.before, False  # whatever came of waiting
     stats.look_ups += 1
     first = request.look_ups == 1 and not request.resynced
     if first:
@@ -161,7 +211,7 @@ def _count(each: LookUp, depth: int, hit: bool, stats: Stats) -> None:
     if hit:
         stats.hits += 1
         stats.depth_at_hit += depth
-    elif each.below.where is Where.OFF:
+    elif below.where is Where.OFF:
         stats.misses_no_branch += 1
     elif request.look_ups == 1 and request.resynced:
         stats.misses_resync += 1

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_ssd.target.lookup import LookUp
 from vllm_ssd.target.requests import RequestTable, can_draft
-from vllm_ssd.wire.messages import Finished, Start, ToDraft, Trimmed, Verified, pack
+from vllm_ssd.wire.messages import Finished, Proposed, Start, ToDraft, Trimmed, Verified, pack
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -94,7 +94,10 @@ class Notices:
         return messages
 
     def verified(self, look_ups: Sequence[LookUp], verify_us: int) -> Verified:
-        """The message of a verification: what was confirmed, and what is proposed now."""
+        """The message of a verification: what was confirmed, and what is proposed now.
+
+        Requests that are waited for are named in it; :meth:`proposed` follows.
+        """
         handles, lengths, confirmed, proposed = [], [], [], []
         tokens: list[int] = []
         for look_up in look_ups:
@@ -102,12 +105,25 @@ class Notices:
             handles.append(request.handle)
             lengths.append(request.length)
             confirmed.append(len(look_up.confirmed))
-            proposed.append(len(request.proposed))
             tokens += look_up.confirmed
-            tokens += request.proposed
+            if look_up.before is None:
+                proposed.append(len(request.proposed))
+                tokens += request.proposed
+            else:
+                proposed.append(-1)
+                look_up.confirmed = []  # the draft has them
             request.length = look_up.length
         return Verified(
             pack(handles), pack(lengths), pack(confirmed), pack(proposed), pack(tokens), verify_us
+        )
+
+    def proposed(self, look_ups: Sequence[LookUp]) -> Proposed:
+        """The message of what is proposed for requests that were waited for."""
+        requests = [look_up.request for look_up in look_ups]
+        return Proposed(
+            pack([request.handle for request in requests]),
+            pack([len(request.proposed) for request in requests]),
+            pack([token for request in requests for token in request.proposed]),
         )
 
     def _may_announce(self) -> bool:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vllm_ssd.config import ADDITIONAL_CONFIG_KEY, SSDConfig
 from vllm_ssd.core.stats import Stats
-from vllm_ssd.target.lookup import Batch, LookUp, answer, choose, growing, look_up
+from vllm_ssd.target.handover import HandOver, SparseRows
+from vllm_ssd.target.lookup import Batch, LookUp, answer, choose, lacking, look_up
 from vllm_ssd.target.notices import Notices
+from vllm_ssd.target.pace import Pace
 from vllm_ssd.target.padding import pad, pads
 from vllm_ssd.target.requests import RequestTable, can_draft
+from vllm_ssd.target.waiting import Waiting
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,22 +43,36 @@ class SSDProposer:
         self.config = SSDConfig.parse(options)
         self.depth = self.config.num_speculative_tokens
         self.stats = Stats()
-        self.requests = RequestTable(vllm_config.model_config.max_model_len)
+        samples = self.config.draft_sampling != "greedy"
+        self.requests = RequestTable(
+            vllm_config.model_config.max_model_len, self.config.draft_top_n * samples
+        )
+        self._hand_over: HandOver | None = None
+        self.pace = Pace()
+        self._waiting = Waiting(self.config, self.stats, self.pace)
         self.client: DraftClient | None = None
         self._notices: Notices | None = None
         self._runner: Any = None
         self._pads = self.config.pad_misses is True
         self._proposed_at: float | None = None
+        self._decoding = False
+        """Whether requests have been decoding since then."""
+        self._drafted = 0
+        """The tokens verified until then."""
         self._complained = False
 
-    def bind(self, runner: Any, client: DraftClient | None) -> None:
+    def bind(
+        self, runner: Any, client: DraftClient | None, hand_over: HandOver | None = None
+    ) -> None:
         """Connect to the model runner, and to the draft where this worker's drafts are used.
 
         Args:
             runner: vLLM's model runner, for request ids and sampling parameters.
             client: the draft's; ``None`` on the other tensor-parallel ranks.
+            hand_over: takes what drafts were sampled from; ``None`` if none are.
         """
         self._runner = runner
+        self._hand_over = hand_over
         self.client = client
         self._notices = None if client is None else Notices(client, self.requests)
 
@@ -79,6 +96,10 @@ class SSDProposer:
     def scheduled(self, scheduler_output: SchedulerOutput) -> None:
         """Announce a step to the draft. Never blocks."""
         client, notices = self.client, self._notices
+        hand_over = self._hand_over
+        if hand_over is not None:
+            drafts = scheduler_output.scheduled_spec_decode_tokens
+            self._hand(hand_over, lambda: hand_over.complete(drafts))
         if client is None or notices is None:
             return
         began = time.perf_counter()
@@ -111,28 +132,56 @@ class SSDProposer:
             Per batch row at most ``num_speculative_tokens`` drafted tokens.
         """
         began = time.perf_counter()
+        hand_over = self._hand_over
+        if hand_over is not None and not hand_over.is_needed:
+            hand_over = None
         proposals: list[list[int]] = [[] for _ in sampled_token_ids]
         if self.client is None:
+            if hand_over is not None:
+                hand_over.receive()
             return proposals
+        distributions: SparseRows | None = None
+        self._decoding = False
         try:
-            rows = len(sampled_token_ids)
-            lengths = num_tokens_no_spec[:rows].tolist()
+            lengths = num_tokens_no_spec[: len(proposals)].tolist()
             req_ids = self._runner.input_batch.req_ids
             batch = Batch(req_ids, sampled_token_ids, lengths, token_ids_cpu)
-            for each in self._round(batch, began):
+            look_ups = self._round(batch, began)
+            for each in look_ups:
                 proposals[each.row] = each.request.proposed
             if self._pads:
                 pad(proposals, batch, self._runner.requests, self.depth)
+            if hand_over is not None:
+                distributions = hand_over.collect(proposals, look_ups, self.client.published)
         except Exception as error:  # as above: decoding goes on plainly
             proposals = [[] for _ in sampled_token_ids]
             self._degrade(error)
-        self._proposed_at = time.perf_counter()
+        finally:
+            # Also after an error: other ranks wait for it.
+            if hand_over is not None:
+                self._hand(hand_over, lambda: hand_over.give(distributions))
+        before, self._proposed_at = self._proposed_at, time.perf_counter()
+        if before is not None and self._decoding:
+            self.pace.observe(sum(map(len, sampled_token_ids)), self._proposed_at - before)
         self.stats.proposals += 1
         self.stats.propose_seconds += self._proposed_at - began
         return proposals
 
+    def _hand(self, hand_over: HandOver, call: Callable[[], None]) -> None:
+        """Hand something over; without it, drafts are verified as if they were certain."""
+        try:
+            call()
+        except Exception as error:
+            if hand_over.group is not None:
+                raise  # ranks that verify by different rules would write different texts
+            self._degrade(error)
+
     def _round(self, batch: Batch, began: float) -> Sequence[LookUp]:
-        """One round: look up, wait, answer, report. Returns the look-ups, answered."""
+        """One round: look up, answer, report; wait between, where that pays.
+
+        Returns:
+            The look-ups, answered.
+        """
         client, notices, stats = self.client, self._notices, self.stats
         assert client is not None
         assert notices is not None
@@ -145,48 +194,45 @@ class SSDProposer:
         messages = self._announce_again(unknown, batch)
 
         look_up(look_ups, batch, client.published)
-        if not self._wait(look_ups, batch, began):
-            stats.missed("resync", len(look_ups))
-            return ()
-        answer(look_ups, stats)
+        short = lacking(look_ups)
+        waited: list[LookUp] = []
+        if short:
+            if not self._waiting.for_branches(look_ups, batch, client, began):
+                stats.missed("resync", len(look_ups))
+                return ()
+            waited = self._waiting.begin(short, client)
+        answer([each for each in look_ups if each.before is None] if waited else look_ups, stats)
+        if short:
+            self._waiting.prolong([each for each in short if each.before is None], batch)
         if look_ups:
             messages.append(notices.verified(look_ups, verify_us))
         client.send(messages)
+        if waited and not self._propose_later(waited, batch, began):
+            stats.missed("resync", len(waited))
+            return ()
         return look_ups
 
-    def _wait(self, look_ups: list[LookUp], batch: Batch, began: float) -> bool:
-        """Wait for the hit branches until they are complete or the time allowed is over.
-
-        Returns:
-            False if a new epoch has begun: then the next step announces all requests again.
-        """
-        client = self.client
+    def _propose_later(self, waited: list[LookUp], batch: Batch, began: float) -> bool:
+        """Wait for more of some requests' trunks, then answer these; False in a new epoch."""
+        client, notices = self.client, self._notices
         assert client is not None
-        if not isinstance(self.config.max_wait_ms, float) or self.config.max_wait_ms <= 0.0:
-            return True
-        waiting = growing(look_ups, client.published, self.depth)
-        if not waiting:
-            return True
-        deadline = began + self.config.max_wait_ms * 1e-3
-        epoch, now = client.epoch, time.perf_counter()
-        self.stats.waits += 1
-        self.stats.wait_seconds -= now
-        while waiting and client.epoch == epoch and now < deadline:
-            client.poll(deadline - now)
-            look_up(waiting, batch, client.published)
-            waiting = growing(waiting, client.published, self.depth)
-            now = time.perf_counter()
-        # What arrived meanwhile may have changed the other requests' trees as well.
-        look_up(look_ups, batch, client.published)
-        self.stats.wait_seconds += now
-        return client.epoch == epoch
+        assert notices is not None
+        if not self._waiting.wait(waited, batch, client, began):
+            return False
+        answer(waited, self.stats)
+        self._waiting.prolong(waited, batch)
+        client.send([notices.proposed(waited)])
+        return True
 
     def _measure_verification(self, look_ups: list[LookUp], now: float) -> int:
         """Microseconds since the last proposal; 0 if no request has been decoding since."""
-        going_on = any(each.request.look_ups for each in look_ups)
-        if self._proposed_at is None or not going_on:
+        drafted = self.stats.tokens_drafted - self._drafted
+        self._drafted += drafted
+        self._decoding = any(each.request.look_ups for each in look_ups)
+        if self._proposed_at is None or not self._decoding:
             return 0
         seconds = now - self._proposed_at
+        self.pace.observe_verification(len(look_ups) + drafted, seconds)
         self.stats.verify_seconds += seconds
         self.stats.verify_intervals += 1
         return int(seconds * 1e6)

@@ -7,7 +7,8 @@ from operator import attrgetter
 
 import numpy as np
 
-from vllm_ssd.core.arrays import Int32Array
+from vllm_ssd.core.arrays import Float32Array, Int32Array
+from vllm_ssd.core.distributions import Distributions
 from vllm_ssd.core.tree import SpeculationCache, row_width
 from vllm_ssd.wire.messages import (
     MAX_ROWS,
@@ -21,6 +22,9 @@ from vllm_ssd.wire.messages import (
     unpack_list,
 )
 
+_ROUNDING = 1e-4
+"""How far the probabilities of a distribution, in float32, may be from 1 in all."""
+
 
 class PublishedTrees:
     """The target's copy of the speculation trees. No message of the draft can break it.
@@ -28,15 +32,20 @@ class PublishedTrees:
     Args:
         num_speculative_tokens: K.
         vocab_size: the target's; ids from there on are refused.
+        sampled_from: the most tokens of the distributions that tokens are sampled from; 0 if none
+            are sampled.
     """
 
-    def __init__(self, num_speculative_tokens: int, vocab_size: int) -> None:
+    def __init__(self, num_speculative_tokens: int, vocab_size: int, sampled_from: int = 0) -> None:
         self.cache = SpeculationCache(1, 1)
+        self.distributions: Distributions | None = None
+        """What the cache's tokens were sampled from; ``None`` if none are sampled."""
         self.withdrawn: set[int] = set()
         """Handles of requests that have no tree in the draft now."""
         self._announced: set[int] = set()
         self._width = row_width(num_speculative_tokens)
         self._vocab_size = vocab_size
+        self._sampled_from = sampled_from
 
     def clear(self) -> None:
         """Forget all requests."""
@@ -61,6 +70,8 @@ class PublishedTrees:
         if not 0 < message.max_rows <= MAX_ROWS:
             raise ValueError(f"{message.max_rows} rows")
         self.cache = SpeculationCache(message.max_rows, self._width)
+        if self._sampled_from:
+            self.distributions = Distributions(message.max_rows, self._width, self._sampled_from)
 
     def steps(self, messages: list[Stepped]) -> None:
         """Rows have grown by one token in each of some steps.
@@ -81,10 +92,36 @@ class PublishedTrees:
             raise ValueError("a step that does not fit its rows")
         chances = unpack_floats(b"".join([step.chances for step in steps]))
         shape = len(steps), len(rows)
-        self.cache.append(rows, tokens.reshape(shape), chances.reshape(shape))
+        tokens = tokens.reshape(shape)
+        self.cache.append(rows, tokens, chances.reshape(shape))
+        self._sample(rows, tokens, steps)
         ended = b"".join([step.ended for step in steps])
         if ended:
             self.cache.ended[_indices(ended)] = True
+
+    def _sample(self, rows: Int32Array, tokens: Int32Array, steps: list[Stepped]) -> None:
+        """Keep what the tokens that rows have just grown by were sampled from."""
+        distributions = self.distributions
+        if distributions is None:
+            if any(step.sampled for step in steps):
+                raise ValueError("sampled tokens, though none were asked for")
+            return
+        cache = self.cache
+        first = cache.start[rows] + cache.length[rows] - len(steps)
+        distributions.certain(rows, first + np.arange(len(steps), dtype=np.int32)[:, None])
+        for i, step in enumerate(steps):
+            if not step.sampled:
+                continue
+            which = _indices(step.sampled)
+            if not 0 < step.support <= distributions.most:
+                raise ValueError(f"a distribution over {step.support} tokens")
+            shape = len(which), step.support
+            among = unpack(step.q_tokens)
+            self._check_tokens(among)
+            among = among.reshape(shape)
+            probabilities = unpack_floats(step.q_probabilities).reshape(shape)
+            _check_distributions(tokens[i, which], among, probabilities)
+            distributions.sampled(rows[which], first[which] + i, among, probabilities)
 
     def plant(self, message: Planted) -> None:
         """Trees replace the requests' former ones."""
@@ -110,6 +147,11 @@ class PublishedTrees:
             kept = [tree for tree in trees if tree[2] >= 0]
             handles, bases, trunks, counts, ended = ([tree[i] for tree in kept] for i in range(5))
         self.withdrawn.difference_update(handles)
+        if self.distributions is not None:
+            # A trunk that was a row of its tree before keeps what its tokens were sampled from.
+            before = [self.cache.trees.get(handle) for handle in handles]
+            pairs = zip(before, trunks, strict=True)
+            self.distributions.forget([t for tree, t in pairs if not (tree and tree.has(t))])
         self.cache.plant_all(handles, bases, trunks, counts, tokens, ended)
         # Those have finished. Their rows are planted all the same: they grow until the draft has
         # the message.
@@ -125,6 +167,8 @@ class PublishedTrees:
         if not len(k) == len(tokens) == len(rows):
             raise ValueError("forks of different lengths")
         self.cache.add_forks(handles, counts, k, tokens, rows)
+        if self.distributions is not None:
+            self.distributions.forget(rows)
         for handle, complete in zip(handles, unpack_list(message.complete), strict=True):
             tree = self.cache.trees.get(handle)
             if tree is not None:
@@ -145,6 +189,19 @@ class PublishedTrees:
 def _check_counts(counts: list[int], total: int) -> None:
     if sum(counts) != total or (counts and min(counts) < 0):
         raise ValueError(f"counts that do not add up to {total}")
+
+
+def _check_distributions(
+    tokens: Int32Array, among: Int32Array, probabilities: Float32Array
+) -> None:
+    """Refuse what ``tokens`` cannot have been sampled from: ``[n]`` and twice ``[n, support]``."""
+    # Also refuses what is not a number: no comparison with that holds.
+    if not np.minimum.reduce(probabilities, axis=None, initial=0.0) >= 0.0:
+        raise ValueError("a probability below 0")
+    if not (np.abs(probabilities.sum(axis=1) - 1.0) <= _ROUNDING).all():
+        raise ValueError("probabilities that do not add up to 1")
+    if not ((among == tokens[:, None]) & (probabilities > 0.0)).any(axis=1).all():
+        raise ValueError("a token that is not in its distribution")
 
 
 def _all_below(values: Int32Array, limit: int) -> bool:

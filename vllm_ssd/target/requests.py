@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vllm_ssd.wire.messages import Start, pack
+from vllm_ssd.wire.messages import MAX_STOP_TOKENS, Start, pack
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import NewRequestData
     from vllm.v1.worker.gpu_input_batch import CachedRequestState
+
+_GREEDY_BELOW = 1e-5
+"""Temperatures at which vLLM takes the likeliest token (``SamplingParams.sampling_type``)."""
+
+
+class Origin(NamedTuple):
+    """Where the tokens of a proposal are from, in this order; none of the counts is negative."""
+
+    found: int
+    """The draft, at once."""
+    waited: int
+    """The draft, after waiting."""
+    ngram: int
+    """The request's own text."""
 
 
 @dataclass(slots=True)
@@ -27,6 +41,8 @@ class Tracked:
     """Tokens that end it."""
     proposed: list[int] = field(default_factory=list)
     """The last proposal."""
+    origin: Origin | None = None
+    """Where its tokens are from; None if all were found at once."""
     verifying: int = 0
     """How many of the proposed tokens the scheduler lets be verified."""
     look_ups: int = 0
@@ -57,10 +73,13 @@ class RequestTable:
 
     Args:
         max_length: no text longer than this is followed.
+        sampled_from: sampled drafts come from so many of the draft's best tokens; 0: none are
+            sampled.
     """
 
-    def __init__(self, max_length: int) -> None:
+    def __init__(self, max_length: int, sampled_from: int = 0) -> None:
         self.max_length = max_length
+        self._sampled_from = sampled_from
         self._tracked: dict[str, Tracked] = {}
         self._next_handle = 0
 
@@ -83,7 +102,8 @@ class RequestTable:
             req_id: vLLM's id.
             tokens: its whole confirmed text (list or int32 array).
             prompt_length: how many of them are the prompt.
-            sampling_params: vLLM's, for ``max_tokens``, ``min_tokens`` and the end tokens.
+            sampling_params: vLLM's, for ``max_tokens``, ``min_tokens``, the end tokens and what
+                drafts may be sampled with.
         """
         # The last token comes from the target itself, so the one before it is the last drafted.
         longest = prompt_length + (sampling_params.max_tokens or self.max_length)
@@ -95,7 +115,38 @@ class RequestTable:
         known = Tracked(handle, len(tokens), limit, min_length, frozenset(ends))
         known.resynced = len(tokens) > prompt_length
         self._tracked[req_id] = known
-        return Start(handle, pack(tokens), limit, ends)
+        if not self._sampled_from or not may_sample(sampling_params, ends):
+            return Start(handle, pack(tokens), limit, ends)
+        # As many as there are anyway, or "all" (0 and -1 in vLLM), is no bound.
+        top_k = sampling_params.top_k if sampling_params.top_k < self._sampled_from else 0
+        temperature, top_p = sampling_params.temperature, sampling_params.top_p
+        return Start(handle, pack(tokens), limit, ends, temperature, max(0, top_k), top_p)
+
+
+def may_sample(sampling_params: Any, ends: list[int]) -> bool:
+    """Whether drafts of a request may be sampled.
+
+    A proposal may be cut short, but never for the tokens sampled for it: an end token with
+    probability p, sampled as often and then cut off, would be emitted with probability p squared.
+    What cuts a proposal and depends on its tokens is
+
+    * an end token (``lookup.answer``): the draft samples none, unless there are more than it
+      checks;
+    * a grammar: vLLM's scheduler cuts tokens that break it.
+
+    Everything else depends on lengths and counts alone: ``max_tokens``, ``min_tokens``, the model's
+    length, the token budget, padding. What merely bans tokens (bad words, allowed tokens,
+    ``min_tokens``) lowers the target's probabilities, and stop strings end a text after the fact.
+
+    Args:
+        sampling_params: vLLM's.
+        ends: the tokens that end the request.
+    """
+    return (
+        sampling_params.temperature >= _GREEDY_BELOW
+        and sampling_params.structured_outputs is None
+        and len(ends) <= MAX_STOP_TOKENS
+    )
 
 
 def end_tokens(sampling_params: Any) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from typing import TYPE_CHECKING, Any
 
+from vllm.distributed.parallel_state import get_tp_group
 from vllm.platforms import current_platform
 
 from vllm_ssd import affinity, compat
@@ -13,6 +14,7 @@ from vllm_ssd.preflight import check_engine, engine_options
 from vllm_ssd.target.client import DraftClient
 from vllm_ssd.target.cores import bind_target, split_cores
 from vllm_ssd.target.draft_setup import DraftPlan, plan_draft
+from vllm_ssd.target.handover import HandOver, most_bytes
 from vllm_ssd.target.memory import target_kv_bytes_per_token
 from vllm_ssd.target.proposer import SSDProposer
 from vllm_ssd.target.rejection import fix_cpu_rejection_sampler
@@ -47,6 +49,8 @@ class SSDWorker(PlatformWorker):
         # that time. On a GPU it returns once the kernels are queued: a notice sent before it delays
         # their launch, on all tensor-parallel ranks, since they wait for this one.
         self._notifies_first = current_platform.is_cpu()
+        self._probability_bytes = 0
+        """What the draft's probabilities take of the target's device."""
         self._asleep: set[str] = set()
         """What vLLM has put to sleep, by its tags."""
 
@@ -85,7 +89,18 @@ class SSDWorker(PlatformWorker):
             if not self._plan.shares_device:
                 # No memory is shared: the draft loads while the target does.
                 self._client.allocate(self._plan.kv_cache_memory_bytes)
-        proposer.bind(self.model_runner, self._client)
+        proposer.bind(self.model_runner, self._client, self._make_hand_over())
+
+    def _make_hand_over(self) -> HandOver | None:
+        if self._config.draft_sampling == "greedy":
+            return None
+        vocab_size = self.vllm_config.model_config.get_vocab_size()
+        depth = self._config.num_speculative_tokens
+        several = self.parallel_config.tensor_parallel_size > 1
+        group = get_tp_group() if several else None
+        requests = self.vllm_config.scheduler_config.max_num_seqs
+        self._probability_bytes = most_bytes(requests, depth, vocab_size)
+        return HandOver(self.model_runner, depth, vocab_size, self._proposer.stats, group)
 
     @property
     def _proposer(self) -> SSDProposer:
@@ -105,6 +120,9 @@ class SSDWorker(PlatformWorker):
     def determine_available_memory(self) -> int:
         """The target's KV budget, less the draft's share where both use one device."""
         available = super().determine_available_memory()
+        given = self.vllm_config.cache_config.kv_cache_memory_bytes is not None
+        if not given and not current_platform.is_cpu():
+            available -= self._probability_bytes
         if self._plan is None or self._client is None:
             return available
         target = target_kv_bytes_per_token(self.get_kv_cache_spec().values(), self.vllm_config)

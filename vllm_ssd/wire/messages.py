@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 
 MAX_ROWS = 1024
 """Rows of the draft's batch, however many requests there are."""
+MAX_STOP_TOKENS = 8
+"""End tokens of a request that the draft checks; it goes on past any further ones."""
 MAX_EPOCH_JUMP = 1 << 20
 """Neither side gets this many epochs ahead of the other: such a frame is garbage."""
 
@@ -123,7 +125,7 @@ class Start(Message, frozen=True):
     stop: list[int]
     """Token ids that end it."""
     temperature: float = 0.0
-    """Its drafts are sampled at this temperature; 0: they are the draft's first choices."""
+    """Its drafts may be sampled, at this temperature; 0: they are the draft's first choices."""
     top_k: int = 0
     """Of so many best tokens; 0: no such bound."""
     top_p: float = 1.0

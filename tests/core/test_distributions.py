@@ -1,0 +1,78 @@
+"""The distributions beside the speculation cache: by row and position, forgotten with a row."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from vllm_ssd.core.arrays import Float32Array, Int32Array
+from vllm_ssd.core.distributions import Distributions
+
+ROWS, WIDTH, MOST = 4, 6, 3
+
+
+def ints(*values: int) -> Int32Array:
+    return np.array(values, np.int32)
+
+
+def floats(*values: list[float]) -> Float32Array:
+    return np.array(values, np.float32)
+
+
+@pytest.fixture
+def kept() -> Distributions:
+    """Row 1 has a sampled token at position 7, row 2 at 8."""
+    distributions = Distributions(ROWS, WIDTH, MOST)
+    distributions.sampled(
+        ints(1, 2),
+        ints(7, 8),
+        np.array([[5, 9], [6, 0]], np.int32),
+        floats([0.25, 0.75], [1.0, 0.0]),
+    )
+    return distributions
+
+
+def found(kept: Distributions, *places: tuple[int, int]) -> list[dict[int, float]]:
+    """The distribution of each ``(row, position)``; empty where the token is certain."""
+    rows, positions = np.array(places).T
+    sampled, of, tokens, values = kept.look_up(rows, positions)
+    each: list[dict[int, float]] = [{} for _ in places]
+    for at, token, value in zip(of.tolist(), tokens.tolist(), values.tolist(), strict=True):
+        each[at][token] = value
+    assert [bool(entries) for entries in each] == sampled.tolist()
+    return each
+
+
+def test_what_was_sampled_is_found_and_the_rest_is_certain(kept: Distributions) -> None:
+    assert found(kept, (1, 7), (1, 8), (2, 8), (-1, 7)) == [
+        {5: 0.25, 9: 0.75},
+        {},
+        {6: 1.0},
+        {},
+    ]
+
+
+def test_entries_with_probability_0_are_left_out(kept: Distributions) -> None:
+    assert found(kept, (2, 8)) == [{6: 1.0}]
+
+
+def test_a_smaller_distribution_replaces_a_larger_one(kept: Distributions) -> None:
+    kept.sampled(ints(1), ints(7), np.array([[4]], np.int32), floats([1.0]))
+    assert found(kept, (1, 7)) == [{4: 1.0}]
+
+
+def test_a_certain_token_replaces_a_sampled_one(kept: Distributions) -> None:
+    kept.certain(ints(1, 2), np.array([[7, 7], [8, 9]], np.int32))
+    assert found(kept, (1, 7), (2, 8)) == [{}, {6: 1.0}]
+
+
+def test_positions_go_round(kept: Distributions) -> None:
+    kept.sampled(
+        ints(1), ints(7 + WIDTH), np.array([[4, 3, 2]], np.int32), floats([0.5, 0.25, 0.25])
+    )
+    assert found(kept, (1, 7 + WIDTH)) == [{4: 0.5, 3: 0.25, 2: 0.25}]
+
+
+def test_a_row_that_begins_anew_forgets(kept: Distributions) -> None:
+    kept.forget([1])
+    assert found(kept, (1, 7), (2, 8)) == [{}, {6: 1.0}]

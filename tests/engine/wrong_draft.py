@@ -1,0 +1,72 @@
+"""A draft process with a mistake, started in place of the real one.
+
+``python wrong_draft.py <mistake> -m vllm_ssd.draft <arguments>``
+"""
+
+from __future__ import annotations
+
+import runpy
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+MISTAKES = ("temperature", "C", "end tokens")
+
+
+@contextmanager
+def drafts_with(mistake: str, folder: Path) -> Iterator[None]:
+    """Draft processes that start meanwhile make a mistake."""
+    from vllm_ssd.target import process
+
+    launcher = folder / "draft"
+    command = shlex.join([sys.executable, __file__, mistake])
+    launcher.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
+    launcher.chmod(0o700)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(process, "sys", SimpleNamespace(executable=str(launcher)))
+        yield
+
+
+def make(mistake: str) -> None:
+    """Replace what the draft samples with."""
+    import torch
+
+    from vllm_ssd.draft import sampling as module
+
+    sampling: Any = module
+    proposals, draw = module.proposals, module.draw
+    drawn_from: list[torch.Tensor] = []
+
+    def with_end_tokens(values: Any, tokens: Any, of: Any) -> Any:
+        return proposals(values, tokens, of._replace(ends=torch.full_like(of.ends, -1)))
+
+    def without_weights(values: Any, tokens: Any, of: Any) -> Any:
+        drawn_from[:] = [proposals(values, tokens, of)]
+        return proposals(values, tokens, of._replace(weight=torch.ones_like(of.weight)))
+
+    def at_temperature_1(values: Any, tokens: Any, of: Any) -> Any:
+        drawn_from[:] = [proposals(values, tokens, of)]
+        ones = torch.ones_like(of.temperature)
+        return proposals(values, tokens, of._replace(temperature=ones))
+
+    def draw_from_another(q: Any, tokens: Any, generator: Any) -> Any:
+        return draw(drawn_from.pop(), tokens, generator)
+
+    if mistake == "end tokens":
+        sampling.proposals = with_end_tokens
+        return
+    sampling.proposals = {"C": without_weights, "temperature": at_temperature_1}[mistake]
+    sampling.draw = draw_from_another
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+    make(sys.argv[1])
+    del sys.argv[:3]
+    runpy.run_module("vllm_ssd.draft", run_name="__main__", alter_sys=True)

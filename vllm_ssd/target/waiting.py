@@ -1,0 +1,265 @@
+"""Where a look-up finds nothing, or little: wait for the draft, or search the text, if it pays."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from vllm_ssd.config import SSDConfig
+from vllm_ssd.core.stats import Stats
+from vllm_ssd.core.tree import Where
+from vllm_ssd.core.waiting import Acceptance, Awaited, Delay, Price, gains, patience
+from vllm_ssd.target.lookup import Batch, LookUp, growing, lacking, look_up
+from vllm_ssd.target.ngram import prolong
+from vllm_ssd.target.pace import Pace
+
+if TYPE_CHECKING:
+    from vllm_ssd.target.client import DraftClient
+    from vllm_ssd.target.published import PublishedTrees
+
+
+class Waiting:
+    """Decides what to wait for, waits, and prolongs proposals from the text (``backup``).
+
+    Only what the draft stated before goes into these decisions, never which tokens it drafted.
+
+    Args:
+        config: the options.
+        stats: counters to keep.
+        pace: the measured speed of the engine.
+    """
+
+    def __init__(self, config: SSDConfig, stats: Stats, pace: Pace) -> None:
+        self._stats = stats
+        self._pace = pace
+        self._depth = config.num_speculative_tokens
+        self._for_trunks = config.backup in ("auto", "draft")
+        """Whether requests may be waited for that need more of their trunk."""
+        bound = config.max_wait_ms
+        self._bound = math.inf if isinstance(bound, str) else bound * 1e-3
+        self._while_it_pays = config.backup == "auto" or isinstance(bound, str)
+        self._for_texts = config.backup in ("auto", "ngram")
+        """Whether proposals may be prolonged from the text."""
+        self._ngram_always = config.backup == "ngram"
+        self.first, self.following = Delay(), Delay()
+        """How long the first token of a wait takes, and each one after it."""
+        self._acceptance, self._ngram_acceptance = Acceptance(), Acceptance()
+        self._counted = (0, 0, 0, 0)
+        """The counters when these two were last brought up to date."""
+        self._silent_at = -1
+        """How many frames of the draft there were when it did not answer within a wait."""
+
+    # ---- found branches that grow
+
+    def for_branches(
+        self, look_ups: list[LookUp], batch: Batch, client: DraftClient, began: float
+    ) -> bool:
+        """With a bound and no other use of waiting: wait for the branches that were hit.
+
+        Args:
+            look_ups: those of the batch, looked up.
+            batch: the verification.
+            client: the draft's.
+            began: when ``propose()`` began.
+
+        Returns:
+            False if a new epoch has begun: then the next step announces all requests again.
+        """
+        if self._for_trunks or not 0.0 < self._bound < math.inf:
+            return True
+        waiting = growing(look_ups, client.published, self._depth)
+        if not waiting or client.received == self._silent_at:
+            return True
+        deadline = began + self._bound
+        epoch, received, now = client.epoch, client.received, time.perf_counter()
+        self._stats.waits += 1
+        self._stats.wait_seconds -= now
+        while waiting and client.epoch == epoch and now < deadline:
+            client.poll(deadline - now)
+            look_up(waiting, batch, client.published)
+            waiting = growing(waiting, client.published, self._depth)
+            now = time.perf_counter()
+        # What arrived meanwhile may have changed the other requests' trees as well.
+        look_up(look_ups, batch, client.published)
+        self._stats.wait_seconds += now
+        self._note_silence(client, received)
+        return client.epoch == epoch
+
+    # ---- trunks
+
+    def begin(self, short: Sequence[LookUp], client: DraftClient) -> list[LookUp]:
+        """Which requests to wait for.
+
+        Args:
+            short: those that could use more tokens than were found.
+            client: the draft's.
+        """
+        if not self._for_trunks or self._bound <= 0.0 or client.received == self._silent_at:
+            return []
+        chosen = [each for each in short if _can_grow(each, client.published)]
+        if self._while_it_pays:
+            chosen = [each for each in chosen if _is_ready(each, client.published)]
+            if not self._pays(self._worth(chosen), self.first):
+                return []
+        for each in chosen:
+            each.before = each.below
+        return chosen
+
+    def wait(self, waited: list[LookUp], batch: Batch, client: DraftClient, began: float) -> bool:
+        """Wait for more tokens of the requests chosen; the draft has been told.
+
+        Args:
+            waited: those.
+            batch: the verification.
+            client: the draft's.
+            began: when ``propose()`` began.
+
+        Returns:
+            As :meth:`for_branches`.
+        """
+        epoch, received = client.epoch, client.received
+        deadline = began + self._bound
+        delay, missing = self.first, waited
+        now = since = time.perf_counter()
+        self._stats.waits += 1
+        self._stats.wait_seconds -= now
+        while missing:
+            worth = self._worth(missing)
+            if not self._pays(worth, delay):
+                break
+            last = min(since + worth, deadline)
+            more = False
+            while missing and not more and now < last:
+                client.poll(min(last - now, 60.0))
+                if client.epoch != epoch:
+                    break
+                held = sum(len(each.below.drafted) for each in missing)
+                look_up(missing, batch, client.published)
+                more = sum(len(each.below.drafted) for each in missing) > held
+                missing = [each for each in missing if _can_grow(each, client.published)]
+                now = time.perf_counter()
+            if not more:
+                if missing:
+                    delay.missed(now - since)
+                    self._stats.waits_in_vain += 1
+                break
+            delay.came(now - since)
+            since, delay = now, self.following
+            missing = lacking(missing)
+        self._stats.wait_seconds += time.perf_counter()
+        self._note_silence(client, received)
+        return client.epoch == epoch
+
+    def _note_silence(self, client: DraftClient, received: int) -> None:
+        """A draft that sent nothing during a wait is not waited for until it does."""
+        if client.received == received:
+            self._silent_at = received
+
+    def _pays(self, worth: float, delay: Delay) -> bool:
+        """Whether a token comes soon enough, if it is worth waiting so many seconds for it."""
+        if worth > delay.seconds:
+            return True
+        if worth > 0.0:
+            delay.too_long()
+        return False
+
+    def _worth(self, short: Sequence[LookUp]) -> float:
+        """For how many seconds it is worth waiting for the next token of these requests."""
+        if not self._while_it_pays:
+            return math.inf
+        rate = self._pace.rate
+        if not rate or not short:
+            return 0.0
+        self._learn()
+        awaited = Counter(
+            Awaited(math.prod(each.below.chances), each.wanted - len(each.below.drafted))
+            for each in short
+        )
+        gained = gains(awaited, self._acceptance.chance, self._price())
+        return patience(gained, rate, self.following.seconds)
+
+    # ---- the text
+
+    def prolong(self, short: Sequence[LookUp], batch: Batch) -> None:
+        """Prolong proposals by what followed the same tokens earlier in the text.
+
+        Args:
+            short: requests that could use more tokens, answered.
+            batch: the verification.
+        """
+        if not self._for_texts:
+            return
+        open_ended = [
+            each
+            for each in short
+            if len(each.request.proposed) == len(each.below.drafted) < each.wanted
+            and not each.below.ended
+        ]
+        if not open_ended:
+            return
+        counts = [each.wanted - len(each.request.proposed) for each in open_ended]
+        if not self._ngram_always:
+            counts = self._worth_prolonging(open_ended, counts)
+        if any(counts):
+            chosen = [each for each, count in zip(open_ended, counts, strict=True) if count]
+            prolong(chosen, [count for count in counts if count], batch, self._stats)
+        else:
+            self._ngram_acceptance.not_tried()
+
+    def _worth_prolonging(self, look_ups: Sequence[LookUp], counts: list[int]) -> list[int]:
+        """By how many tokens of its text to prolong each proposal, ``counts`` at most."""
+        self._learn()
+        chance, price = self._ngram_acceptance.chance, self._price().each
+        if not price:
+            return counts
+        worth = []
+        for each, count in zip(look_ups, counts, strict=True):
+            # The chance falls by that factor with every token.
+            reached = math.prod(each.below.chances) * chance
+            longest = 1 + math.log(reached / price) / -math.log(chance) if reached > price else 0
+            worth.append(min(count, int(longest)))
+        return worth
+
+    # ---- what is learned
+
+    def _price(self) -> Price:
+        """What verifying one more token costs now."""
+        return Price(self._pace.rate * self._pace.seconds_per_token)
+
+    def _learn(self) -> None:
+        """Bring the acceptances up to date with the counters."""
+        stats = self._stats
+        now = (
+            stats.tokens_accepted,
+            stats.rejections,
+            stats.ngram_accepted,
+            stats.ngram_rejections,
+        )
+        if now == self._counted:
+            return
+        accepted, rejected, of_text, not_of_text = (
+            after - before for after, before in zip(now, self._counted, strict=True)
+        )
+        self._acceptance.observe(accepted - of_text, rejected - not_of_text)
+        if of_text + not_of_text:
+            self._ngram_acceptance.observe(of_text, not_of_text)
+        self._counted = now
+
+
+def _can_grow(each: LookUp, published: PublishedTrees) -> bool:
+    """Whether the draft will draft more for a request."""
+    request, below = each.request, each.below
+    if request.handle in published.withdrawn or request.limit - each.length <= 1:
+        return False
+    return len(below.drafted) < each.wanted and not below.ended
+
+
+def _is_ready(each: LookUp, published: PublishedTrees) -> bool:
+    """Whether the draft has the request's text: before that, nobody knows how long it takes."""
+    if each.below.where is Where.FOUND:
+        return True
+    tree = published.cache.trees.get(each.request.handle)
+    return tree is not None and bool(published.cache.length[tree.trunk])
