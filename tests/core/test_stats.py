@@ -28,3 +28,11 @@ def test_draft_counters_get_their_means_and_stay_as_they_are() -> None:
     assert values["mean_draft_rows"] == 12.0
     assert "mean_draft_round_seconds" not in values
     assert "mean_draft_rows" not in counters
+
+
+def test_the_rate_of_each_way_to_draft_follows_from_its_tokens() -> None:
+    counters = {"draft_arm_greedy_tokens": 30.0, "draft_arm_greedy_seconds": 2.0}
+    unused = {"draft_arm_c_0.3_tokens": 0.0, "draft_arm_c_0.3_seconds": 0.0}
+    values = add_draft_ratios({**counters, **unused})
+    assert values["mean_draft_arm_greedy_rate"] == 15.0
+    assert "mean_draft_arm_c_0.3_rate" not in values

@@ -98,7 +98,9 @@ def check_q(sim: Simulation, request: TargetRequest, tree: Tree) -> None:
                 request.stop,
             )
             if q is None:  # a guess, or nothing else is left
-                only_one = expected[token] == 1.0 or (sizes.saguaro_c < 1.0 and expected[token])
+                possible = sim.best(so_far)[: request.top_k or sizes.sampled_from]
+                left_by_c = sizes.saguaro_c < 1.0 and token in possible
+                only_one = expected[token] == 1.0 or (left_by_c and token not in request.stop)
                 followed = request.follows([*so_far, token])
                 assert only_one or followed or token == sim.best(so_far)[0]
                 continue

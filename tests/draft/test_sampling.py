@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from vllm_ssd.draft.model import MAX_STOP_TOKENS, Sampling
+from vllm_ssd.draft.model import Sampling
 from vllm_ssd.draft.sampling import (
     SMALLEST,
     draw,
@@ -22,6 +22,7 @@ from vllm_ssd.draft.sampling import (
     split,
     stated_probabilities,
 )
+from vllm_ssd.wire.messages import MAX_STOP_TOKENS
 
 CPU = torch.device("cpu")
 
@@ -202,8 +203,8 @@ def test_parameters_arrive_on_a_device_as_they_are_on_the_host() -> None:
     assert sent.weighs
     for arrived, expected in zip(sent[:-1], here[:-1], strict=True):
         assert isinstance(arrived, torch.Tensor)
-        assert arrived.dtype == expected.dtype  # type: ignore[union-attr]
-        assert arrived.tolist() == expected.tolist()  # type: ignore[union-attr]
+        assert arrived.dtype == expected.dtype
+        assert arrived.tolist() == expected.tolist()
 
 
 def test_each_generator_has_numbers_of_its_own() -> None:

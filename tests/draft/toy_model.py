@@ -85,7 +85,7 @@ def toy_q(
         weight: ... by C.
     """
     order = best_tokens(text, vocab_size, vocab_size)
-    base = stated(np.array([first]), vocab_size)[0].astype(np.float64)[:count]
+    base = best_first(np.array([first]), vocab_size)[0].astype(np.float64)[:count]
     heat = base ** (1.0 / temperature)
     if top_k:
         heat[top_k:] = 0.0
@@ -122,6 +122,11 @@ def stated(first: NDArray[np.float64], count: int) -> Float32Array:
     shares = others / max(others.sum(), 1e-9)
     rest = (1.0 - first)[:, None] * shares
     return np.concatenate([first[:, None], rest], axis=1).astype(np.float32)
+
+
+def best_first(first: NDArray[np.float64], count: int) -> Float32Array:
+    """The same numbers in the order in which a real model has them."""
+    return np.sort(stated(first, count), axis=1)[:, ::-1].copy()
 
 
 class ToyModel:
@@ -218,7 +223,7 @@ class ToyModel:
     def _sample(self, best: Int32Array, firsts: NDArray[np.float64], sampling: Sampling) -> Choices:
         """As the real model does, with the logits of the stated probabilities."""
         assert all(len(values) == len(best) for values in sampling)
-        logits = torch.from_numpy(stated(firsts, self.vocab_size)).log()
+        logits = torch.from_numpy(best_first(firsts, self.vocab_size)).log()
         sent = send_sampling(sampling, torch.device("cpu"))
         count = self._num_candidates
         probabilities = stated_probabilities(logits[:, :count], sent).numpy()

@@ -113,6 +113,11 @@ def add_draft_ratios(counters: dict[str, float]) -> dict[str, float]:
     rounds = counters.get("draft_rounds", 0)
     _ratio(result, "mean_draft_plan_seconds", counters.get("draft_plan_seconds", 0.0), rounds)
     _ratio(result, "mean_draft_round_seconds", counters.get("draft_round_seconds", 0.0), rounds)
+    for name, seconds in counters.items():
+        # How tokens were drafted above temperature 0 (core/arms.py), and what that yielded.
+        if name.startswith("draft_arm_") and name.endswith("_seconds"):
+            arm = name.removesuffix("_seconds")
+            _ratio(result, f"mean_{arm}_rate", counters.get(f"{arm}_tokens", 0.0), seconds)
     return result
 
 

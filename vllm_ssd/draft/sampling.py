@@ -53,7 +53,7 @@ def send_sampling(sampling: Sampling, device: torch.device) -> DeviceSampling:
     """Bring the parameters to the device, in one copy; on CPU they stay where they are."""
     if device.type == "cpu":
         weighs = bool(sampling.weighed.any())
-        return DeviceSampling(*map(torch.from_numpy, sampling), weighs)
+        return DeviceSampling._make([*map(torch.from_numpy, sampling), weighs])
     from vllm.utils.torch_utils import async_tensor_h2d
 
     # From pinned memory, which is not reused before the copy is done.

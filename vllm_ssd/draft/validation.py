@@ -10,6 +10,8 @@ from vllm_ssd.wire.messages import Proposed, Start, ToDraft, Trimmed, Verified, 
 
 MAX_HANDLE = 2**31 - 1
 """Handles travel as int32."""
+_MAX_TOP_K = 2**31 - 1
+"""It is kept as int32."""
 
 
 class Bounds(NamedTuple):
@@ -33,8 +35,11 @@ def check(message: ToDraft, bounds: Bounds) -> None:
                 raise ValueError(f"request {message.handle} of {len(message.tokens)} bytes")
             if not -1 <= message.limit <= bounds.max_model_len:
                 raise ValueError(f"limit {message.limit}")
-            cold_or_warm = 0.0 <= message.temperature < math.inf
-            if not cold_or_warm or message.top_k < 0 or not 0.0 < message.top_p <= 1.0:
+            if not (
+                0.0 <= message.temperature < math.inf
+                and 0 <= message.top_k <= _MAX_TOP_K
+                and 0.0 < message.top_p <= 1.0
+            ):
                 raise ValueError(
                     f"temperature {message.temperature}, top-k {message.top_k}, "
                     f"top-p {message.top_p}"
