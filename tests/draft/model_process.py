@@ -30,6 +30,7 @@ class ModelProcess:
         draft_vocab: the only ids that are returned; None for all.
         platform_block_size: the block size vLLM's platform is to choose for the attention; None
             for its own choice.
+        num_sampled_from: how many best tokens are sampled from.
     """
 
     def __init__(
@@ -39,10 +40,11 @@ class ModelProcess:
         vocab_size: int,
         draft_vocab: Int32Array | None = None,
         platform_block_size: int | None = None,
+        num_sampled_from: int = 0,
     ) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        loaded = (KV_BYTES, num_candidates, vocab_size, draft_vocab)
+        loaded = (KV_BYTES, num_candidates, vocab_size, draft_vocab, num_sampled_from)
         self._process = context.Process(
             target=_serve, args=(theirs, engine_args, loaded, platform_block_size), daemon=True
         )

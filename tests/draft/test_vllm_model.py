@@ -11,11 +11,12 @@ import pytest
 
 from tests.draft.model_process import ModelProcess
 from tests.tiny_models import VOCABULARY, TinyModels
-from vllm_ssd.core.arrays import Float32Array, Int32Array
-from vllm_ssd.draft.model import BlockChanges, Sequences
+from vllm_ssd.core.arrays import Float32Array, Float64Array, Int32Array
+from vllm_ssd.draft.model import BlockChanges, Choices, Sampling, Sequences
 
 CANDIDATES = 6
 VOCAB_SIZE = VOCABULARY - 12  # a target with a smaller vocabulary
+SAMPLED_FROM = 10
 MAX_ROWS = 24
 BLOCK_SIZE = 32
 TOLERANCE = 1e-4
@@ -122,6 +123,36 @@ class Forest:
             self._check(branch.text, best, shares)
         return top
 
+    def sample(self, branches: Sequence[Branch], sampling: Sampling) -> Choices:
+        """One forward that lets each branch grow by token 5 and samples what follows."""
+        choices = self._model.forward(
+            self.changes(),
+            Sequences(
+                np.array([branch.row for branch in branches], np.int32),
+                np.ones(len(branches), np.int32),
+                np.full(len(branches), 5, np.int32),
+                np.array([len(branch.text) for branch in branches], np.int32),
+                sampling,
+            ),
+        )
+        for branch, best, shares in zip(
+            branches, choices.tokens, choices.probabilities, strict=True
+        ):
+            branch.text.append(5)
+            if not sampling.temperature[0]:
+                self._check(branch.text, best[:CANDIDATES], shares)
+        return choices
+
+    def logits(self, text: list[int]) -> Float64Array:
+        """Of all tokens that the target knows, as transformers computes them."""
+        import torch
+
+        with torch.inference_mode():
+            found: Float64Array = (
+                self._reference(torch.tensor([text])).logits[0, -1, :VOCAB_SIZE].double().numpy()
+            )
+        return found
+
     def _check(self, text: list[int], best: Int32Array, shares: Float32Array) -> None:
         import torch
 
@@ -155,7 +186,8 @@ def reference(tiny_pair: TinyModels) -> Any:
     ],
 )
 def model(request: pytest.FixtureRequest, tiny_pair: TinyModels) -> Iterator[ModelProcess]:
-    with ModelProcess(engine_args(tiny_pair, request.param), CANDIDATES, VOCAB_SIZE) as process:
+    arguments = engine_args(tiny_pair, request.param)
+    with ModelProcess(arguments, CANDIDATES, VOCAB_SIZE, num_sampled_from=SAMPLED_FROM) as process:
         yield process
 
 
@@ -270,6 +302,59 @@ def test_ids_beyond_the_targets_vocabulary_are_never_drafted(forest: Forest) -> 
     branch = forest.plant()
     for token in text(40, seed=2):
         assert forest.feed((branch, [token])).max() < VOCAB_SIZE
+
+
+def test_tokens_are_sampled_at_each_requests_temperature(forest: Forest) -> None:
+    branches = [forest.plant() for _ in range(4)]
+    for seed, branch in enumerate(branches):
+        forest.feed((branch, text(20, seed)))
+    end = int(np.argsort(forest.logits([*branches[2].text, 5]))[-2])
+    sampling = Sampling(
+        np.array([True, True, True, False]),
+        np.array([0.5, 1.5, 1.0, 0.0], np.float32),
+        np.array([0, 0, 4, 0], np.int32),
+        np.ones(4, np.float32),
+        np.array([[-1], [-1], [end], [-1]], np.int32),
+        np.zeros(4, np.int32),
+        np.ones(4, np.float32),
+    )
+    choices = forest.sample(branches, sampling)
+    assert choices.tokens.shape == (4, SAMPLED_FROM)
+    assert choices.probabilities.shape == (4, CANDIDATES)
+    assert choices.proposals is not None
+    assert choices.proposals.dtype == np.float32
+    for i, branch in enumerate(branches):
+        best, q = choices.tokens[i], choices.proposals[i]
+        heat = forest.logits(branch.text)[best] / (float(sampling.temperature[i]) or 1.0)
+        heat -= heat.max()
+        if sampling.top_k[i]:
+            heat[sampling.top_k[i] :] = -np.inf
+        stated = np.exp(heat[:CANDIDATES])
+        np.testing.assert_allclose(choices.probabilities[i], stated / stated.sum(), atol=1e-3)
+        expected = np.exp(heat)
+        expected[best == (end if i == 2 else -1)] = 0.0
+        if not sampling.sampled[i]:
+            expected[1:] = 0.0
+        np.testing.assert_allclose(q, expected / expected.sum(), atol=1e-3)
+        assert q[best == choices.next_tokens[i]].item() > 0.0
+
+
+def test_without_samples_no_more_tokens_are_chosen_than_otherwise(forest: Forest) -> None:
+    branch = forest.plant()
+    forest.feed((branch, text(20)))
+    greedy = Sampling(
+        np.zeros(1, np.bool_),
+        np.zeros(1, np.float32),
+        np.zeros(1, np.int32),
+        np.ones(1, np.float32),
+        np.full((1, 1), -1, np.int32),
+        np.zeros(1, np.int32),
+        np.ones(1, np.float32),
+    )
+    choices = forest.sample([branch], greedy)
+    assert choices.tokens.shape == (1, CANDIDATES)
+    assert choices.proposals is None
+    assert choices.next_tokens.tolist() == choices.tokens[:, 0].tolist()
 
 
 def test_nothing_is_compiled_again_as_the_rows_change(model: ModelProcess, forest: Forest) -> None:

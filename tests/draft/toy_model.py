@@ -98,9 +98,8 @@ def toy_q(
         before += share
     q /= q.sum()
     q[list(stop)] = 0.0
-    if not q.any():
-        q[order[0]] = 1.0
-        return q
+    if q.sum() <= (0.5 if order[0] in stop else 0.0):
+        return np.eye(vocab_size)[order[0]]
     lighter = q.copy()
     for token in [token for token in order if q[token]][:weighed]:
         lighter[token] *= weight
@@ -216,9 +215,7 @@ class ToyModel:
             return Choices.firsts(best, stated(np.array(firsts), best.shape[1]))
         return self._sample(best, np.array(firsts), sampling)
 
-    def _sample(
-        self, best: Int32Array, firsts: NDArray[np.float64], sampling: Sampling
-    ) -> Choices:
+    def _sample(self, best: Int32Array, firsts: NDArray[np.float64], sampling: Sampling) -> Choices:
         """As the real model does, with the logits of the stated probabilities."""
         assert all(len(values) == len(best) for values in sampling)
         logits = torch.from_numpy(stated(firsts, self.vocab_size)).log()

@@ -25,14 +25,15 @@ LEVELS = len(_LEVEL_ENDS) + 1
 BLOCK = 32
 """Verifications for which a request keeps its arm."""
 _SKIPPED = 2
-"""The first verifications of a block are not counted: they are of tokens drafted before it."""
+"""After a change of arms the first verifications are not counted: they are of tokens drafted
+before."""
 _MEMORY = 200.0
 """Number of blocks of a level after which the weight of an older one has fallen to 1 / e."""
 _SPREAD = 0.2
 """The standard deviation of a block's rate, in parts of the mean, until it is known."""
 _SPREAD_WEIGHT = 10.0
 """The number of blocks that this counts for."""
-_SURE_AFTER = 3.0
+_IN_TURN = 3.0
 """Blocks that each arm gets at first, in turn."""
 
 
@@ -95,35 +96,45 @@ class Block:
 
     Args:
         arm: which one.
+        skipped: how many of them do not count.
     """
 
-    __slots__ = ("arm", "drafted", "seconds", "tokens", "verifications")
+    __slots__ = ("_skipped", "arm", "counted", "drafted", "seconds", "tokens", "verifications")
 
-    def __init__(self, arm: int) -> None:
+    def __init__(self, arm: int, skipped: int = 0) -> None:
         self.arm = arm
+        self._skipped = skipped
         self.verifications = 0
-        """All of them, those not counted included."""
+        """All of them."""
+        self.counted = 0
+        """Those that count."""
         self.tokens = 0
-        """What those that are counted have yielded ..."""
+        """What these have yielded ..."""
         self.seconds = 0.0
         """... and how long they took."""
         self.drafted = 0
         """Drafted tokens among what they verified."""
 
     @property
-    def counted(self) -> int:
-        """The verifications that count."""
-        return max(0, self.verifications - _SKIPPED)
-
-    @property
     def full(self) -> bool:
         """Whether the request may change its arm."""
         return self.verifications >= BLOCK
 
+    def next(self, arm: int) -> Block:
+        """The block after this one."""
+        return Block(arm, _SKIPPED if arm != self.arm else 0)
+
     def observe(self, tokens: int, drafted: int, seconds: float) -> None:
-        """Take in a verification: what it yielded, how many drafted tokens it was of, its time."""
+        """Take in a verification.
+
+        Args:
+            tokens: what it yielded.
+            drafted: how many drafted tokens it was of.
+            seconds: how long it took; 0.0 if that is not known: then it does not count.
+        """
         self.verifications += 1
-        if self.verifications > _SKIPPED:
+        if self.verifications > self._skipped and seconds:
+            self.counted += 1
             self.tokens += tokens
             self.drafted += drafted
             self.seconds += seconds
@@ -144,15 +155,17 @@ class BestArm:
         self._rate = [0.0] * arms
         """The mean of their tokens per second."""
         self._turn = 0
+        self._in_turn = arms > 1
+        """Until each arm has had its first blocks."""
         self._spread = _SPREAD_WEIGHT
         self._variance = _SPREAD_WEIGHT * _SPREAD**2
         """Of the rates of blocks around their arm's mean, in parts of it, squared and summed."""
 
     def observe(self, block: Block) -> None:
-        """Take in a block; one without drafted tokens or a measured time says nothing."""
-        if not block.drafted or not block.seconds:
+        """Take in a block; one without drafted tokens says nothing."""
+        if not block.drafted:
             return
-        share = block.counted / (BLOCK - _SKIPPED)
+        share = block.counted / BLOCK
         rate, arm = block.tokens / block.seconds, block.arm
         fades = math.exp(-share / _MEMORY)
         self._weight = [weight * fades for weight in self._weight]
@@ -169,12 +182,10 @@ class BestArm:
         """The arm of the next block."""
         if len(self._weight) == 1:
             return 0
-        fresh = [arm for arm, weight in enumerate(self._weight) if weight < _SURE_AFTER]
-        if fresh:
+        self._in_turn = self._in_turn and min(self._weight) < _IN_TURN
+        if self._in_turn:
             self._turn += 1
-            # Nothing known at all: all in turn, as many requests may ask before any has reported.
-            if self._turn <= _SURE_AFTER * len(self._weight):
-                return (self._turn - 1) % len(self._weight)
+            return self._turn % len(self._weight)
         spread = math.sqrt(self._variance / self._spread)
         drawn = [
             rate * (1.0 + spread / math.sqrt(max(weight, 1.0)) * self._random.gauss(0.0, 1.0))

@@ -50,8 +50,8 @@ def choose_forks(
         worth_of_a_hit: ``[B, branches]``, tokens that a hit yields with 1, 2, ... branches
             (:func:`vllm_ssd.core.budget.worth_of_a_hit`); None for as many forks as there may be.
         caps: ``[B, K + 1]``, the most forks for each k; None for no such cap.
-        own: ``[B]``, the chance of the trunk's own outcome, for which ``chances`` is 0; None if that
-            is always choice 0, which then gets no fork.
+        own: ``[B]``, the chance of the trunk's own outcome, for which ``chances`` is 0. None: that
+            is always choice 0, which gets no fork.
     """
     of_forks = chances
     if own is None:

@@ -48,7 +48,7 @@ class Verifications(NamedTuple):
 
     def where(self, kept: BoolArray | Int64Array) -> Verifications:
         """Some of them."""
-        return Verifications(*(values[kept] for values in self))
+        return Verifications._make(values[kept] for values in self)
 
 
 class Ends(NamedTuple):
@@ -64,7 +64,7 @@ class Ends(NamedTuple):
 
     def where(self, kept: BoolArray | Int64Array) -> Ends:
         """Some of them."""
-        return Ends(*(values[kept] for values in self))
+        return Ends._make(values[kept] for values in self)
 
 
 class Emissions:

@@ -55,7 +55,7 @@ class Drafting:
             return
         level = level_of(request.temperature)
         arm = self._best[level].choose()
-        request.block = Block(arm)
+        request.block = request.block.next(arm) if request.block else Block(arm)
         request.setting = self.settings.of(level, arm)
 
     def set_row(self, request: Request) -> None:

@@ -97,6 +97,8 @@ class DraftEngine:
         self._counted = 0.0
         """When the newest step was counted."""
         self._round_began: float | None = None
+        self._speculating = True
+        """Whether drafts were wanted for the verification under way."""
 
     # ---- messages from the target
 
@@ -159,7 +161,10 @@ class DraftEngine:
         began = time.perf_counter()
         requests, confirmed, proposed = self._unpack(message)
         self._times.begin_round(len(requests), any(proposed), message.verify_us * 1e-6)
-        self._drafting.observe(requests, confirmed, message.verify_us * 1e-6)
+        # A verification without drafts, since speculation is off, says nothing of how to draft.
+        verify_seconds = message.verify_us * 1e-6 if self._speculating else 0.0
+        self._drafting.observe(requests, confirmed, verify_seconds)
+        self._speculating = message.speculate
         self._rounds.follow(requests, confirmed)
         self._rounds.plan(requests, proposed)
         self._forking.fork(requests)

@@ -62,7 +62,7 @@ class Sampling(NamedTuple):
 
     def of(self, at: Int64Array) -> Sampling:
         """That of some texts."""
-        return Sampling(*(values[at] for values in self))
+        return Sampling._make(values[at] for values in self)
 
 
 class Sequences(NamedTuple):

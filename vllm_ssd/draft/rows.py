@@ -17,6 +17,7 @@ from vllm_ssd.draft.model import BlockChanges, Choices, Sampling
 from vllm_ssd.draft.sampled_rows import Drawn, SampledRows
 from vllm_ssd.wire.messages import MAX_STOP_TOKENS
 
+
 class Grown(NamedTuple):
     """How rows grew in a step, ``[m]`` all."""
 
@@ -122,9 +123,7 @@ class Rows:
         """``[row, i]``: the best tokens at position ``start + i``, best first."""
         self.stated: Float32Array = np.zeros((max_rows, width, num_choices), np.float32)
         """``[row, i]``: the draft's probabilities of these."""
-        self.sampled = SampledRows(
-            max_rows, width, num_speculative_tokens, num_sampled_from
-        )
+        self.sampled = SampledRows(max_rows, width, num_speculative_tokens, num_sampled_from)
         self.chance: Float32Array = np.zeros(max_rows, np.float32)
         """Of a fork: the chance of its outcome, as estimated when it was made."""
         self.tables = TableChanges()

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vllm_ssd.core.arrays import BoolArray, Float32Array, Int32Array, Int64Array
+from vllm_ssd.core.arrays import BoolArray, Float32Array, Int32Array
 from vllm_ssd.draft.model import Choices, Sampling
 
 
@@ -126,13 +126,15 @@ class SampledRows:
         sampled = self.samples[rows] & (after_guess != -1)
         depth = np.clip(after_guess, 0, self.weigh.shape[1] - 1)
         weight = self.weight[rows]
+        ends = stop[rows]
+        used = int(np.count_nonzero((ends >= 0).any(axis=0)))
         weighed = np.where(sampled & (weight < 1.0), self.weigh[rows, depth], 0)
         return Sampling(
             sampled,
             temperature,
             self.top_k[rows],
             self.top_p[rows],
-            stop[rows],
+            np.ascontiguousarray(ends[:, :used]),
             weighed.astype(np.int32),
             weight,
         )

@@ -8,8 +8,8 @@ Given the logits l of the draft's N best tokens and a request's temperature T::
 
 The token is drawn from exactly these float32 numbers, and they are what the target verifies it by.
 All that cuts a proposal short is taken out before the draw: a token that ends its request is
-proposed with probability 0, not cut when it was drawn. If nothing is left (all mass is on end
-tokens), the first choice is taken for certain.
+proposed with probability 0, not cut when it was drawn. If an end token is the first choice and less
+than half of q is left without them all, the request ends there, with that token, for certain.
 """
 
 from __future__ import annotations
@@ -21,15 +21,18 @@ import numpy as np
 import torch
 
 from vllm_ssd.core.arrays import Int32Array
+from vllm_ssd.draft.inputs import cut, join
 from vllm_ssd.draft.model import Sampling
 
 SMALLEST = 1e-4
-"""Tokens with a smaller probability are not sampled: they would widen what is sent for all rows, and
-lose less than N times this in acceptance."""
+"""Tokens with a smaller probability are not sampled: they would widen what is sent for all rows.
+Without them less than N times this is lost in acceptance."""
 _COLDEST = 0.01
 """The lowest temperature above 0 that vLLM uses."""
 _LEAST_LEFT = 1e-6
 """If C leaves less than this of q, nothing is weighed."""
+_MOSTLY = 0.5
+"""So much of q must be left without end tokens, if one of them is the first choice."""
 
 
 class DeviceSampling(NamedTuple):
@@ -42,27 +45,50 @@ class DeviceSampling(NamedTuple):
     ends: torch.Tensor
     weighed: torch.Tensor
     weight: torch.Tensor
+    weighs: bool
+    """Whether any token is weighed."""
 
 
 def send_sampling(sampling: Sampling, device: torch.device) -> DeviceSampling:
     """Bring the parameters to the device, in one copy; on CPU they stay where they are."""
     if device.type == "cpu":
-        return DeviceSampling(*map(torch.from_numpy, sampling))
+        weighs = bool(sampling.weighed.any())
+        return DeviceSampling(*map(torch.from_numpy, sampling), weighs)
     from vllm.utils.torch_utils import async_tensor_h2d
 
-    floats = (sampling.temperature, sampling.top_p, sampling.weight)
-    integers = (sampling.sampled, sampling.top_k, sampling.weighed)
-    columns = [
-        *(values.view(np.int32) for values in floats),
-        *(values.astype(np.int32) for values in integers),
-    ]
-    joined: Int32Array = np.concatenate([np.stack(columns, axis=1), sampling.ends], axis=1)
     # From pinned memory, which is not reused before the copy is done.
-    sent = async_tensor_h2d(joined, device=device)
-    temperature, top_p, weight = sent[:, :3].contiguous().view(torch.float32).unbind(1)
-    sampled, top_k, weighed = sent[:, 3:6].unbind(1)
+    return split(async_tensor_h2d(joined(sampling), device=device), sampling)
+
+
+def joined(sampling: Sampling) -> Int32Array:
+    """All parameters one after the other; float32 by their bits."""
+    return join(
+        [
+            sampling.temperature.view(np.int32),
+            sampling.top_p.view(np.int32),
+            sampling.weight.view(np.int32),
+            sampling.sampled.astype(np.int32),
+            sampling.top_k,
+            sampling.weighed,
+            sampling.ends,
+        ]
+    )
+
+
+def split(sent: torch.Tensor, sampling: Sampling) -> DeviceSampling:
+    """What :func:`joined` has joined, taken apart on the device."""
+    count = len(sampling.sampled)
+    shapes = [(count,)] * 6 + [sampling.ends.shape]
+    temperature, top_p, weight, sampled, top_k, weighed, ends = cut(sent, shapes)
     return DeviceSampling(
-        sampled.bool(), temperature, top_k, top_p, sent[:, 6:], weighed, weight
+        sampled.bool(),
+        temperature.view(torch.float32),
+        top_k,
+        top_p.view(torch.float32),
+        ends,
+        weighed,
+        weight.view(torch.float32),
+        bool(sampling.weighed.any()),
     )
 
 
@@ -89,9 +115,7 @@ def stated_probabilities(values: torch.Tensor, sampling: DeviceSampling) -> torc
     return _cut(values.float(), sampling)
 
 
-def proposals(
-    values: torch.Tensor, tokens: torch.Tensor, sampling: DeviceSampling
-) -> torch.Tensor:
+def proposals(values: torch.Tensor, tokens: torch.Tensor, sampling: DeviceSampling) -> torch.Tensor:
     """q' of each sequence.
 
     Args:
@@ -101,22 +125,22 @@ def proposals(
 
     Returns:
         ``[n, N]`` float32; each row sums to 1. One-hot for the first choice where nothing is
-        sampled, and where nothing but end tokens is left.
+        sampled, and where the request most likely ends.
     """
     q = _cut(values.float(), sampling)
     ends = (tokens[:, :, None] == sampling.ends[:, None, :]).any(-1)
     q.masked_fill_(ends, 0.0)
-    left = q > 0.0
-    weighed = left & (left.cumsum(1) <= sampling.weighed[:, None])
-    lighter = torch.where(weighed, q * sampling.weight[:, None], q)
-    total = lighter.sum(1, keepdim=True)
-    q = torch.where(total > _LEAST_LEFT, lighter, q)
+    left = q.sum(1)
+    if sampling.weighs:
+        possible = q > 0.0
+        weighed = possible & (possible.cumsum(1) <= sampling.weighed[:, None])
+        lighter = torch.where(weighed, q * sampling.weight[:, None], q)
+        q = torch.where(lighter.sum(1, keepdim=True) > _LEAST_LEFT, lighter, q)
     q.masked_fill_(q < SMALLEST * q.sum(1, keepdim=True), 0.0)
-    total = q.sum(1, keepdim=True)
-    q /= total
-    certain = ~(sampling.sampled[:, None] & (total > 0.0))
-    q.masked_fill_(certain, 0.0)
-    q[:, 0] += certain[:, 0]
+    q /= q.sum(1, keepdim=True)
+    sampled = sampling.sampled & (left > torch.where(ends[:, 0], _MOSTLY, 0.0))
+    q.masked_fill_(~sampled[:, None], 0.0)
+    q[:, 0] += ~sampled
     return q
 
 

@@ -135,14 +135,12 @@ class Trees:
         self.cache.append(rows, tokens, chances)
         self.cache.ended[rows] = grown.ended
         self._close()
-        message = Stepped(
-            pack(rows), pack(tokens), pack(rows[grown.ended]), pack_floats(chances)
-        )
+        message = Stepped(pack(rows), pack(tokens), pack(rows[grown.ended]), pack_floats(chances))
         if len(grown.q_tokens):
             support = int(np.flatnonzero(grown.q_probabilities.any(axis=0))[-1]) + 1
             message = replace(
                 message,
-                sampled=pack(np.flatnonzero(grown.sampled)),
+                sampled=pack(np.flatnonzero(grown.sampled).astype(np.int32)),
                 support=support,
                 q_tokens=pack(grown.q_tokens[:, :support]),
                 q_probabilities=pack_floats(grown.q_probabilities[:, :support]),
