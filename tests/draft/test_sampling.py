@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from vllm_ssd.draft.model import MAX_STOP_TOKENS, Sampling
+from vllm_ssd.draft.model import Sampling
 from vllm_ssd.draft.sampling import (
     SMALLEST,
     draw,
@@ -22,6 +22,7 @@ from vllm_ssd.draft.sampling import (
     split,
     stated_probabilities,
 )
+from vllm_ssd.wire.messages import MAX_STOP_TOKENS
 
 CPU = torch.device("cpu")
 
