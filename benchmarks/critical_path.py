@@ -18,7 +18,9 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from vllm import SamplingParams
 
+from vllm_ssd.core.arms import arms_of
 from vllm_ssd.core.switch import Switch
 from vllm_ssd.draft.blocks import KVBlocks
 from vllm_ssd.draft.engine import DraftEngine
@@ -27,6 +29,7 @@ from vllm_ssd.draft.model import BlockChanges, Choices, Done, Sequences
 from vllm_ssd.draft.rows import Rows
 from vllm_ssd.target.client import DraftClient
 from vllm_ssd.target.decisions import Decisions
+from vllm_ssd.target.handover import HandOver
 from vllm_ssd.target.proposer import SSDProposer
 from vllm_ssd.wire.channel import Channel
 from vllm_ssd.wire.messages import (
@@ -43,19 +46,25 @@ from vllm_ssd.wire.messages import (
 VOCABULARY = 49_152
 DEPTH = 6
 CASES = (
-    (1, 24, 100, 0.0),
-    (1, 24, 8_000, 0.0),
-    (32, 24, 100, 0.0),
-    (32, 24, 8_000, 0.0),
-    (64, 16, 100, 0.0),
-    (256, 4, 100, 0.0),
-    (1, 24, 100, 0.8),
-    (32, 24, 100, 0.8),
-    (256, 4, 100, 0.8),
+    (1, 24, 100, 0.0, False),
+    (1, 24, 8_000, 0.0, False),
+    (32, 24, 100, 0.0, False),
+    (32, 24, 8_000, 0.0, False),
+    (64, 16, 100, 0.0, False),
+    (256, 4, 100, 0.0, False),
+    (1, 24, 100, 0.8, False),
+    (32, 24, 100, 0.8, False),
+    (256, 4, 100, 0.8, False),
+    (1, 24, 100, 0.0, True),
+    (32, 24, 100, 0.0, True),
+    (1, 24, 100, 0.8, True),
+    (32, 24, 100, 0.8, True),
 )
-"""Requests, branches of each (1,024 rows at most in all), the length of their texts, and how many
-verifications reject a token: the target's token is then the draft's second choice."""
+"""Requests, branches of each (1,024 rows at most in all), the length of their texts, how many
+verifications reject a token (the target's token is then the draft's second choice), and whether
+tokens are sampled: then their distributions are handed over to the runner."""
 CANDIDATES = 25
+SAMPLED_FROM = 64
 ROUNDS = 200
 BLOCK = 32
 
@@ -65,14 +74,21 @@ class TableModel:
 
     lookahead = False
     _shares = np.full((1, CANDIDATES), 0.5 / (CANDIDATES - 1), np.float32)
-    _shares[0, 0] = 0.5
+    _q = np.full((1, SAMPLED_FROM), 0.5 / (SAMPLED_FROM - 1), np.float32)
+    _shares[0, 0] = _q[0, 0] = 0.5
 
     def launch(self, changes: BlockChanges, sequences: Sequences) -> Done:
         """The best tokens after each sequence: its last token's successor, then others."""
         last = sequences.tokens[np.cumsum(sequences.query_lens) - 1].astype(np.int64)
-        top = (last[:, None] * 31 + np.arange(CANDIDATES) * 101 + 7) % VOCABULARY
-        shares = np.repeat(self._shares, len(last), axis=0)
-        return Done(Choices.firsts(top.astype(np.int32), shares))
+        sampling = sequences.sampling
+        count = CANDIDATES if sampling is None else SAMPLED_FROM
+        top = (last[:, None] * 31 + np.arange(count) * 101 + 7) % VOCABULARY
+        choices = Choices.firsts(top.astype(np.int32), np.repeat(self._shares, len(last), axis=0))
+        if sampling is None:
+            return Done(choices)
+        # Every sample happens to be the first choice.
+        q = np.where(sampling.sampled[:, None], self._q, np.eye(1, SAMPLED_FROM, dtype=np.float32))
+        return Done(choices._replace(proposals=q))
 
 
 def successor(token: int, choice: int = 0) -> int:
@@ -91,7 +107,7 @@ class Draft:
     """The draft's side of the socket, driven by hand."""
 
     def __init__(
-        self, connection: socket.socket, requests: int, branches: int, context: int
+        self, connection: socket.socket, requests: int, branches: int, context: int, sampled: bool
     ) -> None:
         self._channel: Channel[DraftBound] = Channel(connection, DraftBound)
         self._epoch, self._number = 0, 0
@@ -99,9 +115,9 @@ class Draft:
         rows = requests * branches
         self.engine = DraftEngine(
             TableModel(),
-            Rows(rows, DEPTH, CANDIDATES),
+            Rows(rows, DEPTH, CANDIDATES, SAMPLED_FROM * sampled),
             KVBlocks(requests * blocks + 3 * rows, BLOCK, enable_prefix_caching=True),
-            Policy(DEPTH, None, branches, branches),
+            Policy(DEPTH, None, branches, branches, arms_of(_sampling(sampled), 1.0)),
             prefill_chunk=100_000,
             prefill_chunk_idle=100_000,
         )
@@ -129,28 +145,32 @@ class Draft:
         self._number += 1
 
 
+def _sampling(sampled: bool) -> str:
+    """The option ``draft_sampling``."""
+    return "probabilistic" if sampled else "greedy"
+
+
 def measure(
-    requests: int, branches: int, context: int, rejected: float
+    requests: int, branches: int, context: int, rejected: float, sampled: bool
 ) -> tuple[list[float], DraftEngine, float]:
     """Seconds of each ``propose()``, the draft engine, and the share of look-ups that hit."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    proposer, client = _proposer(ours, branches, context)
+    proposer, client = _proposer(ours, branches, context, sampled)
     texts = np.zeros((requests, context + 4096), np.int32)
     lengths = np.full(requests, context, np.int32)
     chance = np.random.default_rng(0)
     texts[:, :context] = chance.integers(3, VOCABULARY, (requests, context))
-    draft = Draft(theirs, requests, branches, context)
+    draft = Draft(theirs, requests, branches, context, sampled)
     client.poll(1.0)
     names = [f"request-{i}" for i in range(requests)]
-    parameters = SimpleNamespace(
-        max_tokens=4096,
-        min_tokens=0,
-        stop_token_ids=[],
-        eos_token_id=None,
-        ignore_eos=True,
-        temperature=0.0,
+    parameters = SamplingParams(temperature=float(sampled), max_tokens=4096, ignore_eos=True)
+    runner = SimpleNamespace(
+        input_batch=SimpleNamespace(req_ids=names, all_greedy=not sampled),
+        requests={},
+        device="cpu",
     )
-    proposer.bind(SimpleNamespace(input_batch=SimpleNamespace(req_ids=names), requests={}), client)
+    hand_over = HandOver(runner, DEPTH, VOCABULARY, proposer.stats) if sampled else None
+    proposer.bind(runner, client, hand_over)
     announced = [
         proposer.requests.announce(name, texts[i, :context], context, parameters)
         for i, name in enumerate(names)
@@ -163,7 +183,7 @@ def measure(
     seconds: list[float] = []
     for _ in range(ROUNDS):
         draft.turn()
-        sampled = []
+        verified = []
         for i, proposal in enumerate(proposals):
             rejects = chance.random() < rejected
             # Else everything is accepted, and the target's next token is the draft's.
@@ -172,11 +192,11 @@ def measure(
             tokens = [*accepted, successor(last, choice=int(rejects))]
             texts[i, lengths[i] : lengths[i] + len(tokens)] = tokens
             lengths[i] += len(tokens)
-            sampled.append(tokens)
+            verified.append(tokens)
         proposer.decisions.take_in()
         proposer.pace.scheduled(_step(names, proposals))
         began = time.perf_counter()
-        proposals = proposer.propose(sampled, lengths, texts)
+        proposals = proposer.propose(verified, lengths, texts)
         seconds.append(time.perf_counter() - began)
     return seconds, draft.engine, proposer.stats.hits / proposer.stats.look_ups
 
@@ -192,10 +212,10 @@ def _step(names: list[str], proposals: list[list[int]]) -> Any:
 
 
 def _proposer(
-    connection: socket.socket, branches: int, context: int
+    connection: socket.socket, branches: int, context: int, sampled: bool
 ) -> tuple[SSDProposer, DraftClient]:
     options: dict[str, Any] = {"model": "table", "num_speculative_tokens": DEPTH, "strict": True}
-    options["draft_sampling"] = "greedy"
+    options |= {"draft_sampling": _sampling(sampled), "draft_top_n": SAMPLED_FROM}
     options["max_wait_ms"] = 0.0  # the draft runs between two proposals only
     config: Any = SimpleNamespace(
         additional_config={"ssd": options},
@@ -203,7 +223,17 @@ def _proposer(
     )
     proposer = SSDProposer(config)
     proposer.decisions = AlwaysOn(proposer.requests, proposer.pace, proposer.stats)
-    setup = Setup({}, DEPTH, [], branches, branches, True, VOCABULARY)
+    setup = Setup(
+        {},
+        DEPTH,
+        [],
+        branches,
+        branches,
+        True,
+        VOCABULARY,
+        draft_sampling=_sampling(sampled),
+        draft_top_n=SAMPLED_FROM,
+    )
     client = DraftClient(setup, [], 60.0, proposer.stats, proposer.requests.forget_all)
     stand_in: Any = SimpleNamespace(channel=Channel(connection, TargetBound), pid=0)
     client.process = stand_in
@@ -218,6 +248,7 @@ def main() -> None:
         "branches",
         "context",
         "rejected",
+        "sampled",
         "hit rate",
         "10 %",
         "median",
@@ -225,16 +256,17 @@ def main() -> None:
     ):
         table.add_column(column, justify="right")
     steps = Table(title="the draft's Python beside the model's forward, means")
-    for column in ("rows", "context", "rejected", "per step", "from outcomes to forks"):
+    for column in ("rows", "context", "rejected", "sampled", "per step", "from outcomes to forks"):
         steps.add_column(column, justify="right")
-    for requests, branches, context, rejected in CASES:
-        seconds, engine, hit_rate = measure(requests, branches, context, rejected)
+    for requests, branches, context, rejected, sampled in CASES:
+        seconds, engine, hit_rate = measure(requests, branches, context, rejected, sampled)
         microseconds = sorted(1e6 * s for s in seconds[20:])
         table.add_row(
             str(requests),
             str(branches),
             str(context),
             f"{rejected:.0%}",
+            "yes" if sampled else "no",
             f"{hit_rate:.1%}",
             f"{microseconds[len(microseconds) // 10]:.0f} µs",
             f"{statistics.median(microseconds):.0f} µs",
@@ -245,6 +277,7 @@ def main() -> None:
             f"{counters['draft_rows'] / counters['draft_steps']:.1f}",
             str(context),
             f"{rejected:.0%}",
+            "yes" if sampled else "no",
             f"{1e3 * counters['draft_python_seconds'] / counters['draft_steps']:.2f} ms",
             f"{1e3 * counters['draft_plan_seconds'] / counters['draft_rounds']:.2f} ms",
         )

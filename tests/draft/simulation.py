@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
+
 from tests.draft.toy_model import LookaheadToyModel, ToyModel, best_tokens, greedy
 from vllm_ssd.core.arms import arms_of
 from vllm_ssd.core.stats import Stats
@@ -348,13 +350,15 @@ class Simulation:
         places = list(zip(rows.tolist(), positions, strict=True))
         for place in places:
             self.drawn_from.pop(place, None)
+        if not message.sampled:
+            return
         sampled = unpack(message.sampled).tolist()
-        shape = len(sampled), message.support
-        tokens = unpack(message.q_tokens).reshape(shape)
-        q = unpack_floats(message.q_probabilities).reshape(shape)
-        for i, of, share in zip(sampled, tokens.tolist(), q.tolist(), strict=True):
-            held = {token: chance for token, chance in zip(of, share, strict=True) if chance}
-            assert len(held) == sum(chance > 0.0 for chance in share), "a token twice"
+        ends = np.cumsum(unpack(message.supports))[:-1]
+        tokens = np.split(unpack(message.q_tokens), ends)
+        q = np.split(unpack_floats(message.q_probabilities), ends)
+        for i, of, share in zip(sampled, tokens, q, strict=True):
+            held = dict(zip(of.tolist(), share.tolist(), strict=True))
+            assert len(held) == len(of), "a token twice"
             self.drawn_from[places[i]] = held
 
     def deliver(self) -> None:

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from tests.engine.all_texts import AllTexts
-from tests.engine.few_tokens import few_token_models
+from tests.engine.few_tokens import LETTERS, TOKENS, few_token_models
 from tests.engine.harness import Engine
 from tests.engine.sampled_runs import (
     LENGTH,
@@ -99,7 +99,7 @@ def test_what_vllm_refuses_with_speculation_is_refused_and_the_engine_lives_on(
     assert min(exact.p_values(found.texts, found.params)) > SURELY_WRONG
 
 
-def test_end_tokens_and_grammars_and_too_many_ends_are_drafted_as_announced(
+def test_first_choices_are_drafted_where_end_tokens_could_not_all_be_left_out(
     weighing: Engine, exact: AllTexts
 ) -> None:
     # More end tokens than the draft checks: nothing is sampled, and the distribution is the same.

@@ -90,7 +90,7 @@ class Target:
                     b"",
                     step.chances,
                     pack(rows),
-                    SUPPORT,
+                    pack([SUPPORT] * len(rows)),
                     pack(among.ravel()),
                     pack_floats(shares),
                 )

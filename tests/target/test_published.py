@@ -59,23 +59,19 @@ def stepped(
     tokens: list[int],
     ended: Sequence[int] = (),
     sampled: Mapping[int, Mapping[int, float]] | None = None,
-    support: int = MOST,
 ) -> Stepped:
     """A step; ``sampled`` are the distributions of some of its tokens, by index."""
     chances = pack_floats(np.full(len(rows), 0.5, np.float32))
     step = Stepped(pack(rows), pack(tokens), pack(list(ended)), chances)
     if not sampled:
         return step
-    q = np.zeros((2, len(sampled), support), np.float32)
-    for i, distribution in enumerate(sampled.values()):
-        q[0, i, : len(distribution)] = list(distribution)
-        q[1, i, : len(distribution)] = list(distribution.values())
+    entries = [entry for distribution in sampled.values() for entry in distribution.items()]
     return structs.replace(
         step,
         sampled=pack(list(sampled)),
-        support=support,
-        q_tokens=pack(q[0].astype(np.int32)),
-        q_probabilities=pack_floats(q[1]),
+        supports=pack([len(distribution) for distribution in sampled.values()]),
+        q_tokens=pack([token for token, _ in entries]),
+        q_probabilities=pack_floats(np.array([share for _, share in entries], np.float32)),
     )
 
 
@@ -250,7 +246,7 @@ def test_what_tokens_were_sampled_from_is_kept() -> None:
     published.steps(
         [
             stepped([0, 2], [5, 6], sampled={0: FIVE}),
-            stepped([0, 2], [8, 6], sampled={1: SIX}, support=1),
+            stepped([0, 2], [8, 6], sampled={1: SIX}),
             stepped([0, 2], [9, 9]),
         ]
     )
@@ -314,10 +310,14 @@ SAMPLED = stepped([0], [5], sampled={0: FIVE})
         stepped([0], [5], sampled={0: {5: np.inf}}),
         stepped([0], [5], sampled={1: FIVE}),
         stepped([0], [5], sampled={-1: FIVE}),
-        stepped([0], [5], sampled={0: FIVE}, support=MOST + 1),
-        structs.replace(SAMPLED, support=0),
-        structs.replace(SAMPLED, support=-1),
-        structs.replace(SAMPLED, support=2),
+        stepped([0], [5], sampled={0: dict.fromkeys(range(5, 9), 0.25)}),
+        stepped([0], [5], sampled={0: {}}),
+        stepped([0, 2], [5, 5], sampled={0: FIVE, 1: {}}),
+        structs.replace(SAMPLED, supports=b""),
+        structs.replace(SAMPLED, supports=pack([1])),
+        structs.replace(SAMPLED, supports=pack([3])),
+        structs.replace(SAMPLED, supports=pack([-1])),
+        structs.replace(SAMPLED, supports=pack([1, 1])),
         structs.replace(SAMPLED, q_tokens=b""),
         structs.replace(SAMPLED, q_probabilities=b"1234"),
         structs.replace(SAMPLED, sampled=b"123"),
@@ -340,9 +340,7 @@ messages = st.one_of(
     st.builds(Forked, numbers, numbers, numbers, numbers, numbers, numbers),
     st.builds(Pruned, numbers, numbers, numbers),
     st.builds(Stepped, numbers, numbers, numbers, numbers),
-    st.builds(
-        Stepped, numbers, numbers, numbers, numbers, numbers, st.integers(-1, 4), numbers, numbers
-    ),
+    st.builds(Stepped, numbers, numbers, numbers, numbers, numbers, numbers, numbers, numbers),
 )
 
 

@@ -44,6 +44,7 @@ class Distributions:
         self,
         rows: Int32Array,
         positions: Int32Array,
+        supports: Int32Array,
         tokens: Int32Array,
         probabilities: Float32Array,
     ) -> None:
@@ -52,14 +53,17 @@ class Distributions:
         Args:
             rows: ``[n]``.
             positions: ``[n]``, of their tokens in the text.
-            tokens: ``[n, support]``, what each was sampled from; those with probability 0 are any.
-            probabilities: ``[n, support]``.
+            supports: ``[n]``, from how many tokens each was sampled.
+            tokens: ``[sum(supports)]``, these tokens.
+            probabilities: ``[sum(supports)]``, theirs.
         """
         columns = positions % self.support.shape[1]
-        support = tokens.shape[1]
-        self.support[rows, columns] = support
-        self._tokens[rows, columns, :support] = tokens
-        self._probabilities[rows, columns, :support] = probabilities
+        self.support[rows, columns] = supports
+        first = supports.cumsum() - supports
+        index = np.arange(len(tokens)) - np.repeat(first, supports)
+        at = np.repeat(rows, supports), np.repeat(columns, supports), index
+        self._tokens[at] = tokens
+        self._probabilities[at] = probabilities
 
     def look_up(
         self, rows: Int64Array, positions: Int64Array
@@ -71,8 +75,8 @@ class Distributions:
             positions: ``[n]``, in the text.
 
         Returns:
-            ``[n]``, which were sampled; and the entries of their distributions, with probabilities
-            above 0, in one row: which of the tokens each belongs to, token, probability.
+            ``[n]``, which were sampled; and the entries of their distributions, in one row: which
+            of the tokens each belongs to, token, probability.
         """
         columns = positions % self.support.shape[1]
         supports = np.where(rows >= 0, self.support[rows, columns], 0)
@@ -85,6 +89,5 @@ class Distributions:
         tokens = self._tokens[rows, columns, :most]
         probabilities = self._probabilities[rows, columns, :most]
         entries = np.arange(most) < supports[owners, None]
-        entries &= probabilities > 0.0
         of = np.broadcast_to(owners[:, None], entries.shape)[entries]
         return sampled, of, tokens[entries], probabilities[entries]

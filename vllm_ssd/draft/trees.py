@@ -137,13 +137,14 @@ class Trees:
         self._close()
         message = Stepped(pack(rows), pack(tokens), pack(rows[grown.ended]), pack_floats(chances))
         if len(grown.q_tokens):
-            support = int(np.flatnonzero(grown.q_probabilities.any(axis=0))[-1]) + 1
+            # Most distributions are over a few of the N tokens.
+            among = grown.q_probabilities > 0.0
             message = replace(
                 message,
                 sampled=pack(np.flatnonzero(grown.sampled).astype(np.int32)),
-                support=support,
-                q_tokens=pack(grown.q_tokens[:, :support]),
-                q_probabilities=pack_floats(grown.q_probabilities[:, :support]),
+                supports=pack(among.sum(axis=1, dtype=np.int32)),
+                q_tokens=pack(grown.q_tokens[among]),
+                q_probabilities=pack_floats(grown.q_probabilities[among]),
             )
         self._messages.append(message)
 

@@ -106,22 +106,22 @@ class PublishedTrees:
             if any(step.sampled for step in steps):
                 raise ValueError("sampled tokens, though none were asked for")
             return
-        cache = self.cache
+        cache, most = self.cache, distributions.most
         first = cache.start[rows] + cache.length[rows] - len(steps)
         distributions.certain(rows, first + np.arange(len(steps), dtype=np.int32)[:, None])
         for i, step in enumerate(steps):
             if not step.sampled:
                 continue
-            which = _indices(step.sampled)
-            if not 0 < step.support <= distributions.most:
-                raise ValueError(f"a distribution over {step.support} tokens")
-            shape = len(which), step.support
-            among = unpack(step.q_tokens)
+            which, supports = _indices(step.sampled), unpack(step.supports)
+            among, probabilities = unpack(step.q_tokens), unpack_floats(step.q_probabilities)
+            if not len(which) == len(supports) or not len(among) == len(probabilities):
+                raise ValueError("distributions of different lengths")
+            if not 0 < np.minimum.reduce(supports) <= np.maximum.reduce(supports) <= most:
+                raise ValueError(f"a distribution over less than one or more than {most} tokens")
+            _check_counts(supports.tolist(), len(among))
             self._check_tokens(among)
-            among = among.reshape(shape)
-            probabilities = unpack_floats(step.q_probabilities).reshape(shape)
-            _check_distributions(tokens[i, which], among, probabilities)
-            distributions.sampled(rows[which], first[which] + i, among, probabilities)
+            _check_distributions(tokens[i, which], supports, among, probabilities)
+            distributions.sampled(rows[which], first[which] + i, supports, among, probabilities)
 
     def plant(self, message: Planted) -> None:
         """Trees replace the requests' former ones."""
@@ -192,15 +192,23 @@ def _check_counts(counts: list[int], total: int) -> None:
 
 
 def _check_distributions(
-    tokens: Int32Array, among: Int32Array, probabilities: Float32Array
+    tokens: Int32Array, supports: Int32Array, among: Int32Array, probabilities: Float32Array
 ) -> None:
-    """Refuse what ``tokens`` cannot have been sampled from: ``[n]`` and twice ``[n, support]``."""
+    """Refuse what ``tokens`` cannot have been sampled from.
+
+    Args:
+        tokens: ``[n]``.
+        supports: ``[n]``, entries of each distribution.
+        among: ``[entries]``, their tokens.
+        probabilities: ``[entries]``.
+    """
     # Also refuses what is not a number: no comparison with that holds.
-    if not np.minimum.reduce(probabilities, axis=None, initial=0.0) >= 0.0:
-        raise ValueError("a probability below 0")
-    if not (np.abs(probabilities.sum(axis=1) - 1.0) <= _ROUNDING).all():
+    if not np.minimum.reduce(probabilities) > 0.0:
+        raise ValueError("a probability that is not above 0")
+    first = supports.cumsum() - supports
+    if not (np.abs(np.add.reduceat(probabilities, first) - 1.0) <= _ROUNDING).all():
         raise ValueError("probabilities that do not add up to 1")
-    if not ((among == tokens[:, None]) & (probabilities > 0.0)).any(axis=1).all():
+    if not np.logical_or.reduceat(among == np.repeat(tokens, supports), first).all():
         raise ValueError("a token that is not in its distribution")
 
 

@@ -26,6 +26,9 @@ MAX_FRAME_BYTES = 64 << 20
 MAX_PENDING_BYTES = 64 << 20
 """What may wait for a slow reader before the channel counts as full."""
 _READ_BYTES = 256 << 10
+_SOCKET_BYTES = 4 << 20
+"""What the socket is asked to hold (the system may allow less): all that the draft sends while the
+target computes, so that nothing of it is still to be sent when the target reads."""
 _SEND_BYTES = 64 << 10
 """Most bytes of one call to the socket: another sending thread waits for it, some ten
 microseconds."""
@@ -49,6 +52,7 @@ class Channel(Generic[Frame]):
 
     def __init__(self, sock: socket.socket, receives: type[Frame]) -> None:
         sock.setblocking(False)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BYTES)
         self._socket = sock
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(receives)
@@ -194,8 +198,6 @@ class Channel(Generic[Frame]):
             if not size:
                 return True
             self._inbox += self._arrived[:size]
-            if size < _READ_BYTES:
-                return False
 
     def _take_frames(self) -> list[Frame | None]:
         """Cut complete frames off the inbox."""

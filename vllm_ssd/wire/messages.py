@@ -232,12 +232,12 @@ class Stepped(Message, frozen=True):
     """float32, one a row: the chance that its token is accepted if those before it are."""
     sampled: bytes = b""
     """Which of ``rows``, by index, grew by a token that was sampled; the others' was certain."""
-    support: int = 0
-    """S: each sampled one comes from a distribution over at most S tokens."""
+    supports: bytes = b""
+    """For each of these, from how many tokens it was sampled."""
     q_tokens: bytes = b""
-    """``[sampled, S]``, these tokens; those with probability 0 are any."""
+    """``[sum(supports)]``, these tokens, different ones for each."""
     q_probabilities: bytes = b""
-    """``[sampled, S]`` float32, their probabilities, as sampled from."""
+    """``[sum(supports)]`` float32, their probabilities, above 0, as sampled from."""
 
 
 class Report(Message, frozen=True):
