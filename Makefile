@@ -36,9 +36,9 @@ lint: $(READY) ## ruff and mypy
 	@echo "lint: mypy";        $(BIN)/mypy
 
 # benchmarks/forks.py needs recorded answers: docs/performance.md shows its command.
-bench: setup ## the measurements in benchmarks/ that need no data
-	@set -e; for name in critical_path draft_vocab step_time end_to_end; do \
-		echo "bench: $$name"; $(BIN)/python -m vllm_ssd.cli.env benchmarks/$$name.py; done
+bench: setup ## the measurements in benchmarks/ that need no data; an hour or two
+	@set -e; for name in critical_path draft_vocab step_time end_to_end batch_sizes settings; do \
+		echo "bench: $$name"; $(BIN)/python -m vllm_ssd.cli.env -m benchmarks.$$name; done
 
 clean: ## remove .venv and everything built (the models stay cached)
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

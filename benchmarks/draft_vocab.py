@@ -25,7 +25,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from vllm_ssd.cli.demo_engine import best_dtype
+from vllm_ssd.cli.engine_process import best_dtype
 from vllm_ssd.cli.models import demo_models
 from vllm_ssd.config import SSDConfig
 from vllm_ssd.core.arrays import Int32Array

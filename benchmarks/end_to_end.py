@@ -4,41 +4,34 @@ Every engine answers the demonstration's questions, one at a time, greedily; eng
 ``--rounds`` times. All of them have the same cores: plain vLLM and ``draft_model`` use them
 together, SSD gives one to the draft. Each ``--ssd`` is an SSD engine with options of its own.
 
-    python benchmarks/end_to_end.py [--draft FOLDER] [--rounds 2] \\
+    python -m benchmarks.end_to_end [--draft FOLDER] [--rounds 2] \\
         --ssd '{"num_speculative_tokens": 4, "fan_out": 2}' --ssd '{"num_speculative_tokens": 6}'
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from typing import Any
 
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from benchmarks.engines import draft_model, ssd, ssd_name, ssd_options
 from vllm_ssd.cli.demo import QUESTIONS
-from vllm_ssd.cli.demo_engine import Answers, EngineSpec, ask
+from vllm_ssd.cli.demo_engine import Answers, Questions, ask
 from vllm_ssd.cli.models import demo_models
 
-DEFAULT = '{"num_speculative_tokens": 6}'
+DEFAULT: dict[str, Any] = {"num_speculative_tokens": 6}
 
 
 def engines(draft: str, options: list[dict[str, Any]]) -> dict[str, dict[str, Any] | None]:
     """Speculative configs by the name of their row."""
     found: dict[str, dict[str, Any] | None] = {"plain": None}
     for k in sorted({one["num_speculative_tokens"] for one in options}):
-        found[f"draft_model, K = {k}"] = {
-            "method": "draft_model",
-            "model": draft,
-            "num_speculative_tokens": k,
-        }
+        found[f"draft_model, K = {k}"] = draft_model(draft, k)
     for one in options:
-        rest = {name: value for name, value in one.items() if name != "num_speculative_tokens"}
-        named = "".join(f", {name} {value}" for name, value in rest.items())
-        name = f"SSD, K = {one['num_speculative_tokens']}{named}"
-        found[name] = {"method": "ssd", "model": draft, **one}
+        found[ssd_name(one)] = ssd(draft, one)
     return found
 
 
@@ -56,20 +49,24 @@ def main() -> None:
     """Run all engines and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--draft", default=None, help="default: the demonstration's")
-    parser.add_argument("--ssd", action="append", help="options of an SSD engine, JSON")
+    parser.add_argument(
+        "--ssd", action="append", type=ssd_options, help="options of an SSD engine, JSON"
+    )
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--max-tokens", type=int, default=128)
     parser.add_argument("--compile", action="store_true", help="compile the models")
     options = parser.parse_args()
     models = demo_models()
-    configs = engines(
-        options.draft or str(models.draft), [json.loads(text) for text in options.ssd or [DEFAULT]]
-    )
+    configs = engines(options.draft or str(models.draft), options.ssd or [DEFAULT])
     runs: dict[str, list[Answers]] = {name: [] for name in configs}
     turns = [name for _ in range(options.rounds) for name in configs]
     for name in track(turns, "engines"):
-        spec = EngineSpec(
-            str(models.target), configs[name], QUESTIONS, options.max_tokens, not options.compile
+        spec = Questions(
+            model=str(models.target),
+            speculative_config=configs[name],
+            enforce_eager=not options.compile,
+            prompts=QUESTIONS,
+            max_tokens=options.max_tokens,
         )
         runs[name].append(ask(spec, lambda event: None))
     Console().print(_table({name: merged(some) for name, some in runs.items()}))

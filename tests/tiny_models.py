@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_ssd.cli.models import cache_folder
+from vllm_ssd.cli.downloads import cache_folder
 
 VOCABULARY = 512
 HIDDEN = 64

@@ -24,7 +24,7 @@ from sources import OPTIONS, generate, hold_out, read_sources
 from texts import by_frequency
 from training import Recipe, train
 
-from vllm_ssd.cli.demo_engine import cpu_has_bfloat16
+from vllm_ssd.cli.engine_process import cpu_has_bfloat16
 
 TOPICS = ["ocean", "sea", "music", "song", "robot", "garden", "football", "bread", "mountain"]
 TOPICS += ["history", "dog", "cat", "school", "weather", "city", "health", "forest", "water"]

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from vllm_ssd.cli import demo
 from vllm_ssd.cli.demo import DRAFT_MODEL, PLAIN, SSD, _table
-from vllm_ssd.cli.demo_engine import Answers, EngineSpec
+from vllm_ssd.cli.demo_engine import Answers, Questions
 from vllm_ssd.cli.main import app
 from vllm_ssd.cli.models import DemoModels
 
@@ -46,7 +46,7 @@ def test_everything_is_readable_in_eighty_columns() -> None:
     assert "bfloat16" not in console.export_text()
 
 
-Ask = Callable[[EngineSpec, Any], Answers]
+Ask = Callable[[Questions, Any], Answers]
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str | None, int]]:
 def engines(asked: list[tuple[str, str | None, int]], machine: str, *wrong: str) -> Ask:
     """Engines on a machine whose faster type is ``machine``; text is wrong in the types named."""
 
-    def ask(spec: EngineSpec, listen: Any) -> Answers:
+    def ask(spec: Questions, listen: Any) -> Answers:
         method = (spec.speculative_config or {}).get("method", "plain")
         asked.append((method, spec.dtype, len(spec.prompts)))
         dtype = spec.dtype or machine

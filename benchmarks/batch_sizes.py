@@ -1,0 +1,249 @@
+"""Tokens per second against the batch size: SSD, plain vLLM and vLLM's ``draft_model``.
+
+Plain vLLM and ``draft_model`` run twice: on the cores that SSD leaves to its target, and on all.
+A batch of n is n requests that run all the time (``benchmarks/load.py``). Engines take turns; each
+is started once a round and measures all sizes. Of a slice of the work the median over the rounds
+counts, and ± is half the difference between the fastest and the slowest round.
+
+The ideal is what SSD would give if every look-up hit at full depth for nothing: at batch n, n times
+(acceptance length of ``draft_model`` with the same K) / (SSD's mean verification time).
+
+    python -m benchmarks.batch_sizes [--texts hidden] [--temperature 0.7] [--compile] \\
+        [--draw FILE] --ssd '{"num_speculative_tokens": 4}' --ssd JSON
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.table import Table
+
+from benchmarks.engines import (
+    Engine,
+    add_arguments,
+    draft_model,
+    numbers,
+    slices,
+    ssd,
+    ssd_name,
+    ssd_options,
+    take_turns,
+    target_cores,
+    wide_console,
+)
+from benchmarks.load import Case, Measured, Rate, added, rate
+from benchmarks.prompts import SETS, prompts
+from vllm_ssd.cli.models import demo_models
+
+SIZES = "1,2,4,8,16,32"
+DEFAULT: dict[str, Any] = {"num_speculative_tokens": 4}
+OWN, ALL = "target's cores", "all cores"
+PLACES = {"own": OWN, "all": ALL}
+"""By what they are called on the command line."""
+RIVALS = ("plain", "draft_model")
+
+
+class Point(NamedTuple):
+    """One engine at one batch size."""
+
+    rate: Rate
+    counters: dict[str, float]
+
+
+Curves = dict[str, dict[int, Point]]
+"""By engine and batch size."""
+
+
+def compared(
+    draft: str, options: list[dict[str, Any]], rivals: list[str], places: list[str]
+) -> list[Engine]:
+    """All engines.
+
+    Args:
+        draft: the draft model.
+        options: of each SSD engine.
+        rivals: which of ``RIVALS``.
+        places: which of ``OWN`` and ``ALL``.
+
+    Raises:
+        ValueError: the SSD engines leave different cores to their targets.
+    """
+    own = target_cores(options[0])
+    if any(target_cores(one) != own for one in options):
+        raise ValueError("all SSD engines must leave the same cores to their targets")
+    found = []
+    for place in places:
+        cores = own if place == OWN else None
+        if "plain" in rivals:
+            found.append(Engine(f"plain, {place}", None, cores))
+        if "draft_model" in rivals:
+            for k in sorted({one["num_speculative_tokens"] for one in options}):
+                name = f"draft_model, K = {k}, {place}"
+                found.append(Engine(name, draft_model(draft, k), cores))
+    return found + [Engine(ssd_name(one), ssd(draft, one), own) for one in options]
+
+
+def curves(measured: dict[str, list[list[Measured]]], sizes: list[int]) -> Curves:
+    """The rates from what was measured, by engine and then by batch size, in its order."""
+    return {
+        name: {
+            size: Point(rate([one.slices for one in rounds]), added(rounds))
+            for size, rounds in zip(sizes, of_sizes, strict=True)
+        }
+        for name, of_sizes in measured.items()
+    }
+
+
+def acceptance_length(counters: dict[str, float]) -> float | None:
+    """Tokens of a verification of drafted tokens; None where there was none."""
+    if not counters.get("drafts"):
+        return None
+    return 1 + counters["accepted_tokens"] / counters["drafts"]
+
+
+def mean(counters: dict[str, float], total: str, count: str) -> float | None:
+    """A counter by how often it was added to; None where it never was."""
+    return counters[total] / counters[count] if counters.get(count) else None
+
+
+def share_of_ideal(point: Point, rival: Point | None, size: int) -> float | None:
+    """SSD's tokens per second as a share of the ideal.
+
+    Args:
+        point: SSD's.
+        rival: of ``draft_model`` with the same K.
+        size: the batch size.
+    """
+    length = acceptance_length(rival.counters) if rival else None
+    seconds = mean(point.counters, "verify_seconds", "verify_intervals")
+    if length is None or seconds is None:
+        return None
+    return point.rate.median / (size * length / seconds)
+
+
+def speeds(found: Curves, title: str) -> Table:
+    """Tokens per second, and their ratio to plain vLLM on the target's cores and on all."""
+    table = Table(title=title, caption=f"tokens/s ± spread; × plain on the {OWN} | × on {ALL}")
+    table.add_column("")
+    for size in next(iter(found.values())):
+        table.add_column(f"batch {size}", justify="right")
+    bases = [found.get(f"plain, {place}") for place in (OWN, ALL)]
+    for name, points in found.items():
+        cells = []
+        for size, point in points.items():
+            ratios = [_ratio(point, base[size] if base else None) for base in bases]
+            cells.append(f"{point.rate}\n{' | '.join(ratios)}")
+        table.add_row(name, *cells)
+    return table
+
+
+def _ratio(point: Point, base: Point | None) -> str:
+    return f"{point.rate.median / base.rate.median:.2f}" if base else "-"
+
+
+def details(found: Curves, ks: dict[str, int]) -> Table:
+    """What lies behind SSD's speeds.
+
+    Args:
+        found: the curves of all engines.
+        ks: K of the SSD engines, by name.
+    """
+    table = Table(title="SSD")
+    table.add_column("")
+    columns = ("batch", "hit rate", "acceptance\nlength", "that of\ndraft_model", "verification")
+    for column in (*columns, "share of\nthe ideal"):
+        table.add_column(column, justify="right")
+    for name, k in ks.items():
+        rivals = (found.get(f"draft_model, K = {k}, {place}") for place in (OWN, ALL))
+        rival = next((one for one in rivals if one), None)
+        for size, point in found[name].items():
+            other = rival[size] if rival else None
+            seconds = mean(point.counters, "verify_seconds", "verify_intervals")
+            table.add_row(
+                name,
+                str(size),
+                _shown(mean(point.counters, "hits", "look_ups"), ".3f"),
+                _shown(acceptance_length(point.counters), ".2f"),
+                _shown(acceptance_length(other.counters) if other else None, ".2f"),
+                _shown(1e3 * seconds if seconds else None, ".1f", " ms"),
+                _shown(share_of_ideal(point, other, size), ".2f"),
+            )
+        table.add_section()
+    return table
+
+
+def _shown(value: float | None, form: str, unit: str = "") -> str:
+    return "-" if value is None else f"{value:{form}}{unit}"
+
+
+def draw(found: Curves, title: str, file: Path) -> None:
+    """Both as a figure: tokens per second, and the ratio to plain on the target's cores."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    base = found.get(f"plain, {OWN}")
+    figure, panels = pyplot.subplots(1, 2 if base else 1, figsize=(11 if base else 6, 4.5))
+    speed, *ratio = [panels] if base is None else panels
+    colours = {"plain": "black", "draft_model": "tab:gray"}
+    for name, points in found.items():
+        style: dict[str, Any] = {"label": name, "marker": "o", "markersize": 3}
+        style["linestyle"] = "--" if name.endswith(ALL) else "-"
+        colour = colours.get(name.split(",")[0])
+        style |= {"color": colour} if colour else {"linewidth": 2}
+        sizes = list(points)
+        speed.plot(sizes, [point.rate.median for point in points.values()], **style)
+        if base:
+            ratios = [point.rate.median / base[size].rate.median for size, point in points.items()]
+            ratio[0].plot(sizes, ratios, **style)
+    speed.set_yscale("log")
+    speed.set_ylabel("tokens/s")
+    speed.legend(fontsize=8)
+    if base:
+        ratio[0].set_ylabel(f"× plain vLLM on the {OWN}")
+    for axes in (speed, *ratio):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(sizes, [str(size) for size in sizes])
+        axes.set_xlabel("batch size")
+        axes.grid(alpha=0.3)
+    figure.suptitle(title)
+    figure.tight_layout()
+    figure.savefig(file, dpi=150)
+
+
+def main() -> None:
+    """Measure, print both tables, and draw."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    add_arguments(parser)
+    parser.add_argument(
+        "--ssd", action="append", type=ssd_options, help="options of an SSD engine, JSON"
+    )
+    parser.add_argument("--sizes", type=numbers, default=SIZES)
+    parser.add_argument("--texts", choices=SETS, default="hidden")
+    parser.add_argument("--rivals", nargs="*", choices=RIVALS, default=RIVALS)
+    parser.add_argument(
+        "--places", nargs="+", choices=PLACES, default=list(PLACES), help="cores of the rivals"
+    )
+    parser.add_argument("--draw", type=Path, help="where to draw the curves (.png, .svg)")
+    options = parser.parse_args()
+    draft = options.draft or str(demo_models().draft)
+    wanted = options.ssd or [DEFAULT]
+    places = [PLACES[place] for place in options.places]
+    engines = compared(draft, wanted, options.rivals, places)
+    texts = prompts(options.texts)
+    cases = [Case(texts, size, slices(options.answers, size)) for size in options.sizes]
+    found = curves(take_turns(engines, cases, options), options.sizes)
+    title = f"{options.texts}, temperature {options.temperature:g}"
+    console = wide_console()
+    console.print(speeds(found, f"{title}, {options.rounds} rounds"))
+    ks = {ssd_name(one): one["num_speculative_tokens"] for one in wanted}
+    console.print(details(found, ks))
+    if options.draw:
+        draw(found, title, options.draw)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,214 @@
+"""An engine under a steady load: n requests run all the time, and tokens are counted.
+
+Each of n streams gets its next prompt as soon as its answer has ended, so that n requests run from
+the first counted token to the last; what is still running then is aborted. The prompts of all
+streams come from one list, in its order, so every engine does the same work, prefills included.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from vllm_ssd.cli.engine_process import (
+    EngineSpec,
+    chat,
+    counters,
+    difference,
+    dtype_of,
+    start_engine,
+)
+
+KV_BYTES = 1 << 30
+PREFILL_TOKENS = 1024
+
+
+class Case(NamedTuple):
+    """One load."""
+
+    prompts: list[str]
+    """They begin again when they have ended."""
+    size: int
+    """n, the requests that run."""
+    slices: int
+    """How long it is measured: the time in which n answers end is a slice."""
+
+
+@dataclass(kw_only=True)
+class Load(EngineSpec):
+    """What to start, and the loads to put on it, one after the other."""
+
+    cases: list[Case]
+    max_tokens: int
+    """Of an answer; it may end before."""
+    temperature: float
+    seed: int
+
+
+class Slice(NamedTuple):
+    """A part of the measured time."""
+
+    tokens: int
+    seconds: float
+
+
+class Measured(NamedTuple):
+    """What one load gave."""
+
+    slices: list[Slice]
+    counters: dict[str, float]
+    """vLLM's of speculative decoding and ours, over the same time."""
+
+
+class Report(NamedTuple):
+    """What one engine has measured."""
+
+    cases: list[Measured]
+    dtype: str
+    cores: list[int]
+    """Those that the target's process may use."""
+
+
+def put_on(load: Load, tell: Callable[[Any], None]) -> Report:
+    """Start the engine and measure all its loads: what runs in its process.
+
+    Args:
+        load: what to do.
+        tell: called with nothing else to tell than how many loads are measured.
+    """
+    engine = start_engine(
+        load,
+        kv_cache_memory_bytes=KV_BYTES,
+        max_num_seqs=max(case.size for case in load.cases),
+        max_num_batched_tokens=PREFILL_TOKENS,
+        # All loads may ask the same.
+        enable_prefix_caching=False,
+        seed=load.seed,
+    )
+    measured = []
+    for case in load.cases:
+        measured.append(_measure(engine, case, load))
+        tell(len(measured))
+    return Report(measured, dtype_of(engine), sorted(os.sched_getaffinity(0)))
+
+
+def _measure(engine: Any, case: Case, load: Load) -> Measured:
+    prompts = [chat(engine, prompt)["prompt_token_ids"] for prompt in case.prompts]
+    streams = Streams(engine, prompts, case.size, load.max_tokens, load.temperature)
+    streams.run(case.size)  # not counted: the streams get out of step, the engine into its stride
+    before = counters(engine)
+    slices = [streams.run(case.size) for _ in range(case.slices)]
+    found = difference(before, counters(engine))
+    streams.abort()
+    return Measured(slices, found)
+
+
+class Streams:
+    """n requests of an engine that run at once.
+
+    The first n are cut at different lengths: else all would end, and begin, at the same time.
+
+    Args:
+        engine: vLLM's.
+        prompts: token ids of each; they begin again when they have ended.
+        size: n.
+        max_tokens: of an answer.
+        temperature: of all requests.
+    """
+
+    def __init__(
+        self,
+        engine: Any,
+        prompts: list[list[int]],
+        size: int,
+        max_tokens: int,
+        temperature: float,
+    ) -> None:
+        self._engine = engine
+        self._prompts: Iterator[list[int]] = itertools.cycle(prompts)
+        self._max_tokens, self._temperature = max_tokens, temperature
+        self._names = map(str, itertools.count())
+        self._running: set[str] = set()
+        for number in range(1, size + 1):
+            self._begin(-(-max_tokens * number // size))
+
+    def run(self, answers: int) -> Slice:
+        """Let so many answers end; the streams that ended one begin the next."""
+        tokens = ended = 0
+        began = time.perf_counter()
+        while ended < answers:
+            for output in self._engine.step():
+                tokens += len(output.outputs[0].token_ids)
+                if output.finished:
+                    ended += 1
+                    self._running.remove(output.request_id)
+                    self._begin(self._max_tokens)
+        return Slice(tokens, time.perf_counter() - began)
+
+    def abort(self) -> None:
+        """End them all."""
+        self._engine.abort_request(sorted(self._running))
+        while self._engine.has_unfinished_requests():
+            self._engine.step()
+
+    def _begin(self, max_tokens: int) -> None:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        parameters = SamplingParams(
+            temperature=self._temperature,
+            max_tokens=max_tokens,
+            output_kind=RequestOutputKind.DELTA,
+        )
+        name = next(self._names)
+        self._running.add(name)
+        prompt = {"prompt_token_ids": next(self._prompts)}
+        self._engine.add_request(name, prompt, parameters)
+
+
+class Rate(NamedTuple):
+    """Tokens per second of an engine under one load, over all rounds."""
+
+    median: float
+    """Of the slices: see :func:`rate`."""
+    lowest: float
+    """Of a round as a whole."""
+    highest: float
+
+    def __str__(self) -> str:
+        """``"68.7 ±2%"``: half the difference between the rounds, if there are several."""
+        if self.lowest == self.highest:
+            return f"{self.median:.1f}"
+        return f"{self.median:.1f} ±{(self.highest - self.lowest) / (2 * self.median):.0%}"
+
+
+def rate(rounds: list[list[Slice]]) -> Rate:
+    """Tokens per second from several rounds with the same slices.
+
+    A slice is the same work in every round, so of its rates the median is taken, which leaves out
+    what disturbed one round; the slices, which are different work, are then added up.
+
+    Args:
+        rounds: the slices of each.
+    """
+    tokens = seconds = 0.0
+    for same in zip(*rounds, strict=True):
+        produced = statistics.mean(one.tokens for one in same)
+        tokens += produced
+        seconds += produced / statistics.median(one.tokens / one.seconds for one in same)
+    totals = [sum(s.tokens for s in one) / sum(s.seconds for s in one) for one in rounds]
+    return Rate(tokens / seconds, min(totals), max(totals))
+
+
+def added(rounds: list[Measured]) -> dict[str, float]:
+    """The counters of several rounds."""
+    total: dict[str, float] = {}
+    for one in rounds:
+        for name, value in one.counters.items():
+            total[name] = total.get(name, 0.0) + value
+    return total

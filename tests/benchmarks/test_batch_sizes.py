@@ -1,0 +1,182 @@
+"""The programs' tables and sets of prompts, from figures that are known."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import prompts as sets
+from benchmarks.batch_sizes import (
+    ALL,
+    OWN,
+    RIVALS,
+    Point,
+    compared,
+    curves,
+    details,
+    draw,
+    share_of_ideal,
+    speeds,
+)
+from benchmarks.engines import more_ssd_options, numbers, ssd_name, ssd_options, target_cores
+from benchmarks.load import Measured, Rate, Slice
+from benchmarks.settings import best, grid, table
+
+SPECULATING = {"drafts": 100.0, "accepted_tokens": 150.0}
+WATCHED = {"look_ups": 200.0, "hits": 150.0, "verify_seconds": 5.0, "verify_intervals": 100.0}
+
+
+def text_of(shown: Table, width: int = 200) -> str:
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(shown)
+    return console.export_text()
+
+
+def found() -> dict[str, dict[int, Point]]:
+    measured = {
+        f"plain, {OWN}": [[Measured([Slice(20, 1.0)], {})], [Measured([Slice(80, 1.0)], {})]],
+        f"plain, {ALL}": [[Measured([Slice(40, 1.0)], {})], [Measured([Slice(160, 1.0)], {})]],
+        f"draft_model, K = 4, {OWN}": [
+            [Measured([Slice(25, 1.0)], SPECULATING)],
+            [Measured([Slice(64, 1.0)], SPECULATING)],
+        ],
+        "SSD, K = 4": [
+            [Measured([Slice(40, 1.0)], SPECULATING | WATCHED)],
+            [Measured([Slice(100, 1.0)], SPECULATING | WATCHED)],
+        ],
+    }
+    return curves(measured, [1, 4])
+
+
+def test_share_of_the_ideal_is_by_the_acceptance_length_of_draft_model() -> None:
+    """Its acceptance length is 2.5, the verification takes 50 ms: ideally 50 tokens a second."""
+    all_found = found()
+    ours, rival = all_found["SSD, K = 4"], all_found[f"draft_model, K = 4, {OWN}"]
+    assert share_of_ideal(ours[1], rival[1], 1) == pytest.approx(40 / 50)
+    assert share_of_ideal(ours[4], rival[4], 4) == pytest.approx(100 / 200)
+    assert share_of_ideal(ours[1], None, 1) is None
+
+
+def test_speeds_have_their_ratio_to_plain_on_both_places() -> None:
+    text = text_of(speeds(found(), "title"))
+    assert "1.00 | 0.50" in text
+    assert "2.00 | 1.00" in text  # SSD at batch 1
+    assert "1.25 | 0.62" in text  # and at batch 4
+
+
+def test_details_show_what_is_behind_ssds_speed() -> None:
+    lines = [line.split() for line in text_of(details(found(), {"SSD, K = 4": 4})).splitlines()]
+    cells = [[cell for cell in line if cell != "│"] for line in lines]
+    assert ["SSD,", "K", "=", "4", "1", "0.750", "2.50", "2.50", "50.0", "ms", "0.80"] in cells
+    assert ["SSD,", "K", "=", "4", "4", "0.750", "2.50", "2.50", "50.0", "ms", "0.50"] in cells
+
+
+@pytest.mark.parametrize("left_out", [[], ["plain", "draft_model"]])
+def test_tables_and_figure_need_no_rival(left_out: list[str], tmp_path: Path) -> None:
+    some = {name: one for name, one in found().items() if name.split(",")[0] not in left_out}
+    assert "SSD, K = 4" in text_of(speeds(some, "title"))
+    assert "SSD, K = 4" in text_of(details(some, {"SSD, K = 4": 4}))
+    draw(some, "title", tmp_path / "figure.svg")
+    drawn = (tmp_path / "figure.svg").read_text()
+    assert "<svg" in drawn
+
+
+def test_rivals_run_on_the_cores_that_ssd_leaves_to_its_target() -> None:
+    last = max(os.sched_getaffinity(0))
+    options: list[dict[str, Any]] = [
+        {"num_speculative_tokens": 4},
+        {"num_speculative_tokens": 6, "branches": 8, "draft_cpu_cores": [last]},
+    ]
+    engines = {one.name: one for one in compared("draft", options, list(RIVALS), [OWN, ALL])}
+    own = sorted(os.sched_getaffinity(0) - {last}) or [last]
+    assert target_cores(options[0]) == own
+    assert {name for name, one in engines.items() if one.cores is None} == {
+        f"plain, {ALL}",
+        f"draft_model, K = 4, {ALL}",
+        f"draft_model, K = 6, {ALL}",
+    }
+    assert all(one.cores in (None, own) for one in engines.values())
+    assert [name for name, one in engines.items() if one.binds_itself] == [
+        "SSD, K = 4",
+        f"SSD, K = 6, branches 8, draft_cpu_cores [{last}]",
+    ]
+
+
+def test_ssd_engines_that_leave_other_cores_are_refused() -> None:
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        pytest.skip("one core cannot be split")
+    options = [{"num_speculative_tokens": 4, "draft_cpu_cores": [core]} for core in cores[:2]]
+    with pytest.raises(ValueError, match="same cores"):
+        compared("draft", options, list(RIVALS), [OWN])
+
+
+def test_wrong_options_are_refused_before_anything_runs() -> None:
+    assert ssd_options('{"num_speculative_tokens": 4}') == {"num_speculative_tokens": 4}
+    assert more_ssd_options('{"branches": 3}') == {"branches": 3}
+    with pytest.raises(argparse.ArgumentTypeError, match="did you mean 'branches'"):
+        ssd_options('{"num_speculative_tokens": 4, "branche": 3}')
+    for wrong in ("K=4", "[4]", "4", '{"branches": 3}'):
+        with pytest.raises(argparse.ArgumentTypeError):
+            ssd_options(wrong)
+    assert numbers("1,2,32") == [1, 2, 32]
+
+
+class TestSettings:
+    """The grid, and what adapts against the best of it."""
+
+    @staticmethod
+    def rates(stories: float, code: float) -> dict[str, Rate]:
+        return {"stories": Rate(stories, stories, stories), "code": Rate(code, code, code)}
+
+    def test_grid_has_every_k_with_every_count(self) -> None:
+        settings = grid([2, 4], [8], [3], {"backup": "none"})
+        assert [ssd_name(one) for one in settings] == [
+            "SSD, K = 2, branches 8, backup none",
+            "SSD, K = 2, fan_out 3, backup none",
+            "SSD, K = 4, branches 8, backup none",
+            "SSD, K = 4, fan_out 3, backup none",
+        ]
+
+    def test_best_fixed_one_of_each_set_is_marked_and_what_adapts_compared_to_it(self) -> None:
+        fixed = {"small": self.rates(80.0, 50.0), "large": self.rates(60.0, 100.0)}
+        assert best(fixed) == {"stories": "small", "code": "large"}
+        text = text_of(table(fixed, {"adaptive": self.rates(78.4, 102.0)}, "title"))
+        assert "*80.0" in text
+        assert "*100.0" in text
+        assert text.count("*") == 3  # one of them in the caption
+        assert "-2.0%" in text
+        assert "+2.0%" in text
+
+
+class TestPrompts:
+    """Sets by name."""
+
+    def test_stories_are_those_of_the_held_out_prompts_that_ask_for_one(self) -> None:
+        hidden, stories = sets.prompts("hidden"), sets.prompts("stories")
+        assert (len(hidden), len(stories)) == (213, 15)
+        assert set(stories) < set(hidden)
+
+    def test_order_is_always_the_same_and_not_that_of_the_file(self) -> None:
+        hidden = sets.prompts("hidden")
+        assert hidden == sets.prompts("hidden")
+        assert hidden != [line["prompt"] for line in sets._lines(sets.HELD_OUT)]
+
+    def test_mixture_takes_the_sets_in_turn_and_begins_short_ones_again(self) -> None:
+        assert sets.mixed([["a", "b"], ["c"], ["d", "e"]]) == ["a", "c", "d", "b", "c", "e"]
+
+    def test_mt_bench_and_humaneval_are_whole(self) -> None:
+        assert len(sets.prompts("mt-bench")) == 80
+        assert len(sets.prompts("humaneval")) == 164
+        assert len(sets.prompts("mixture")) == 3 * 164
+
+    def test_unknown_name_is_refused(self) -> None:
+        with pytest.raises(ValueError, match="only mt-bench, humaneval"):
+            sets.prompts("poems")

@@ -1,0 +1,173 @@
+"""A steady load: what is counted, and how rounds become one rate."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from benchmarks.engines import draft_model, slices
+from benchmarks.load import Case, Load, Measured, Slice, Streams, added, put_on, rate
+from tests.tiny_models import TinyModels
+from vllm_ssd.cli.engine_process import EngineError, EngineSpec, run_apart, start_engine
+from vllm_ssd.cli.models import DemoModels
+
+LIMIT = 8
+
+
+class Watched(NamedTuple):
+    """An engine, and what it was asked to do."""
+
+    engine: Any
+    asked: list[int]
+    """The last token of every prompt."""
+    limits: list[int]
+    """``max_tokens`` of every request."""
+    running: list[int]
+    """Requests in every step."""
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_pair: TinyModels) -> Any:
+    spec = EngineSpec(
+        model=str(tiny_pair.target),
+        speculative_config=None,
+        enforce_eager=True,
+        dtype="float32",
+    )
+    return start_engine(spec, max_model_len=64, kv_cache_memory_bytes=16 << 20)
+
+
+@pytest.fixture
+def watched(engine: Any, monkeypatch: pytest.MonkeyPatch) -> Watched:
+    asked: list[int] = []
+    limits: list[int] = []
+    running: list[int] = []
+    add, step = engine.add_request, engine.step
+
+    def add_request(name: str, prompt: dict[str, list[int]], parameters: Any) -> None:
+        asked.append(prompt["prompt_token_ids"][-1])
+        limits.append(parameters.max_tokens)
+        add(name, prompt, parameters)
+
+    def counted_step() -> Any:
+        running.append(engine.get_num_unfinished_requests())
+        return step()
+
+    monkeypatch.setattr(engine, "add_request", add_request)
+    monkeypatch.setattr(engine, "step", counted_step)
+    return Watched(engine, asked, limits, running)
+
+
+@contextmanager
+def streams(engine: Any, size: int) -> Iterator[Streams]:
+    prompts = [[3, 4, 5], [6, 7], [8, 9, 10, 11]]
+    running = Streams(engine, prompts, size, LIMIT, temperature=0.0)
+    yield running
+    running.abort()
+    assert not engine.has_unfinished_requests()
+
+
+def test_all_requests_run_at_every_step_that_is_counted(watched: Watched) -> None:
+    with streams(watched.engine, 4) as load:
+        counted = sum(load.run(4).tokens for _ in range(5))
+        assert set(watched.running) == {4}
+        # Every step yields a token of each, but for those that have just begun.
+        assert 0 <= sum(watched.running) - counted <= len(watched.asked)
+
+
+def test_prompts_come_in_the_order_of_the_list_and_begin_again(watched: Watched) -> None:
+    with streams(watched.engine, 2) as load:
+        load.run(12)
+    expected = itertools.cycle([5, 7, 11])
+    assert watched.asked == [last for last, _ in zip(expected, watched.asked, strict=False)]
+    assert len(watched.asked) >= 14
+
+
+def test_first_answers_are_cut_at_different_lengths_and_no_others(watched: Watched) -> None:
+    with streams(watched.engine, 4) as load:
+        load.run(6)
+    assert watched.limits[:4] == [2, 4, 6, 8]
+    assert set(watched.limits[4:]) == {LIMIT}
+
+
+def test_a_run_ends_with_the_step_in_which_its_last_answer_does(watched: Watched) -> None:
+    with streams(watched.engine, 1) as load:
+        first, others = load.run(1), load.run(2)
+    assert (first.tokens, others.tokens) == (LIMIT, 2 * LIMIT)
+    assert first.seconds > 0.0
+
+
+@pytest.mark.parametrize(
+    ("answers", "size", "wanted"), [(24, 1, 24), (24, 16, 2), (24, 7, 4), (1, 1, 2)]
+)
+def test_as_many_answers_are_counted_as_wanted_and_two_a_stream(
+    answers: int, size: int, wanted: int
+) -> None:
+    assert slices(answers, size) == wanted
+
+
+def test_rate_of_one_round_is_its_tokens_by_its_seconds() -> None:
+    found = rate([[Slice(100, 1.0), Slice(50, 2.0)]])
+    assert found.median == found.lowest == found.highest == pytest.approx(50.0)
+    assert str(found) == "50.0"
+
+
+def test_a_disturbed_slice_of_one_round_does_not_change_the_rate() -> None:
+    quiet = [Slice(100, 1.0), Slice(50, 2.0)]
+    disturbed = [Slice(100, 9.0), Slice(50, 2.0)]
+    found = rate([quiet, disturbed, quiet])
+    assert found.median == pytest.approx(50.0)
+    assert found.lowest == pytest.approx(150 / 11)
+    assert found.highest == pytest.approx(50.0)
+    assert str(found) == "50.0 ±36%"
+
+
+def test_slices_that_yield_less_are_not_left_out() -> None:
+    """A median over the slices of a round would be 100."""
+    same = [Slice(100, 1.0), Slice(100, 1.0), Slice(10, 1.0)]
+    assert rate([same, same]).median == pytest.approx(70.0)
+
+
+def test_counters_of_the_rounds_are_added() -> None:
+    rounds = [Measured([], {"drafts": 2.0}), Measured([], {"drafts": 3.0, "hits": 1.0})]
+    assert added(rounds) == {"drafts": 5.0, "hits": 1.0}
+
+
+@pytest.mark.slow
+def test_an_engine_is_measured_in_a_process_on_the_cores_it_was_given(
+    demo_pair: DemoModels,
+) -> None:
+    load = Load(
+        model=str(demo_pair.target),
+        speculative_config=draft_model(str(demo_pair.draft), 2),
+        enforce_eager=True,
+        dtype="float32",
+        cores=[0],
+        cases=[Case(["Who are you?", "Write a poem."], size, 2) for size in (1, 3)],
+        max_tokens=8,
+        temperature=0.0,
+        seed=0,
+    )
+    told: list[int] = []
+    report = run_apart(put_on, load, told.append)
+    assert told == [1, 2]
+    assert (report.dtype, report.cores) == ("float32", [0])
+    for case, measured in zip(load.cases, report.cases, strict=True):
+        assert len(measured.slices) == 2
+        assert all(8 <= one.tokens <= 16 * case.size for one in measured.slices)
+        assert measured.counters["drafts"] > 0
+
+
+def test_an_engine_that_fails_says_why(tmp_path: Path) -> None:
+    spec = EngineSpec(model=str(tmp_path), speculative_config=None, enforce_eager=True)
+    with pytest.raises(EngineError, match="config"):
+        run_apart(_start, spec)
+
+
+def _start(spec: EngineSpec, tell: Any) -> None:
+    start_engine(spec)
