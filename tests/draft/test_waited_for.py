@@ -1,4 +1,4 @@
-"""A request that the target waits for is served first, alone; then the trunk follows what it proposes."""
+"""A request that is waited for is served first, alone; then its trunk follows what is proposed."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_a_proposal_with_other_tokens_needs_no_wait(sim: Simulation) -> None:
     check_always(sim)
     check_at_rest(sim)
     assert first.proposed == [9, 2]
-    assert sim.verify(first, 2, sim.best(first.text + [9, 2])[0]) == sim.greedy(first, DEPTH)
+    assert sim.verify(first, 2, sim.best([*first.text, 9, 2])[0]) == sim.greedy(first, DEPTH)
 
 
 def test_trimmed_where_the_trunk_follows_other_tokens(sim: Simulation) -> None:
@@ -177,7 +177,7 @@ def test_a_proposal_for_a_request_that_is_not_waited_for_is_out_of_step(
     ("counts", "tokens"), [([4], [1] * 4), ([-1], []), ([1], []), ([1], [12]), ([1], [-1])]
 )
 def test_proposals_that_make_no_sense_are_refused(counts: list[int], tokens: list[int]) -> None:
-    with pytest.raises(ValueError, match="count|token"):
+    with pytest.raises(ValueError, match=r"count|token"):
         check(Proposed(pack([0]), pack(counts), pack(tokens)), Bounds(12, 64, DEPTH))
 
 
@@ -186,8 +186,8 @@ def test_a_verification_may_leave_the_proposal_open() -> None:
     fine = Verified(pack([0, 1]), pack([3, 3]), pack([1, 1]), pack([-1, 1]), pack([1, 2, 3]), 0)
     check(fine, bounds)
     for counts in ([-2, 1], [-1, 4], [-1, 2]):
+        wrong = Verified(
+            pack([0, 1]), pack([3, 3]), pack([1, 1]), pack(counts), pack([1, 2, 3]), 0
+        )
         with pytest.raises(ValueError, match="count"):
-            wrong = Verified(
-                pack([0, 1]), pack([3, 3]), pack([1, 1]), pack(counts), pack([1, 2, 3]), 0
-            )
             check(wrong, bounds)
