@@ -6,8 +6,10 @@ from typing import NamedTuple
 
 _FEW = 8
 """With fewer steps than this, a line does not know yet what an outlier is."""
-_OUTLIER = 4.0
+_OUTLIER = 2.5
 """So many mean deviations from the line count as no more than that."""
+_NEAR = 16
+"""The same as ``memory``, for how high a line lies."""
 _SLOPE_PRIOR = 10.0
 """Strength of the slope given to a line that has seen little, in tokens squared."""
 
@@ -20,21 +22,37 @@ def level_of(requests: int) -> int:
 class Line:
     """Seconds of a step as a straight line over its tokens, exponentially weighted.
 
+    How steep it is follows from how each step differs from the one before it: on a machine with
+    other programs, a slow while has deeper drafts too, and more tokens would look slower than they
+    are. How high it lies is forgotten much sooner.
+
     Steps far off the line (a pause, another program) are taken in as if they were less far, and a
     lasting change is followed all the same, since the usual deviation grows with them.
 
     Args:
-        memory: number of steps after which the weight of an older one has fallen to 1 / e.
+        memory: number of steps after which the weight of an older one has fallen to 1 / e, for
+            the slope.
     """
 
-    __slots__ = ("_cross", "_deviation", "_memory", "_spread", "mean", "seen", "tokens")
+    __slots__ = (
+        "_cross",
+        "_deviation",
+        "_last_seconds",
+        "_last_tokens",
+        "_memory",
+        "_spread",
+        "mean",
+        "seen",
+        "tokens",
+    )
 
     def __init__(self, memory: int = 100) -> None:
         self._memory = memory
         self.seen = 0
         """Steps taken in, at most ``memory``."""
         self.tokens = self.mean = 0.0
-        """The means of the steps' tokens and seconds."""
+        """The means of the newest steps' tokens and seconds."""
+        self._last_tokens = self._last_seconds = 0.0
         self._spread = self._cross = self._deviation = 0.0
 
     def slope(self, usual: float = 0.0) -> float:
@@ -61,17 +79,21 @@ class Line:
             self._deviation += (abs(off) - self._deviation) / min(self.seen + 1, 20)
         if not self.seen:
             self.tokens, self.mean = tokens, seconds
+            self._last_tokens, self._last_seconds = tokens, seconds
             self._spread = self._cross = 0.0
             self._deviation = 0.1 * seconds
             self.seen = 1
             return
         self.seen = min(self.seen + 1, self._memory)
         weight = 1.0 / self.seen
-        beside, above = tokens - self.tokens, seconds - self.mean
-        self.tokens += weight * beside
-        self.mean += weight * above
-        self._spread = (1.0 - weight) * (self._spread + weight * beside * beside)
-        self._cross = (1.0 - weight) * (self._cross + weight * beside * above)
+        local = max(weight, 1.0 / _NEAR)
+        self.tokens += local * (tokens - self.tokens)
+        self.mean += local * (seconds - self.mean)
+        beside, above = tokens - self._last_tokens, seconds - self._last_seconds
+        # Of two steps each: half as much is known of a difference.
+        self._spread += weight * (0.5 * beside * beside - self._spread)
+        self._cross += weight * (0.5 * beside * above - self._cross)
+        self._last_tokens, self._last_seconds = tokens, seconds
 
 
 class Forecast(NamedTuple):
@@ -135,5 +157,8 @@ class StepTimes:
             return Forecast(plain, plain, every.slope())
         # What plain steps and other levels say of a token, until this level knows better.
         each = line.slope(every.slope())
+        if plain := self.plain(requests):
+            # A token among others costs no more than one of a plain step.
+            each = min(each, plain / requests)
         base = max(line.mean + each * (requests - line.tokens), 0.1 * line.mean)
-        return Forecast(self.plain(requests) or base, base, each)
+        return Forecast(plain or base, base, each)
