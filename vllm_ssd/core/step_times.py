@@ -10,7 +10,9 @@ _OUTLIER = 2.5
 """So many mean deviations from the line count as no more than that."""
 _NEAR = 16
 """The same as ``memory``, for how high a line lies."""
-_SLOPE_PRIOR = 10.0
+_VAGUE = 2.0
+"""Spread of the tokens, squared, below which a slope is a guess."""
+_SLOPE_PRIOR = 3.0
 """Strength of the slope given to a line that has seen little, in tokens squared."""
 
 
@@ -54,6 +56,11 @@ class Line:
         """The means of the newest steps' tokens and seconds."""
         self._last_tokens = self._last_seconds = 0.0
         self._spread = self._cross = self._deviation = 0.0
+
+    @property
+    def vague(self) -> bool:
+        """Whether the steps were so alike that nothing is known of the slope."""
+        return _FEW // 2 <= self.seen and self.seen * self._spread < _VAGUE
 
     def slope(self, usual: float = 0.0) -> float:
         """Seconds a token; ``usual`` is what it is until enough is known.
@@ -122,6 +129,8 @@ class StepTimes:
         self._all = Line(memory=200)
         self._verifying: dict[int, Line] = {}
         self._plain: dict[int, Line] = {}
+        self._quiet: dict[int, Line] = {}
+        """Plain steps while the draft was at rest."""
 
     def observe(self, requests: int, drafted: int, seconds: float) -> None:
         """Take in a step in which all requests decoded.
@@ -135,14 +144,28 @@ class StepTimes:
         lines = self._verifying if drafted else self._plain
         lines.setdefault(level_of(requests), Line()).observe(requests + drafted, seconds)
 
+    def observe_quiet(self, requests: int, seconds: float) -> None:
+        """Take in a plain step while the draft was at rest."""
+        self._all.observe(requests, seconds)
+        self._quiet.setdefault(level_of(requests), Line()).observe(requests, seconds)
+
+    def vague(self, requests: int) -> bool:
+        """Whether steps of other numbers of drafted tokens are needed to know what one costs."""
+        line = self._verifying.get(level_of(requests))
+        return line is not None and line.vague
+
     def usual(self, tokens: int) -> float:
         """Seconds of a step of so many tokens, whatever it verifies; 0.0 if nothing is known."""
         line = self._all
         return max(line.mean + line.slope() * (tokens - line.tokens), 0.1 * line.mean)
 
     def plain(self, requests: int) -> float:
-        """Seconds of a plain step; 0.0 if this level has not seen any."""
-        line = self._plain.get(level_of(requests))
+        """Seconds of a plain step; 0.0 if this level has not seen any.
+
+        While the draft is at work, if such a step has been seen; else while it was at rest.
+        """
+        level = level_of(requests)
+        line = self._plain.get(level) or self._quiet.get(level)
         if line is None:
             return 0.0
         return max(line.mean + self._all.slope() * (requests - line.tokens), 0.1 * line.mean)

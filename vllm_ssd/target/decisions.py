@@ -142,6 +142,8 @@ class Decisions:
         pace.observe(ended.tokens, seconds)
         if ended.on:
             pace.observe_step(ended.step, ended.step_seconds, seconds)
+        elif not ended.step.drafted:
+            pace.times.observe_quiet(requests, ended.step_seconds)
         if ended.on != switch.usually:
             self._stats.rounds_probing += 1
             self._stats.probe_seconds += seconds
@@ -169,7 +171,10 @@ class Decisions:
         forecast = self._forecast
         chosen = lengths.choose(batch, stated, forecast, pace.besides)
         counts, found, total = chosen.counts, sum(map(len, stated)), sum(chosen.counts)
-        if total < found and self._learns_more(chosen, found, forecast):
+        if self._rounds % 2 and pace.times.vague(batch):
+            counts = [count // 2 for count in counts]
+            total = sum(counts)
+        elif total < found and self._learns_more(chosen, found, forecast):
             counts, total = [len(of) for of in stated], found
         for each, count in zip(look_ups, counts, strict=True):
             each.chosen = count
