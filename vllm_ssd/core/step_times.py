@@ -60,7 +60,7 @@ class Line:
     @property
     def vague(self) -> bool:
         """Whether the steps were so alike that nothing is known of the slope."""
-        return _FEW // 2 <= self.seen and self.seen * self._spread < _VAGUE
+        return self.seen >= _FEW // 2 and self.seen * self._spread < _VAGUE
 
     def slope(self, usual: float = 0.0) -> float:
         """Seconds a token; ``usual`` is what it is until enough is known.
