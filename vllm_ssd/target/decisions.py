@@ -98,8 +98,9 @@ class Decisions:
         requests = len(batch.sampled) - batch.sampled.count([])
         tokens = sum(map(len, batch.sampled))
         step, before = self._pace.take_step(), self._switch
-        known = step is not None and step.requests == requests and before is not None
-        if known and self._began is not None and proposed_at is not None:
+        if step is None or before is None or self._began is None or proposed_at is None:
+            pass  # the first round, one with prefill, or without a draft
+        elif step.requests == requests:
             seconds, step_seconds = began - self._began, began - proposed_at
             self._ended = _Round(step, before, self._on, tokens, seconds, step_seconds)
         self._began, self._batch = began, max(1, requests)
