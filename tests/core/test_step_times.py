@@ -82,3 +82,12 @@ def test_more_tokens_never_make_a_step_cheaper() -> None:
     for tokens in range(1, 20):
         line.observe(tokens, 1.0 / tokens)
     assert line.slope() == 0.0
+
+
+def test_slow_whiles_with_deeper_drafts_do_not_make_tokens_look_slow() -> None:
+    line, chance = Line(), np.random.default_rng(0)
+    for step in range(600):
+        slow = step // 60 % 2
+        tokens = 1 + int(chance.integers(0, 3)) + 3 * slow
+        line.observe(tokens, (0.030 + 1e-3 * tokens) * (1 + 2 * slow) * chance.normal(1.0, 0.03))
+    assert line.slope() < 4e-3

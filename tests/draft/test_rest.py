@@ -1,4 +1,4 @@
-"""While nothing is proposed the draft is quiet, follows the texts, and is there when it is needed."""
+"""While nothing is proposed the draft is quiet and follows the texts; then it is there again."""
 
 from __future__ import annotations
 

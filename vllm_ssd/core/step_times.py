@@ -6,9 +6,13 @@ from typing import NamedTuple
 
 _FEW = 8
 """With fewer steps than this, a line does not know yet what an outlier is."""
-_OUTLIER = 4.0
+_OUTLIER = 2.5
 """So many mean deviations from the line count as no more than that."""
-_SLOPE_PRIOR = 10.0
+_NEAR = 16
+"""The same as ``memory``, for how high a line lies."""
+_VAGUE = 2.0
+"""Spread of the tokens, squared, below which a slope is a guess."""
+_SLOPE_PRIOR = 3.0
 """Strength of the slope given to a line that has seen little, in tokens squared."""
 
 
@@ -20,22 +24,43 @@ def level_of(requests: int) -> int:
 class Line:
     """Seconds of a step as a straight line over its tokens, exponentially weighted.
 
+    How steep it is follows from how each step differs from the one before it: on a machine with
+    other programs, a slow while has deeper drafts too, and more tokens would look slower than they
+    are. How high it lies is forgotten much sooner.
+
     Steps far off the line (a pause, another program) are taken in as if they were less far, and a
     lasting change is followed all the same, since the usual deviation grows with them.
 
     Args:
-        memory: number of steps after which the weight of an older one has fallen to 1 / e.
+        memory: number of steps after which the weight of an older one has fallen to 1 / e, for
+            the slope.
     """
 
-    __slots__ = ("_cross", "_deviation", "_memory", "_spread", "mean", "seen", "tokens")
+    __slots__ = (
+        "_cross",
+        "_deviation",
+        "_last_seconds",
+        "_last_tokens",
+        "_memory",
+        "_spread",
+        "mean",
+        "seen",
+        "tokens",
+    )
 
     def __init__(self, memory: int = 100) -> None:
         self._memory = memory
         self.seen = 0
         """Steps taken in, at most ``memory``."""
         self.tokens = self.mean = 0.0
-        """The means of the steps' tokens and seconds."""
+        """The means of the newest steps' tokens and seconds."""
+        self._last_tokens = self._last_seconds = 0.0
         self._spread = self._cross = self._deviation = 0.0
+
+    @property
+    def vague(self) -> bool:
+        """Whether the steps were so alike that nothing is known of the slope."""
+        return self.seen >= _FEW // 2 and self.seen * self._spread < _VAGUE
 
     def slope(self, usual: float = 0.0) -> float:
         """Seconds a token; ``usual`` is what it is until enough is known.
@@ -61,17 +86,21 @@ class Line:
             self._deviation += (abs(off) - self._deviation) / min(self.seen + 1, 20)
         if not self.seen:
             self.tokens, self.mean = tokens, seconds
+            self._last_tokens, self._last_seconds = tokens, seconds
             self._spread = self._cross = 0.0
             self._deviation = 0.1 * seconds
             self.seen = 1
             return
         self.seen = min(self.seen + 1, self._memory)
         weight = 1.0 / self.seen
-        beside, above = tokens - self.tokens, seconds - self.mean
-        self.tokens += weight * beside
-        self.mean += weight * above
-        self._spread = (1.0 - weight) * (self._spread + weight * beside * beside)
-        self._cross = (1.0 - weight) * (self._cross + weight * beside * above)
+        local = max(weight, 1.0 / _NEAR)
+        self.tokens += local * (tokens - self.tokens)
+        self.mean += local * (seconds - self.mean)
+        beside, above = tokens - self._last_tokens, seconds - self._last_seconds
+        # Of two steps each: half as much is known of a difference.
+        self._spread += weight * (0.5 * beside * beside - self._spread)
+        self._cross += weight * (0.5 * beside * above - self._cross)
+        self._last_tokens, self._last_seconds = tokens, seconds
 
 
 class Forecast(NamedTuple):
@@ -100,6 +129,8 @@ class StepTimes:
         self._all = Line(memory=200)
         self._verifying: dict[int, Line] = {}
         self._plain: dict[int, Line] = {}
+        self._quiet: dict[int, Line] = {}
+        """Plain steps while the draft was at rest."""
 
     def observe(self, requests: int, drafted: int, seconds: float) -> None:
         """Take in a step in which all requests decoded.
@@ -113,14 +144,28 @@ class StepTimes:
         lines = self._verifying if drafted else self._plain
         lines.setdefault(level_of(requests), Line()).observe(requests + drafted, seconds)
 
+    def observe_quiet(self, requests: int, seconds: float) -> None:
+        """Take in a plain step while the draft was at rest."""
+        self._all.observe(requests, seconds)
+        self._quiet.setdefault(level_of(requests), Line()).observe(requests, seconds)
+
+    def vague(self, requests: int) -> bool:
+        """Whether steps of other numbers of drafted tokens are needed to know what one costs."""
+        line = self._verifying.get(level_of(requests))
+        return line is not None and line.vague
+
     def usual(self, tokens: int) -> float:
         """Seconds of a step of so many tokens, whatever it verifies; 0.0 if nothing is known."""
         line = self._all
         return max(line.mean + line.slope() * (tokens - line.tokens), 0.1 * line.mean)
 
     def plain(self, requests: int) -> float:
-        """Seconds of a plain step; 0.0 if this level has not seen any."""
-        line = self._plain.get(level_of(requests))
+        """Seconds of a plain step; 0.0 if this level has not seen any.
+
+        While the draft is at work, if such a step has been seen; else while it was at rest.
+        """
+        level = level_of(requests)
+        line = self._plain.get(level) or self._quiet.get(level)
         if line is None:
             return 0.0
         return max(line.mean + self._all.slope() * (requests - line.tokens), 0.1 * line.mean)
@@ -135,5 +180,8 @@ class StepTimes:
             return Forecast(plain, plain, every.slope())
         # What plain steps and other levels say of a token, until this level knows better.
         each = line.slope(every.slope())
+        if plain := self.plain(requests):
+            # A token among others costs no more than one of a plain step.
+            each = min(each, plain / requests)
         base = max(line.mean + each * (requests - line.tokens), 0.1 * line.mean)
-        return Forecast(self.plain(requests) or base, base, each)
+        return Forecast(plain or base, base, each)

@@ -108,8 +108,9 @@ class Decisions:
         requests = len(batch.sampled) - batch.sampled.count([])
         tokens = sum(map(len, batch.sampled))
         step, before = self._pace.take_step(), self._switch
-        measured = self._began is not None and proposed_at is not None
-        if step and step.requests == requests and before and measured:
+        if step is None or before is None or self._began is None or proposed_at is None:
+            pass  # the first round, one with prefill, or without a draft
+        elif step.requests == requests:
             seconds, step_seconds = began - self._began, began - proposed_at
             self._ended = _Round(step, before, self._on, tokens, seconds, step_seconds)
         self._began, self._batch = began, max(1, requests)
@@ -152,6 +153,8 @@ class Decisions:
         pace.observe(ended.tokens, seconds)
         if ended.on:
             pace.observe_step(ended.step, ended.step_seconds, seconds)
+        elif not ended.step.drafted:
+            pace.times.observe_quiet(requests, ended.step_seconds)
         if ended.on != switch.usually:
             self._stats.rounds_probing += 1
             self._stats.probe_seconds += seconds
@@ -192,7 +195,10 @@ class Decisions:
         chosen = lengths.choose(batch + before.expected, stated, forecast, pace.besides)
         counts, found, total = chosen.counts, sum(map(len, stated)), sum(chosen.counts)
         rate = chosen.rate
-        if total < found and self._learns_more(chosen, found, forecast):
+        if self._rounds % 2 and pace.times.vague(batch):
+            counts = [count // 2 for count in counts]
+            total = sum(counts)
+        elif total < found and self._learns_more(chosen, found, forecast):
             counts, total, rate = [len(of) for of in stated], found, chosen.rate_of_all
         expected = rate * (forecast.of(total) + pace.besides) - batch
         self._before = _Chosen(before.tokens + total, max(0.0, expected))
