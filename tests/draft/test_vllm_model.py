@@ -151,11 +151,13 @@ def reference(tiny_pair: TinyModels) -> Any:
     scope="module",
     params=[
         pytest.param(False, id="compiled"),
-        pytest.param(True, id="eager", marks=pytest.mark.slow),
+        pytest.param(True, id="eager, inputs as on CUDA"),
     ],
 )
 def model(request: pytest.FixtureRequest, tiny_pair: TinyModels) -> Iterator[ModelProcess]:
-    with ModelProcess(engine_args(tiny_pair, request.param), CANDIDATES, VOCAB_SIZE) as process:
+    eager: bool = request.param
+    arguments = engine_args(tiny_pair, eager)
+    with ModelProcess(arguments, CANDIDATES, VOCAB_SIZE, as_on_cuda=eager) as process:
         yield process
 
 
