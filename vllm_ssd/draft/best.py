@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 _GROUP = 32
-_FEW = 8
+_FEW = 32
 """Times C: with no more groups than that, ``torch.topk`` over all logits is the faster way."""
 
 
