@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 from rich.table import Table
 
 from benchmarks.batch_sizes import Curves, curves, mean
+from benchmarks.engines import Engine as Row
 from benchmarks.engines import (
     add_arguments,
     more_ssd_options,
@@ -32,7 +33,6 @@ from benchmarks.engines import (
     target_cores,
     wide_console,
 )
-from benchmarks.engines import Engine as Row
 from benchmarks.load import Case
 from benchmarks.prompts import SETS, prompts
 from vllm_ssd.cli.models import demo_models
@@ -157,7 +157,9 @@ def main() -> None:
     found = curves(take_turns([engine(name) for name in BACKUPS], cases, options), options.sizes)
     console = wide_console()
     console.print(table(found, f"{options.texts}, temperature {options.temperature:g}"))
-    console.print(f"b*, the largest measured batch where slow is above fast: {critical_size(found)}")
+    console.print(
+        f"b*, the largest measured batch where slow is above fast: {critical_size(found)}"
+    )
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from rich.table import Table
 from safetensors.torch import load_file, save_file
 
 from vllm_ssd.cli.demo import QUESTIONS
-from vllm_ssd.cli.demo_engine import Answers, EngineSpec, ask
+from vllm_ssd.cli.demo_engine import Answers, Questions, ask
 from vllm_ssd.cli.models import demo_models
 
 K = 6
@@ -36,12 +36,17 @@ def random_copy(draft: Path, folder: Path) -> Path:
     shutil.copytree(draft, folder)
     file = folder / "model.safetensors"
     torch.manual_seed(0)
-    weights = {
-        name: torch.randn(tensor.shape).mul(0.02).to(tensor.dtype) if tensor.ndim > 1 else tensor
-        for name, tensor in load_file(file).items()
-    }
+    weights = {name: _random_like(tensor) for name, tensor in load_file(file).items()}
     save_file(weights, file, metadata={"format": "pt"})
     return folder
+
+
+def _random_like(weight: torch.Tensor) -> torch.Tensor:
+    if weight.dtype == torch.int8:
+        return torch.randint(-127, 128, weight.shape, dtype=torch.int8)
+    if weight.ndim < 2 or weight.shape[1] == 1:  # norms and scales
+        return weight
+    return torch.randn(weight.shape).mul(0.02).to(weight.dtype)
 
 
 def main() -> None:
@@ -63,7 +68,13 @@ def main() -> None:
             speculative: dict[str, Any] | None = None
             if draft is not None:
                 speculative = {"method": "ssd", "model": draft, "num_speculative_tokens": K}
-            spec = EngineSpec(str(models.target), speculative, QUESTIONS, options.max_tokens, True)
+            spec = Questions(
+                str(models.target),
+                speculative,
+                enforce_eager=True,
+                prompts=QUESTIONS,
+                max_tokens=options.max_tokens,
+            )
             with _without_the_drafts_core(draft is None):
                 runs[name].append(ask(spec, lambda event: None))
     table = Table("", "tokens/s", "to plain", "rounds off", "probes' share", "gain believed")

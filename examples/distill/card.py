@@ -8,8 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from evaluation import Acceptance
-from shapes import num_trained
 from training import Recipe
+
+INT8 = (
+    "- **Layers** int8: weights with one scale a row, activations with one a token (W8A8 of",
+    "  compressed-tensors); embedding, head and norms bfloat16.",
+)
 
 
 def write_card(
@@ -17,8 +21,9 @@ def write_card(
     work: Path,
     options: dict[str, Any],
     recipe: Recipe,
-    model: Any,
+    parameters: int,
     found: dict[str, Acceptance],
+    in_float: dict[str, Acceptance],
     num_speculative_tokens: int,
 ) -> None:
     """Write ``README.md`` beside the weights.
@@ -28,8 +33,9 @@ def write_card(
         work: where the curve is.
         options: the command's options, and the number of texts.
         recipe: of the training.
-        model: the draft.
+        parameters: how many are the draft's own.
         found: acceptance of each test set.
+        in_float: the same before the layers were quantised; empty if they are not.
         num_speculative_tokens: K of the acceptance lengths.
     """
     curve = [json.loads(line) for line in (work / "curve.jsonl").read_text().splitlines()]
@@ -46,8 +52,9 @@ def write_card(
         f"Distilled from {target} with `examples/distill/distill.py` for speculative decoding:",
         "it predicts the target's own next token, and is of little use alone.",
         "",
-        f"- **Shape** `{options['shape']}`, {num_trained(model) / 1e6:.1f}M parameters of its own,",
+        f"- **Shape** `{options['shape']}`, {parameters / 1e6:.1f}M parameters of its own,",
         f"  head trained for the {options['head']} most frequent tokens (`draft_vocab.txt`).",
+        *(INT8 if in_float else ()),
         f"- **Texts** {options['num_texts']} prompts with greedy answers of the target (generated",
         f"  ones of at most {options['max_tokens']} tokens): {', '.join(sources)}.",
         f"  Held out by topic: {', '.join(options['topics']) or 'none'}.",
@@ -60,13 +67,10 @@ def write_card(
         "Share of the target's greedy tokens that the draft predicts, and acceptance length",
         f"(1 + accepted / drafts) at K = {num_speculative_tokens}.",
         "",
-        "| prompts | per-token acceptance | acceptance length | tokens |",
-        "|---|---|---|---|",
+        *_table(found),
     ]
-    lines += [
-        f"| {name} | {one.mean:.3f} | {one.length:.2f} | {one.tokens} |"
-        for name, one in found.items()
-    ]
+    if in_float:
+        lines += ["", "Before its layers were quantised, in float32:", "", *_table(in_float)]
     lines += ["", "## The curve", "", "| step | answer tokens | CPU s | loss | acceptance |"]
     lines += ["|---|---|---|---|---|"]
     lines += [
@@ -75,6 +79,14 @@ def write_card(
         for point in _thinned(curve)
     ]
     (folder / "README.md").write_text("\n".join(lines) + "\n")
+
+
+def _table(found: dict[str, Acceptance]) -> list[str]:
+    head = ["| prompts | per-token acceptance | acceptance length | tokens |", "|---|---|---|---|"]
+    return head + [
+        f"| {name} | {one.mean:.3f} | {one.length:.2f} | {one.tokens} |"
+        for name, one in found.items()
+    ]
 
 
 def _sentence(recipe: Recipe) -> str:

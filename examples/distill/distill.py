@@ -19,9 +19,10 @@ from evaluation import Acceptance, acceptance
 from export import save_draft
 from generation import MAX_ANSWER
 from progress import say, track
+from quantize import quantize_layers
 from shapes import build_draft, check_same_shape, copy_trained, num_trained, parse_shape
 from sources import OPTIONS, generate, hold_out, read_sources
-from texts import by_frequency
+from texts import Text, by_frequency
 from training import Recipe, train
 
 from vllm_ssd.cli.engine_process import cpu_has_bfloat16
@@ -71,6 +72,10 @@ def distill(
         float, typer.Option(min=0.0, max=1.0, help="Share of the target's distribution in the loss")
     ] = 0.5,
     num_speculative_tokens: Annotated[int, typer.Option(min=1, help="K of the evaluation.")] = 6,
+    quantize: Annotated[
+        Literal["none", "int8"],
+        typer.Option(help="How the layers are stored and computed; may change for a finished run."),
+    ] = "none",
     licence: Annotated[str, typer.Option(help="What the card says.")] = "the target's",
     dtype: Annotated[
         Literal["auto", "bfloat16", "float32"],
@@ -116,14 +121,32 @@ def distill(
     except ValueError as error:
         raise SystemExit(f"distill: {error}") from None
 
-    found: dict[str, Acceptance] = {}
-    for name, some in track(list(texts.test_sets.items()), "evaluating"):
-        found[name] = acceptance(model, head_ids, some, num_speculative_tokens)
-        say(f"{name}: acceptance {found[name].mean:.3f}, length {found[name].length:.2f}")
+    parameters = num_trained(model)
+    found = _evaluate(model, head_ids, texts.test_sets, num_speculative_tokens)
+    in_float: dict[str, Acceptance] = {}
+    if quantize == "int8":
+        try:
+            quantize_layers(model)
+        except ValueError as error:
+            raise SystemExit(f"distill: {error}") from None
+        say("and with layers in int8:")
+        in_float = found
+        found = _evaluate(model, head_ids, texts.test_sets, num_speculative_tokens)
     save_draft(model, frequent, target, out)
     told |= {"licence": licence, "num_texts": len(texts.train)}
-    write_card(out, work, told, recipe, model, found, num_speculative_tokens)
+    write_card(out, work, told, recipe, parameters, found, in_float, num_speculative_tokens)
     say(f"the draft is in {out}")
+
+
+def _evaluate(
+    model: Any, head_ids: torch.Tensor, test_sets: dict[str, list[Text]], depth: int
+) -> dict[str, Acceptance]:
+    """Acceptance on each of the test sets, with at most ``depth`` speculative tokens."""
+    found: dict[str, Acceptance] = {}
+    for name, some in track(list(test_sets.items()), "evaluating"):
+        found[name] = acceptance(model, head_ids, some, depth)
+        say(f"{name}: acceptance {found[name].mean:.3f}, length {found[name].length:.2f}")
+    return found
 
 
 def _digest(path: Path) -> str:

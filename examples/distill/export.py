@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
+from quantize import save_model
 
 from vllm_ssd.cli.shipped import copy_tokenizer
 from vllm_ssd.draft_vocab import FILE
 
 
 def save_draft(model: Any, frequent: list[int], target: Path, folder: Path) -> None:
-    """Write the draft in bfloat16 with the target's tokenizer and its own frequency file.
+    """Write the draft with the target's tokenizer and its own frequency file.
 
     Args:
         model: the trained draft.
@@ -20,7 +20,7 @@ def save_draft(model: Any, frequent: list[int], target: Path, folder: Path) -> N
         target: folder of the target.
         folder: where to write.
     """
-    model.to(torch.bfloat16).save_pretrained(folder)
+    save_model(model, folder)
     copy_tokenizer(target, folder)
     lines = ["# Token ids the draft's head learned, most frequent first.", *map(str, frequent)]
     (folder / FILE).write_text("\n".join(lines) + "\n")

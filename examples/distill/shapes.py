@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from quantize import float_weights
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -140,7 +141,7 @@ def check_same_shape(folder: Path, shape: Shape, target: Path) -> None:
 
 def copy_trained(folder: Path, model: torch.nn.Module) -> None:
     """Give a draft the trained weights of an earlier one of its shape."""
-    earlier = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+    earlier = float_weights(folder)
     for name, weight in model.named_parameters():
         if weight.requires_grad:
             weight.data.copy_(earlier[name])

@@ -14,10 +14,10 @@ from progress import say
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from vllm_ssd.cli.shipped import TOKENIZER, WEIGHTS
+from vllm_ssd.cli.shipped import CONFIG, TOKENIZER, WEIGHTS
 from vllm_ssd.draft_vocab import FILE
 
-OWN_FILES = ("config.json", FILE, "README.md")
+OWN_FILES = (CONFIG, FILE, "README.md")
 
 
 def ship(draft: Path, target: Path, folder: Path) -> None:

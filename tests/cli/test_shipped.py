@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.tiny_models import TinyModels
-from vllm_ssd.cli.shipped import TOKENIZER, WEIGHTS, join, version
+from vllm_ssd.cli.shipped import CONFIG, SCALE, TOKENIZER, WEIGHTS, join, version
 
 SHIP = Path(__file__).resolve().parents[2] / "examples" / "distill" / "ship.py"
 OWN = "model.layers.0.mlp.up_proj.weight"
@@ -58,8 +59,40 @@ def test_only_its_own_weights_are_stored_and_all_come_back(
     before, after = load_file(draft / WEIGHTS), load_file(joined / WEIGHTS)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    for name in (*TOKENIZER[:-1], "config.json", "draft_vocab.txt", "README.md"):
+    for name in (*TOKENIZER[:-1], "draft_vocab.txt", "README.md"):
         assert (joined / name).read_bytes() == (draft / name).read_bytes()
+    configs = [json.loads((folder / CONFIG).read_text()) for folder in (joined, draft)]
+    assert configs[0] == configs[1]
+
+
+@pytest.fixture
+def int8_shipped(tmp_path: Path) -> Path:
+    """One layer in int8 with its scales, and a norm."""
+    folder = tmp_path / "shipped"
+    folder.mkdir()
+    layer = torch.tensor([[127, -3], [0, 64]], dtype=torch.int8)
+    scale = torch.tensor([[0.5], [2.0]])
+    weights = {OWN: layer, f"{OWN}{SCALE}": scale, "model.norm.weight": torch.ones(2).bfloat16()}
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps({"hidden_size": 2, "quantization_config": {"a": 1}}))
+    return folder
+
+
+def test_int8_layers_stay_so_or_are_multiplied_out(
+    int8_shipped: Path, target: Path, tmp_path: Path
+) -> None:
+    stored = load_file(int8_shipped / WEIGHTS)
+    join(int8_shipped, target, tmp_path / "int8", int8=True)
+    same = load_file(tmp_path / "int8" / WEIGHTS)
+    assert all(torch.equal(same[name], weight) for name, weight in stored.items())
+    assert "quantization_config" in json.loads((tmp_path / "int8" / CONFIG).read_text())
+
+    join(int8_shipped, target, tmp_path / "floats", int8=False)
+    floats = load_file(tmp_path / "floats" / WEIGHTS)
+    assert floats.keys() == {OWN, "model.norm.weight"}
+    assert {weight.dtype for weight in floats.values()} == {torch.bfloat16}
+    assert floats[OWN].tolist() == [[63.5, -1.5], [0.0, 128.0]]
+    assert json.loads((tmp_path / "floats" / CONFIG).read_text()) == {"hidden_size": 2}
 
 
 def test_draft_with_another_tokenizer_is_not_shipped(

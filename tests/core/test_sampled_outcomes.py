@@ -204,8 +204,10 @@ def test_greedy_requests_have_the_numbers_of_their_own_model() -> None:
         mixed = i % 2 and world.verify(3)
         if mixed:
             others, their_ends = mixed
-            greedy = Verifications._make(map(np.concatenate, zip(greedy, others, strict=True)))
-            ends = Ends._make(map(np.concatenate, zip(ends, their_ends, strict=True)))
+            both = zip(greedy, others, strict=True)
+            greedy = Verifications._make(np.concatenate(pair) for pair in both)
+            both = zip(ends, their_ends, strict=True)
+            ends = Ends._make(np.concatenate(pair) for pair in both)
         model.observe(greedy, ends)
         expected = alone.chances(np.full(5, DEPTH), np.full(5, DEPTH + 1), stated)
         assert (model.chances(greedy)[:5] == expected).all()

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from tests.distill.toy_target import TOPIC, make_target, write_prompts
@@ -197,18 +199,46 @@ def test_impossible_shape_is_refused_in_one_sentence(
     assert "Traceback" not in done.stderr
 
 
+def test_a_finished_draft_is_quantised_evaluated_and_trained_further(
+    distillation: Distillation, said: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "draft"
+    shutil.copytree(distillation.out, folder)
+    curve = (folder / "work" / "curve.jsonl").read_text()
+    done = distillation.run(out=folder, quantize="int8", passes=PASSES + 2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (folder / "work" / "curve.jsonl").read_text().startswith(curve), "it began anew"
+    after, before = re.findall(r"^\| unseen \| (\S+) \|", (folder / "README.md").read_text(), re.M)
+    assert abs(float(after) - float(before)) < 0.05
+    types = {weight.dtype for weight in load_file(folder / "model.safetensors").values()}
+    assert torch.int8 in types
+    _serves(distillation.target, folder)
+
+    still: dict[str, object] = {"learning_rate": 0.0, "passes": 0.01, "prompts": []}
+    still |= {"answers": distillation.out / "work" / "answers-prompts.jsonl", "self_written": 0}
+    further = distillation.run(**still, held_out=[], start_from=folder, out=tmp_path / "further")
+    assert further.returncode == 0, further.stderr[-3000:]
+    points = (tmp_path / "further" / "work" / "curve.jsonl").read_text().splitlines()
+    assert json.loads(points[-1])["acceptance"] > 0.6
+
+
 def test_the_draft_serves_in_vllm(distillation: Distillation, said: str) -> None:
     vocabulary = (distillation.out / "draft_vocab.txt").read_text().split("\n")[1:-1]
     assert 0 < len(vocabulary) <= HEAD
-    speculation = {"method": "ssd", "model": str(distillation.out), "num_speculative_tokens": 4}
+    _serves(distillation.target, distillation.out)
+
+
+def _serves(target: Path, draft: Path) -> None:
+    """Check that a draft's tokens are accepted in an engine."""
+    speculation = {"method": "ssd", "model": str(draft), "num_speculative_tokens": 4}
     engine = Engine(
-        str(distillation.target),
+        str(target),
         speculative_config={**speculation, "max_wait_ms": LONG_WAIT_MS, "strict": True},
         disable_log_stats=False,
     )
     try:
         question = [{"role": "user", "content": "qqq?"}]
-        tokenizer = AutoTokenizer.from_pretrained(distillation.out)
+        tokenizer = AutoTokenizer.from_pretrained(draft)
         text = tokenizer.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
         engine.run([Job(tokenizer.encode(text, add_special_tokens=False), greedy(60))])
         stats = engine.stats()

@@ -31,6 +31,7 @@ class ModelProcess:
         platform_block_size: the block size vLLM's platform is to choose for the attention; None
             for its own choice.
         num_sampled_from: how many best tokens are sampled from.
+        as_on_cuda: prepare the inputs with torch, as for CUDA, where a CPU has numpy do it.
     """
 
     def __init__(
@@ -41,13 +42,13 @@ class ModelProcess:
         draft_vocab: Int32Array | None = None,
         platform_block_size: int | None = None,
         num_sampled_from: int = 0,
+        as_on_cuda: bool = False,
     ) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         loaded = (KV_BYTES, num_candidates, vocab_size, draft_vocab, num_sampled_from)
-        self._process = context.Process(
-            target=_serve, args=(theirs, engine_args, loaded, platform_block_size), daemon=True
-        )
+        arguments = (theirs, engine_args, loaded, platform_block_size, as_on_cuda)
+        self._process = context.Process(target=_serve, args=arguments, daemon=True)
         self._process.start()
         theirs.close()
         self.block_size: int = self._receive()
@@ -93,6 +94,7 @@ def _serve(
     engine_args: dict[str, Any],
     loaded: tuple[Any, ...],
     platform_block_size: int | None,
+    as_on_cuda: bool,
 ) -> None:
     """The process's entry point: bring the model up, then answer until the pipe closes."""
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
@@ -103,6 +105,8 @@ def _serve(
     try:
         model = VllmDraftModel(engine_args)
         model.load(*loaded)
+        if as_on_cuda:
+            model._host = None
         pipe.send(model.block_size)
         verbs: dict[str, Callable[..., Any]] = {
             "forward": partial(_forward, model),

@@ -44,7 +44,7 @@ def test_candidates_are_the_best_of_the_selected_tokens(
     # The model can still read tokens that are not among them.
     texts[1][-1] = next(i for i in range(3, VOCABULARY) if i not in IDS)
     with ModelProcess(arguments, CANDIDATES, VOCABULARY, IDS) as model:
-        top = _forward(model, texts)
+        top = forward(model, texts)
     for tokens, best in zip(texts, top, strict=True):
         with torch.inference_mode():
             logits = reference(torch.tensor([tokens])).logits[0, -1]
@@ -54,7 +54,7 @@ def test_candidates_are_the_best_of_the_selected_tokens(
         assert len(set(best.tolist())) == CANDIDATES
 
 
-def _forward(model: ModelProcess, texts: list[list[int]]) -> Int32Array:
+def forward(model: ModelProcess, texts: list[list[int]]) -> Int32Array:
     lengths = np.array([len(tokens) for tokens in texts], np.int32)
     blocks = 1 + np.arange(2 * len(texts), dtype=np.int32).reshape(-1, 64 // BLOCK_SIZE)
     positions = np.concatenate([np.arange(length, dtype=np.int32) for length in lengths])

@@ -182,12 +182,16 @@ def reference(tiny_pair: TinyModels) -> Any:
     scope="module",
     params=[
         pytest.param(False, id="compiled"),
-        pytest.param(True, id="eager", marks=pytest.mark.slow),
+        pytest.param(True, id="eager, inputs as on CUDA"),
     ],
 )
 def model(request: pytest.FixtureRequest, tiny_pair: TinyModels) -> Iterator[ModelProcess]:
-    arguments = engine_args(tiny_pair, request.param)
-    with ModelProcess(arguments, CANDIDATES, VOCAB_SIZE, num_sampled_from=SAMPLED_FROM) as process:
+    eager: bool = request.param
+    arguments = engine_args(tiny_pair, eager)
+    sizes = CANDIDATES, VOCAB_SIZE
+    with ModelProcess(
+        arguments, *sizes, num_sampled_from=SAMPLED_FROM, as_on_cuda=eager
+    ) as process:
         yield process
 
 

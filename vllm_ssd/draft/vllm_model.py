@@ -3,7 +3,7 @@
 vLLM does the loading, quantisation, paged KV cache, attention backend, compilation and CUDA
 graphs; CPU and CUDA share this code. The runner's own persistent buffers carry the inputs, because
 CUDA graphs were captured over them. The block table of every row stays on the device: a step sends
-those that have changed, and gathers the batch's.
+those that have changed, and gathers the batch's. On CPU numpy does that in the same buffers.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from vllm_ssd import compat
 from vllm_ssd.core.arrays import Int32Array
 from vllm_ssd.draft.best import best_tokens
+from vllm_ssd.draft.buffers import Buffers, HostBuffers, fill_on_host, runner_buffers
 from vllm_ssd.draft.graphs import Padded, capture_sizes, pad
 from vllm_ssd.draft.head import select_head_rows
 from vllm_ssd.draft.inputs import (
@@ -30,7 +31,8 @@ from vllm_ssd.draft.inputs import (
     sequence_of_tokens,
 )
 from vllm_ssd.draft.kv_cache import bring_up_kv_cache, copy_kv_blocks
-from vllm_ssd.draft.model import BlockChanges, Choices, Done, Sampling, Sequences, Ticket
+from vllm_ssd.draft.model import BlockChanges, Done, Sampling, Sequences, Ticket
+from vllm_ssd.draft.readback import Chosen, Readback
 from vllm_ssd.draft.sampling import (
     draw,
     own_generator,
@@ -120,10 +122,14 @@ class VllmDraftModel:
         self._num_candidates = num_candidates
         self._num_sampled_from = num_sampled_from
         self._generator = own_generator(self._device)
-        self._batch_table: Any = runner.input_batch.block_table[0]
-        self._row_tables = torch.zeros_like(self._batch_table.block_table.gpu)
+        self._buffers = runner_buffers(runner)
+        self._row_tables = torch.zeros_like(self._buffers.tables)
         """``[max_rows, blocks]``, the block table of each row, whatever the batch."""
         self._index = torch.arange(len(self._row_tables), device=self._device)
+        self._host: HostBuffers | None = None
+        if self._device.type == "cpu":
+            in_place = [buffer.numpy() for buffer in (*self._buffers, self._row_tables)]
+            self._host = HostBuffers(*in_place)
         self.lookahead = self._device.type == "cuda"
         if self.lookahead:
             self._copy_stream = torch.cuda.Stream(self._device)
@@ -150,9 +156,9 @@ class VllmDraftModel:
         if not self.lookahead:
             return Done(chosen.on_host())
         self._next_tokens[forward.rows] = chosen.next_tokens
-        return _Readback(chosen, self._copy_stream)
+        return Readback(chosen, self._copy_stream)
 
-    def _choose(self, logits: torch.Tensor, sampling: Sampling | None) -> _Chosen:
+    def _choose(self, logits: torch.Tensor, sampling: Sampling | None) -> Chosen:
         """The best tokens, and what each sequence goes on with."""
         count = self._num_candidates
         sampled = sampling is not None and bool(sampling.sampled.any())
@@ -161,14 +167,14 @@ class VllmDraftModel:
         tokens = best.to(torch.int32) if self._token_ids is None else self._token_ids[best]
         if sampling is None:
             # Over the C chosen tokens: as good a measure as over all, and nearly free.
-            return _Chosen(tokens, values.float().softmax(-1).nan_to_num(), tokens[:, 0], None)
+            return Chosen(tokens, values.float().softmax(-1).nan_to_num(), tokens[:, 0], None)
         sent = send_sampling(sampling, self._device)
         probabilities = stated_probabilities(values[:, :count], sent)
         if not sampled:
-            return _Chosen(tokens, probabilities, tokens[:, 0], None)
+            return Chosen(tokens, probabilities, tokens[:, 0], None)
         among = slice(self._num_sampled_from)
         q = proposals(values[:, among], tokens[:, among], sent)
-        return _Chosen(tokens, probabilities, draw(q, tokens[:, among], self._generator), q)
+        return Chosen(tokens, probabilities, draw(q, tokens[:, among], self._generator), q)
 
     @contextmanager
     def _input_buffers(self) -> Iterator[None]:
@@ -188,6 +194,8 @@ class VllmDraftModel:
 
     def _prepare(self, changes: BlockChanges, sequences: Sequences) -> _Forward:
         """Bring a step's inputs to the device and build the attention's metadata."""
+        if self._host is not None:
+            return self._prepare_on_host(self._host, changes, sequences)
         from vllm.config import CUDAGraphMode
 
         count, total = len(sequences.query_lens), len(sequences.tokens)
@@ -216,7 +224,29 @@ class VllmDraftModel:
             buffers.starts[1 : count + 1] - 1 if total > count else slice(count),
         )
 
-    def _fill(self, inputs: DeviceInputs, padded: Padded, used: int) -> _Buffers:
+    def _prepare_on_host(
+        self, host: HostBuffers, changes: BlockChanges, sequences: Sequences
+    ) -> _Forward:
+        """As :meth:`_prepare` on CPU, where there are no graphs and nothing is padded."""
+        from vllm.config import CUDAGraphMode
+        from vllm.forward_context import BatchDescriptor
+
+        count, total = len(sequences.rows), len(sequences.tokens)
+        filled = fill_on_host(host, changes, sequences, self.block_size, self._last_token)
+        padded = Padded(total, count, total)
+        buffers = self._buffers.cut(padded)
+        max_query = int(sequences.query_lens.max())
+        return _Forward(
+            CUDAGraphMode.NONE,
+            BatchDescriptor(total),
+            padded,
+            buffers,
+            self._attention_metadata(buffers, filled, padded, max_query),
+            torch.from_numpy(sequences.rows),
+            buffers.starts[1:] - 1 if total > count else slice(count),
+        )
+
+    def _fill(self, inputs: DeviceInputs, padded: Padded, used: int) -> Buffers:
         """Fill the persistent buffers; what follows from the inputs is computed on the device.
 
         Args:
@@ -226,33 +256,29 @@ class VllmDraftModel:
         """
         from vllm.v1.attention.backends.utils import NULL_BLOCK_ID, PAD_SLOT_ID
 
-        runner, table = self._runner, self._batch_table
+        buffers = self._buffers.cut(padded)
         count, total = len(inputs.rows), len(inputs.tokens)
         tokens = inputs.tokens
         if self.lookahead and total == count:
             tokens = after_last_step(tokens, inputs.rows, self._next_tokens)
-        ids = runner.input_ids.gpu[: padded.tokens]
         # A padded vocabulary of the target may have ids that this embedding lacks.
-        torch.clamp(tokens, max=self._last_token, out=ids[:total])
-        positions = runner.positions[: padded.tokens]
-        positions[:total] = inputs.positions
-        starts = runner.query_start_loc.gpu[: padded.sequences + 1]
-        starts.copy_(inputs.starts)
-        lens = runner.seq_lens[: padded.sequences]
-        lens.copy_(inputs.lens)
-        tables = table.block_table.gpu[: padded.sequences]
+        torch.clamp(tokens, max=self._last_token, out=buffers.ids[:total])
+        positions = buffers.positions[:total]
+        positions.copy_(inputs.positions)
+        buffers.starts.copy_(inputs.starts)
+        buffers.lens.copy_(inputs.lens)
+        tables = buffers.tables
         tables[:count, :used] = self._row_tables[inputs.rows, :used]
         if padded.sequences > count:
             tables[count:] = NULL_BLOCK_ID
-        slots = table.slot_mapping.gpu[: padded.tokens]
-        sequence = sequence_of_tokens(starts[: count + 1], self._index[:count], total)
-        fill_slots(slots[:total], tables, sequence, positions[:total], self.block_size)
+        sequence = sequence_of_tokens(buffers.starts[: count + 1], self._index[:count], total)
+        fill_slots(buffers.slots[:total], tables, sequence, positions, self.block_size)
         if padded.tokens > total:
-            slots[total:] = PAD_SLOT_ID  # padding writes no KV
-        return _Buffers(ids, positions, starts, lens, tables, slots)
+            buffers.slots[total:] = PAD_SLOT_ID  # padding writes no KV
+        return buffers
 
     def _attention_metadata(
-        self, buffers: _Buffers, host: HostInputs, padded: Padded, max_query: int
+        self, buffers: Buffers, host: HostInputs, padded: Padded, max_query: int
     ) -> dict[str, Any]:
         """The metadata of each attention layer, by its name."""
         from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -298,17 +324,6 @@ class VllmDraftModel:
         self._worker.shutdown()
 
 
-class _Buffers(NamedTuple):
-    """The persistent buffers of the runner, as far as a forward uses them."""
-
-    ids: torch.Tensor
-    positions: torch.Tensor
-    starts: torch.Tensor
-    lens: torch.Tensor
-    tables: torch.Tensor
-    slots: torch.Tensor
-
-
 class _Forward(NamedTuple):
     """A forward that is ready to run."""
 
@@ -317,55 +332,8 @@ class _Forward(NamedTuple):
     descriptor: Any
     """Which one."""
     padded: Padded
-    buffers: _Buffers
+    buffers: Buffers
     metadata: dict[str, Any]
     rows: torch.Tensor
     last: torch.Tensor | slice
     """Where each sequence's last query token is."""
-
-
-class _Chosen(NamedTuple):
-    """:class:`Choices` on the device."""
-
-    tokens: torch.Tensor
-    probabilities: torch.Tensor
-    next_tokens: torch.Tensor
-    proposals: torch.Tensor | None
-
-    def on_host(self) -> Choices:
-        """The same as arrays; they lie on the host already."""
-        proposals = None if self.proposals is None else self.proposals.numpy()
-        return Choices(
-            self.tokens.numpy(),
-            self.probabilities.numpy(),
-            self.next_tokens.contiguous().numpy(),
-            proposals,
-        )
-
-
-class _Readback:
-    """A result on its way to the host, on a stream of its own so that the next forward runs.
-
-    vLLM's ``AsyncGPUModelRunnerOutput`` does the same.
-
-    Args:
-        chosen: the result on the device.
-        stream: the stream of the copy.
-    """
-
-    def __init__(self, chosen: _Chosen, stream: torch.cuda.Stream) -> None:
-        self._device = chosen  # not to be reused before the copy is done
-        self._done = torch.cuda.Event(blocking=True)
-        forward = torch.cuda.current_stream()
-        with torch.cuda.stream(stream):
-            stream.wait_stream(forward)
-            # Into pinned memory.
-            self._host = _Chosen(
-                *(None if part is None else part.to("cpu", non_blocking=True) for part in chosen)
-            )
-            self._done.record()
-
-    def result(self) -> Choices:
-        """See :class:`vllm_ssd.draft.model.Ticket`."""
-        self._done.synchronize()
-        return self._host.on_host()
