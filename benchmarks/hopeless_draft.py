@@ -69,8 +69,8 @@ def main() -> None:
             if draft is not None:
                 speculative = {"method": "ssd", "model": draft, "num_speculative_tokens": K}
             spec = Questions(
-                str(models.target),
-                speculative,
+                model=str(models.target),
+                speculative_config=speculative,
                 enforce_eager=True,
                 prompts=QUESTIONS,
                 max_tokens=options.max_tokens,
