@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ def test_everything_is_readable_in_eighty_columns() -> None:
         DRAFT_MODEL: Answers([[2] * 128] * 3, seconds=28.0, gaps=27.0, metrics=speculating),
         SSD: Answers(same, seconds=24.0, gaps=23.0, metrics=speculating | times),
     }
+    results[DRAFT_MODEL].again = replace(results[SSD], seconds=32.0, gaps=31.0)
     console = Console(width=80, record=True)
     console.print(_table(results))
     text = console.export_text()
@@ -39,6 +41,8 @@ def test_everything_is_readable_in_eighty_columns() -> None:
     assert [DRAFT_MODEL, "13.7", "71", "ms", "1.75", "59", "%", "-", "differs"] in lines
     last = [SSD, "16.0", "60", "ms", "1.75", "59", "%", "76", "ms", "/", "78", "ms", "identical"]
     assert last in lines
+    sampled = f"{DRAFT_MODEL}, T 0.7 12.0 82 ms 1.75 59 % 76 ms / 78 ms -".split()
+    assert sampled in lines, "text that was sampled is compared with nothing"
     # Where text differs, the table says why.
     assert "In bfloat16 the text may differ" in " ".join(text.split())
     results[DRAFT_MODEL] = results[SSD]

@@ -32,6 +32,9 @@ QUESTIONS = [
 
 PLAIN, DRAFT_MODEL, SSD = "vLLM", "draft_model", "SSD"
 
+TEMPERATURE = 0.7
+"""The questions are also answered at this temperature, unseen."""
+
 EXACT = "float32"
 """Rounding errors are small enough in it not to change which token is the most likely one."""
 
@@ -69,12 +72,13 @@ def run(max_tokens: int, num_speculative_tokens: int, enforce_eager: bool = True
             enforce_eager=enforce_eager,
             prompts=QUESTIONS,
             max_tokens=max_tokens,
+            again_at=TEMPERATURE,
         )
         for name, method in methods.items()
     }
     console.print(
         f"target [bold]{models.target.name}[/], draft [bold]{models.draft.name}[/], "
-        f"K = {num_speculative_tokens}, greedy, one request at a time, {_cores()}"
+        f"K = {num_speculative_tokens}, greedy and at temperature {TEMPERATURE}, one request at a time, {_cores()}"
     )
     results = {name: _ask(name, spec) for name, spec in specs.items()}
 
@@ -122,7 +126,7 @@ def _ask(name: str, spec: Questions) -> Answers:
 def _answers_in_float32(*specs: Questions) -> list[Answers]:
     """Answers to the first question. The engines run at once: their speed does not matter here."""
     console.rule(f"[bold]The first question again, in {EXACT}")
-    exact = [replace(spec, prompts=QUESTIONS[:1], dtype=EXACT) for spec in specs]
+    exact = [replace(spec, prompts=QUESTIONS[:1], dtype=EXACT, again_at=None) for spec in specs]
     with console.status("plain vLLM and SSD answer it"), ThreadPoolExecutor() as threads:
         try:
             return list(threads.map(lambda spec: ask(spec, lambda event: None), exact))
@@ -144,18 +148,26 @@ def _table(results: dict[str, Answers]) -> Table:
     ):
         table.caption = DIFFERS
     for name, answers in results.items():
-        gaps = _tokens(answers) - len(answers.token_ids)
         same = answers.token_ids == plain.token_ids
-        table.add_row(
-            name,
-            f"{_tokens(answers) / answers.seconds:.1f}",
-            f"{1e3 * answers.gaps / max(1, gaps):.0f} ms",
-            _acceptance_length(answers.metrics),
-            _hit_rate(answers.metrics),
-            _times(answers.metrics),
-            "-" if name == PLAIN else "identical" if same else "differs",
-        )
+        text = "-" if name == PLAIN else "identical" if same else "differs"
+        table.add_row(name, *_figures(answers), text)
+    sampled = {name: answers.again for name, answers in results.items() if answers.again}
+    if sampled:
+        table.add_section()
+    for name, answers in sampled.items():
+        table.add_row(f"{name}, T {TEMPERATURE}", *_figures(answers), "-")
     return table
+
+
+def _figures(answers: Answers) -> list[str]:
+    gaps = _tokens(answers) - len(answers.token_ids)
+    return [
+        f"{_tokens(answers) / answers.seconds:.1f}",
+        f"{1e3 * answers.gaps / max(1, gaps):.0f} ms",
+        _acceptance_length(answers.metrics),
+        _hit_rate(answers.metrics),
+        _times(answers.metrics),
+    ]
 
 
 def _exactness(plain: Answers, ssd: Answers) -> str:
