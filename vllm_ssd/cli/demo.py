@@ -78,7 +78,8 @@ def run(max_tokens: int, num_speculative_tokens: int, enforce_eager: bool = True
     }
     console.print(
         f"target [bold]{models.target.name}[/], draft [bold]{models.draft.name}[/], "
-        f"K = {num_speculative_tokens}, greedy and at temperature {TEMPERATURE}, one request at a time, {_cores()}"
+        f"K = {num_speculative_tokens}, greedy and at temperature {TEMPERATURE}, "
+        f"one request at a time, {_cores()}"
     )
     results = {name: _ask(name, spec) for name, spec in specs.items()}
 
@@ -136,7 +137,11 @@ def _answers_in_float32(*specs: Questions) -> list[Answers]:
 
 def _table(results: dict[str, Answers]) -> Table:
     # Narrow enough for 80 columns, names included.
-    table = Table(title="The same questions, three ways", box=SIMPLE_HEAD, padding=0)
+    table = Table(
+        title=f"The same questions, three ways; then at temperature {TEMPERATURE}",
+        box=SIMPLE_HEAD,
+        padding=0,
+    )
     table.caption_justify = "left"
     table.add_column("", no_wrap=True)
     columns = ("tokens/s", "inter-token\nlatency", "acceptance\nlength", "hit\nrate")
@@ -155,7 +160,7 @@ def _table(results: dict[str, Answers]) -> Table:
     if sampled:
         table.add_section()
     for name, answers in sampled.items():
-        table.add_row(f"{name}, T {TEMPERATURE}", *_figures(answers), "-")
+        table.add_row(f"{name}, {TEMPERATURE}", *_figures(answers), "-")
     return table
 
 
