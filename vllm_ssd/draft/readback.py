@@ -19,13 +19,20 @@ class Chosen(NamedTuple):
 
     def on_host(self) -> Choices:
         """The same as arrays; they lie on the host already."""
-        proposals = None if self.proposals is None else self.proposals.numpy()
-        return Choices(
-            self.tokens.numpy(),
-            self.probabilities.numpy(),
-            self.next_tokens.contiguous().numpy(),
-            proposals,
-        )
+        tokens, probabilities = self.tokens.numpy(), self.probabilities.numpy()
+        if self.proposals is None:
+            return Choices.firsts(tokens, probabilities)
+        return Choices(tokens, probabilities, self.next_tokens.numpy(), self.proposals.numpy())
+
+    def copied(self) -> Chosen:
+        """The same in pinned memory of the host, as soon as the current stream is done."""
+        tokens = self.tokens.to("cpu", non_blocking=True)
+        probabilities = self.probabilities.to("cpu", non_blocking=True)
+        if self.proposals is None:
+            return Chosen(tokens, probabilities, tokens[:, 0], None)
+        next_tokens = self.next_tokens.to("cpu", non_blocking=True)
+        proposals = self.proposals.to("cpu", non_blocking=True)
+        return Chosen(tokens, probabilities, next_tokens, proposals)
 
 
 class Readback:
@@ -44,10 +51,7 @@ class Readback:
         forward = torch.cuda.current_stream()
         with torch.cuda.stream(stream):
             stream.wait_stream(forward)
-            # Into pinned memory.
-            self._host = Chosen(
-                *(None if part is None else part.to("cpu", non_blocking=True) for part in chosen)
-            )
+            self._host = chosen.copied()
             self._done.record()
 
     def result(self) -> Choices:
