@@ -130,7 +130,7 @@ WORKER = (
 
 DRAFT: Names = {
     "vllm.config": "CUDAGraphMode set_current_vllm_config(vllm_config)",
-    "vllm.config:CUDAGraphMode": "FULL",
+    "vllm.config:CUDAGraphMode": "FULL NONE",
     "vllm.config:VllmConfig": "cache_config model_config parallel_config scheduler_config",
     "vllm.config:CacheConfig": "kv_cache_layout kv_cache_memory_bytes num_gpu_blocks",
     "vllm.config:ModelConfig": "dtype get_hidden_size(self) get_vocab_size(self) max_model_len",
@@ -140,8 +140,8 @@ DRAFT: Names = {
     "vllm.engine.arg_utils:EngineArgs": "create_engine_config(self)",
     "vllm.envs": "enable_envs_cache",
     "vllm.forward_context": (
-        "set_forward_context(attn_metadata vllm_config | num_tokens cudagraph_runtime_mode "
-        "batch_descriptor slot_mapping)"
+        "BatchDescriptor(num_tokens) set_forward_context(attn_metadata vllm_config | num_tokens "
+        "cudagraph_runtime_mode batch_descriptor slot_mapping)"
     ),
     "vllm.forward_context:BatchDescriptor": "num_reqs num_tokens",
     "vllm.model_executor.layers.linear": "UnquantizedLinearMethod",
