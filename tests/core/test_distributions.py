@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from vllm_ssd.core import distributions as distributions_module
 from vllm_ssd.core.arrays import Float32Array, Int32Array
 from vllm_ssd.core.distributions import Distributions
 
@@ -36,12 +37,12 @@ def kept() -> Distributions:
 def found(kept: Distributions, *places: tuple[int, int]) -> list[dict[int, float]]:
     """The distribution of each ``(row, position)``; empty where the token is certain."""
     rows, positions = np.array(places).T
-    sampled, of, tokens, values = kept.look_up(rows, positions)
-    each: list[dict[int, float]] = [{} for _ in places]
-    for at, token, value in zip(of.tolist(), tokens.tolist(), values.tolist(), strict=True):
-        each[at][token] = value
-    assert [bool(entries) for entries in each] == sampled.tolist()
-    return each
+    supports, tokens, values = kept.look_up(rows, positions)
+    ends = supports.cumsum().tolist()
+    return [
+        dict(zip(tokens[end - n : end].tolist(), values[end - n : end].tolist(), strict=True))
+        for end, n in zip(ends, supports.tolist(), strict=True)
+    ]
 
 
 def test_what_was_sampled_is_found_and_the_rest_is_certain(kept: Distributions) -> None:
@@ -71,3 +72,20 @@ def test_positions_go_round(kept: Distributions) -> None:
 def test_a_row_that_begins_anew_forgets(kept: Distributions) -> None:
     kept.forget([1])
     assert found(kept, (1, 7), (2, 8)) == [{}, {6: 1.0}]
+
+
+def test_the_oldest_entries_make_room_for_the_newest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributions_module, "_ENTRIES", 1)
+    monkeypatch.setattr(distributions_module, "_STEPS", 1)
+    kept = Distributions(ROWS, WIDTH, MOST)  # room for twelve entries
+    entries = ints(3), ints(4, 5, 6), floats(0.5, 0.25, 0.25)
+    full = {4: 0.5, 5: 0.25, 6: 0.25}
+    for row in range(3):
+        kept.sampled(ints(row), ints(7), *entries)
+    two = ints(2), ints(8, 9), floats(0.5, 0.5)
+    kept.sampled(ints(3), ints(7), *two)
+    assert found(kept, (0, 7), (3, 7)) == [full, {8: 0.5, 9: 0.5}]
+    kept.sampled(ints(0), ints(8), *entries)  # does not fit at the end, and goes to the beginning
+    assert found(kept, (0, 7), (0, 8), (1, 7), (2, 7)) == [{}, full, full, full]
+    kept.sampled(ints(0), ints(9), *entries)
+    assert found(kept, (0, 8), (1, 7), (2, 7), (3, 7)) == [full, {}, full, {8: 0.5, 9: 0.5}]

@@ -131,7 +131,7 @@ class Simulation:
             sizes.prefill_chunk_idle,
         )
         self.cache = self.engine.trees.cache
-        self.published = PublishedTrees(sizes.depth, sizes.vocab_size, sizes.sampled_from)
+        self.published = PublishedTrees(sizes.depth, sizes.vocab_size, sampled_from)
         self.published.start(Ready(sizes.max_rows, sizes.num_blocks, sizes.block_size))
         self.requests: dict[int, TargetRequest] = {}
         """All requests that were announced and not reported as finished."""

@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -75,10 +76,11 @@ def test_a_wrong_temperature_is_found(
     look_up = Distributions.look_up
 
     def at_temperature_1(self: Any, rows: Any, positions: Any) -> Any:
-        sampled, of, tokens, values = look_up(self, rows, positions)
-        wrong = torch.from_numpy(values**0.4)
-        total = torch.zeros(len(rows)).index_add_(0, torch.from_numpy(of), wrong)
-        return sampled, of, tokens, (wrong / total[of]).numpy()
+        supports, tokens, values = look_up(self, rows, positions)
+        wrong = values**0.4
+        sampled = supports[supports > 0]
+        totals = np.add.reduceat(wrong, sampled.cumsum() - sampled) if len(sampled) else sampled
+        return supports, tokens, (wrong / np.repeat(totals, sampled)).astype(np.float32)
 
     monkeypatch.setattr(Distributions, "look_up", at_temperature_1)
     found = Sampled(weighing, FEW, temperature=0.4)

@@ -56,7 +56,8 @@ def make(mistake: str) -> None:
         return proposals(values, tokens, of._replace(temperature=ones))
 
     def draw_from_another(q: Any, tokens: Any, generator: Any) -> Any:
-        return draw(drawn_from.pop(), tokens, generator)
+        # But no token that it says to be impossible: the target would refuse that.
+        return draw(drawn_from.pop() * (q > 0.0), tokens, generator)
 
     if mistake == "end tokens":
         sampling.proposals = with_end_tokens

@@ -87,13 +87,15 @@ def sampling(sampled_from: int = MOST) -> PublishedTrees:
 def distributions_of(published: PublishedTrees, row: int, count: int) -> list[dict[int, float]]:
     """What the tokens of a row from position 10 on were sampled from; empty for certain ones."""
     assert published.distributions is not None
-    _, of, tokens, values = published.distributions.look_up(
-        np.full(count, row), 10 + np.arange(count)
+    drafted = published.cache.tokens[row, :count].astype(np.int64)
+    supports, tokens, values = published.distributions_of(
+        np.full(count, row), 10 + np.arange(count), drafted
     )
-    found: list[dict[int, float]] = [{} for _ in range(count)]
-    for at, token, value in zip(of.tolist(), tokens.tolist(), values.tolist(), strict=True):
-        found[at][token] = value
-    return found
+    ends = supports.cumsum().tolist()
+    return [
+        dict(zip(tokens[end - n : end].tolist(), values[end - n : end].tolist(), strict=True))
+        for end, n in zip(ends, supports.tolist(), strict=True)
+    ]
 
 
 def test_what_is_published_is_found(published: PublishedTrees) -> None:
@@ -302,6 +304,7 @@ SAMPLED = stepped([0], [5], sampled={0: FIVE})
     [
         stepped([0], [8], sampled={0: FIVE}),
         stepped([0], [8], sampled={0: {5: 1.0, 8: 0.0}}),
+        stepped([0], [8], sampled={0: {5: 1.5, 8: -0.5}}),
         stepped([0], [5], sampled={0: {5: 0.5, VOCAB_SIZE: 0.5}}),
         stepped([0], [5], sampled={0: {5: 0.5, -1: 0.5}}),
         stepped([0], [5], sampled={0: {5: 1.5, 6: -0.5}}),
@@ -324,8 +327,15 @@ SAMPLED = stepped([0], [5], sampled={0: FIVE})
     ],
 )
 def test_distributions_that_cannot_be_are_refused(step: Stepped) -> None:
+    published = sampling()
+    published.fork(forked(HANDLE, [0], [4], [2]))
+
+    def take_and_propose() -> None:
+        published.steps([step])
+        distributions_of(published, 0, 1)
+
     with pytest.raises((ValueError, IndexError)):
-        sampling().steps([step])
+        take_and_propose()
 
 
 def test_a_draft_that_shall_not_sample_is_refused_if_it_does() -> None:

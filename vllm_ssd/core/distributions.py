@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import numpy as np
 
-from vllm_ssd.core.arrays import BoolArray, Float32Array, Int32Array, Int64Array
+from vllm_ssd.core.arrays import Float32Array, Int32Array, Int64Array
+
+_ENTRIES = 1 << 20
+"""Entries that are kept at least: 8 MiB."""
+_STEPS = 4
+"""... and enough for so many steps in which all rows sample."""
 
 
 class Distributions:
     """For every token of the cache's rows the distribution q' that it was sampled from, if any.
 
-    Kept by position in the text, as :attr:`SpeculationCache.chance`: a fork that becomes a trunk
-    keeps its row, and with it what its tokens were sampled from.
+    Known by position in the text, as :attr:`SpeculationCache.chance`: a fork that becomes a trunk
+    keeps its row, and with it what its tokens were sampled from. The entries themselves are kept in
+    the order in which they come, the newest in place of the oldest: few of the tokens are ever
+    proposed, so nothing is done for each of them. A token whose entries are gone counts as certain,
+    which is exact for a sampled token as well (:mod:`vllm_ssd.target.handover`).
 
     Args:
         max_rows: rows of the cache.
@@ -23,9 +31,12 @@ class Distributions:
         self.most = most
         self.support: Int32Array = np.zeros((max_rows, width), np.int32)
         """``[row, position % width]``: entries of the distribution; 0: the token was certain."""
-        # Not initialised: memory is used only where something has been sampled.
-        self._tokens: Int32Array = np.empty((max_rows, width, most), np.int32)
-        self._probabilities: Float32Array = np.empty((max_rows, width, most), np.float32)
+        self._first: Int64Array = np.zeros((max_rows, width), np.int64)
+        """The number of its first entry, counted from the first one that ever came."""
+        self._size = max(_ENTRIES, _STEPS * max_rows * most)
+        self._tokens: Int32Array = np.empty(self._size, np.int32)
+        self._probabilities: Float32Array = np.empty(self._size, np.float32)
+        self._came = 0
 
     def forget(self, rows: Int32Array | list[int]) -> None:
         """Rows begin anew: what they held of another text counts no more."""
@@ -56,18 +67,24 @@ class Distributions:
             supports: ``[n]``, from how many tokens each was sampled.
             tokens: ``[sum(supports)]``, these tokens.
             probabilities: ``[sum(supports)]``, theirs.
+
+        Raises:
+            ValueError: more than can be kept.
         """
+        count, at = len(tokens), self._came % self._size
+        if at + count > self._size:
+            self._came += self._size - at
+            at = 0
+        self._tokens[at : at + count] = tokens
+        self._probabilities[at : at + count] = probabilities
         columns = positions % self.support.shape[1]
         self.support[rows, columns] = supports
-        first = supports.cumsum() - supports
-        index = np.arange(len(tokens)) - np.repeat(first, supports)
-        at = np.repeat(rows, supports), np.repeat(columns, supports), index
-        self._tokens[at] = tokens
-        self._probabilities[at] = probabilities
+        self._first[rows, columns] = self._came + supports.cumsum() - supports
+        self._came += count
 
     def look_up(
         self, rows: Int64Array, positions: Int64Array
-    ) -> tuple[BoolArray, Int64Array, Int32Array, Float32Array]:
+    ) -> tuple[Int64Array, Int32Array, Float32Array]:
         """What tokens were sampled from.
 
         Args:
@@ -75,19 +92,13 @@ class Distributions:
             positions: ``[n]``, in the text.
 
         Returns:
-            ``[n]``, which were sampled; and the entries of their distributions, in one row: which
-            of the tokens each belongs to, token, probability.
+            The supports, ``[n]``; and the entries of their distributions, in one row: tokens and
+            probabilities.
         """
         columns = positions % self.support.shape[1]
-        supports = np.where(rows >= 0, self.support[rows, columns], 0)
-        sampled = supports > 0
-        owners = np.flatnonzero(sampled)
-        if not len(owners):
-            return sampled, owners, np.empty(0, np.int32), np.empty(0, np.float32)
-        most = int(supports.max())
-        rows, columns = rows[owners], columns[owners]
-        tokens = self._tokens[rows, columns, :most]
-        probabilities = self._probabilities[rows, columns, :most]
-        entries = np.arange(most) < supports[owners, None]
-        of = np.broadcast_to(owners[:, None], entries.shape)[entries]
-        return sampled, of, tokens[entries], probabilities[entries]
+        first = self._first[rows, columns]
+        there = (rows >= 0) & (first >= self._came - self._size)
+        supports = np.where(there, self.support[rows, columns], 0).astype(np.int64)
+        before = supports.cumsum() - supports
+        entries = np.arange(supports.sum()) + np.repeat(first % self._size - before, supports)
+        return supports, self._tokens[entries], self._probabilities[entries]

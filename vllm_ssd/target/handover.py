@@ -101,10 +101,10 @@ class HandOver:
 
         Returns:
             ``None`` if all tokens are certain, or if the dense rows would take too much memory.
+
+        Raises:
+            ValueError: the draft cannot have sampled a token from what it says.
         """
-        distributions = published.distributions
-        if distributions is None:
-            return None
         rows = [row for row, tokens in enumerate(proposals) if tokens]
         # By row of the batch: the tree's row, position of the first token, tokens found there.
         places = np.full((len(proposals), 3), (-1, 0, 0))
@@ -119,22 +119,20 @@ class HandOver:
         at = np.arange(len(owners)) - np.repeat(counts.cumsum() - counts, counts)
         tree_rows, positions, in_tree = places[rows][owners].T
         tree_rows = np.where(at < in_tree, tree_rows, -1)
-        sampled, of, tokens, values = distributions.look_up(tree_rows, positions + at)
-        if not len(of):
+        drafted = np.fromiter(chain.from_iterable(proposals), np.int64, len(owners))
+        supports, tokens, values = published.distributions_of(tree_rows, positions + at, drafted)
+        if not len(tokens):
             return None
         if dense_bytes(len(rows), self._depth, self._vocab_size) > LARGEST_BYTES:
             self._stats.batches_too_large += 1
             return None
+        certain = supports == 0
         self._stats.batches_with_probabilities += 1
-        self._stats.tokens_with_probabilities += int(sampled.sum())
+        self._stats.tokens_with_probabilities += len(drafted) - int(certain.sum())
         first = (owners * self._depth + at) * self._vocab_size
-        drafted = np.fromiter(chain.from_iterable(proposals), np.int64, len(owners))
-        certain = (first + drafted)[~sampled]
-        return SparseRows(
-            rows,
-            np.concatenate([first[of] + tokens, certain]),
-            np.concatenate([values, np.ones(len(certain), np.float32)]),
-        )
+        indices = [np.repeat(first, supports) + tokens, (first + drafted)[certain]]
+        ones = np.ones(len(indices[1]), np.float32)
+        return SparseRows(rows, np.concatenate(indices), np.concatenate([values, ones]))
 
     def give(self, sparse: SparseRows | None) -> None:
         """Hand over a batch's distributions, on the rank that has the draft, and to the others.

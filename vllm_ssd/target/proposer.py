@@ -156,7 +156,7 @@ class SSDProposer:
             if self._pads and not self._rounds_off:
                 pad(proposals, batch, self._runner.requests, self.depth)
             if hand_over is not None:
-                distributions = hand_over.collect(proposals, look_ups, self.client.published)
+                distributions = self._collect(hand_over, proposals, look_ups)
         except Exception as error:  # as above: decoding goes on plainly
             proposals = [[] for _ in sampled_token_ids]
             self._degrade(error)
@@ -168,6 +168,18 @@ class SSDProposer:
         self.stats.proposals += 1
         self.stats.propose_seconds += self._proposed_at - began
         return proposals
+
+    def _collect(
+        self, hand_over: HandOver, proposals: list[list[int]], look_ups: Sequence[LookUp]
+    ) -> SparseRows | None:
+        """What the proposals were sampled from; without it, they are verified as certain."""
+        client = self.client
+        assert client is not None
+        try:
+            return hand_over.collect(proposals, look_ups, client.published)
+        except ValueError as error:
+            client.resync(f"a distribution that does not make sense: {error}")
+            return None
 
     def _hand(self, hand_over: HandOver, call: Callable[[], None]) -> None:
         """Hand something over; without it, drafts are verified as if they were certain."""

@@ -7,7 +7,7 @@ from operator import attrgetter
 
 import numpy as np
 
-from vllm_ssd.core.arrays import Float32Array, Int32Array
+from vllm_ssd.core.arrays import Float32Array, Int32Array, Int64Array
 from vllm_ssd.core.distributions import Distributions
 from vllm_ssd.core.tree import SpeculationCache, row_width
 from vllm_ssd.wire.messages import (
@@ -92,36 +92,71 @@ class PublishedTrees:
             raise ValueError("a step that does not fit its rows")
         chances = unpack_floats(b"".join([step.chances for step in steps]))
         shape = len(steps), len(rows)
-        tokens = tokens.reshape(shape)
-        self.cache.append(rows, tokens, chances.reshape(shape))
-        self._sample(rows, tokens, steps)
+        self.cache.append(rows, tokens.reshape(shape), chances.reshape(shape))
+        self._sample(rows, steps)
         ended = b"".join([step.ended for step in steps])
         if ended:
             self.cache.ended[_indices(ended)] = True
 
-    def _sample(self, rows: Int32Array, tokens: Int32Array, steps: list[Stepped]) -> None:
+    def _sample(self, rows: Int32Array, steps: list[Stepped]) -> None:
         """Keep what the tokens that rows have just grown by were sampled from."""
         distributions = self.distributions
         if distributions is None:
             if any(step.sampled for step in steps):
                 raise ValueError("sampled tokens, though none were asked for")
             return
-        cache, most = self.cache, distributions.most
+        cache = self.cache
         first = cache.start[rows] + cache.length[rows] - len(steps)
         distributions.certain(rows, first + np.arange(len(steps), dtype=np.int32)[:, None])
-        for i, step in enumerate(steps):
-            if not step.sampled:
-                continue
-            which, supports = _indices(step.sampled), unpack(step.supports)
-            among, probabilities = unpack(step.q_tokens), unpack_floats(step.q_probabilities)
-            if not len(which) == len(supports) or not len(among) == len(probabilities):
-                raise ValueError("distributions of different lengths")
-            if not 0 < np.minimum.reduce(supports) <= np.maximum.reduce(supports) <= most:
-                raise ValueError(f"a distribution over less than one or more than {most} tokens")
-            _check_counts(supports.tolist(), len(among))
-            self._check_tokens(among)
-            _check_distributions(tokens[i, which], supports, among, probabilities)
-            distributions.sampled(rows[which], first[which] + i, supports, among, probabilities)
+        sampled = [(i, _indices(step.sampled)) for i, step in enumerate(steps) if step.sampled]
+        if not sampled:
+            return
+        which = np.concatenate([indices for _, indices in sampled])
+        later = np.repeat([i for i, _ in sampled], [len(indices) for _, indices in sampled])
+        supports = unpack(b"".join([step.supports for step in steps]))
+        tokens = unpack(b"".join([step.q_tokens for step in steps]))
+        probabilities = unpack_floats(b"".join([step.q_probabilities for step in steps]))
+        if not len(which) == len(supports) or not len(tokens) == len(probabilities):
+            raise ValueError("distributions of different lengths")
+        most = np.maximum.reduce(supports)
+        if not 0 < np.minimum.reduce(supports) <= most <= distributions.most:
+            raise ValueError(f"a distribution over {most} tokens, or over none")
+        _check_counts([int(supports.sum())], len(tokens))
+        self._check_tokens(tokens)
+        # Also refuses what is not a number: no comparison with that holds.
+        if not np.minimum.reduce(probabilities) > 0.0:
+            raise ValueError("a probability that is not above 0")
+        positions = (first[which] + later).astype(np.int32)
+        distributions.sampled(rows[which], positions, supports, tokens, probabilities)
+
+    def distributions_of(
+        self, rows: Int64Array, positions: Int64Array, tokens: Int64Array
+    ) -> tuple[Int64Array, Int32Array, Float32Array]:
+        """What tokens were sampled from (:meth:`Distributions.look_up`), checked.
+
+        Only the few that are proposed are checked whether they are distributions, and of these
+        tokens: for all that are drafted this would take milliseconds.
+
+        Args:
+            rows: ``[n]``, as there.
+            positions: ``[n]``, as there.
+            tokens: ``[n]``.
+
+        Raises:
+            ValueError: a token cannot have been sampled from its distribution.
+        """
+        if self.distributions is None:
+            none = np.zeros(0, np.int32)
+            return np.zeros(len(rows), np.int64), none, none.astype(np.float32)
+        found = supports, among, probabilities = self.distributions.look_up(rows, positions)
+        held = supports[supports > 0]
+        if len(held):
+            first = held.cumsum() - held
+            if not (np.abs(np.add.reduceat(probabilities, first) - 1.0) <= _ROUNDING).all():
+                raise ValueError("probabilities that do not add up to 1")
+            if not np.logical_or.reduceat(among == np.repeat(tokens, supports), first).all():
+                raise ValueError("a token that is not in its distribution")
+        return found
 
     def plant(self, message: Planted) -> None:
         """Trees replace the requests' former ones."""
@@ -189,27 +224,6 @@ class PublishedTrees:
 def _check_counts(counts: list[int], total: int) -> None:
     if sum(counts) != total or (counts and min(counts) < 0):
         raise ValueError(f"counts that do not add up to {total}")
-
-
-def _check_distributions(
-    tokens: Int32Array, supports: Int32Array, among: Int32Array, probabilities: Float32Array
-) -> None:
-    """Refuse what ``tokens`` cannot have been sampled from.
-
-    Args:
-        tokens: ``[n]``.
-        supports: ``[n]``, entries of each distribution.
-        among: ``[entries]``, their tokens.
-        probabilities: ``[entries]``.
-    """
-    # Also refuses what is not a number: no comparison with that holds.
-    if not np.minimum.reduce(probabilities) > 0.0:
-        raise ValueError("a probability that is not above 0")
-    first = supports.cumsum() - supports
-    if not (np.abs(np.add.reduceat(probabilities, first) - 1.0) <= _ROUNDING).all():
-        raise ValueError("probabilities that do not add up to 1")
-    if not np.logical_or.reduceat(among == np.repeat(tokens, supports), first).all():
-        raise ValueError("a token that is not in its distribution")
 
 
 def _all_below(values: Int32Array, limit: int) -> bool:
