@@ -185,3 +185,13 @@ def test_a_probe_ends_when_its_level_is_left() -> None:
     assert not switch.measures
     switch.enter(on=False)
     assert not switch.measures
+
+
+@pytest.mark.parametrize("requests", [1, 16])
+def test_a_bad_moment_at_the_start_does_not_last(requests: int) -> None:
+    """Something else slows speculation to a third while it is judged for the first time."""
+    bad = 100
+    runs = [run(lambda n: 0.35 if n < bad else 1.8, 5000, seed, requests) for seed in SEEDS]
+    back = [next((n for n in one.changes if n >= bad and n > one.changes[0]), 0) for one in runs]
+    assert all(one.on for one in runs)
+    assert np.median(back) < 2000

@@ -18,7 +18,7 @@ from vllm_ssd.core.step_times import level_of
 
 SHARE = 0.006
 """Of the time, what probes may cost."""
-_SHORTEST_PROBE, _PROBE_ROUNDS, _LONGEST_PROBE = 4, 8, 64
+_SHORTEST_PROBE, _PROBE_ROUNDS, _LONGEST_PROBE = 2, 8, 64
 """Rounds of a probe that are measured: if it is plainly slower, usually, and while it may be faster
 without that being clear."""
 _SETTLING_ROUNDS = {True: 3, False: 2}
@@ -36,6 +36,8 @@ _PLAINLY = 3.0
 """Standard errors by which it is behind beyond doubt."""
 _DRIFT = 1e-4
 """Variance that a round adds: the ratio may move by 10 % in some 100 rounds."""
+_FORGETS = 1.0 - 1.0 / 1000
+"""What is left of the logarithm after a round: a verdict from a bad moment must not last."""
 _UNKNOWN = 1.0
 """Variance of a ratio of which nothing is known."""
 _EXPECTED = 0.04
@@ -168,6 +170,7 @@ class Switch:
             expected: what a second of plain decoding gains, as far as step times tell; 0: unknown.
         """
         self.belief.variance = min(self.belief.variance + _DRIFT, _UNKNOWN)
+        self.belief.mean *= _FORGETS
         self._rounds += 1
         if self._probe is not None:
             self._take_probe(self._probe, gained, seconds)
