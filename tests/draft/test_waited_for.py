@@ -189,3 +189,15 @@ def test_a_verification_may_leave_the_proposal_open() -> None:
         wrong = Verified(pack([0, 1]), pack([3, 3]), pack([1, 1]), pack(counts), pack([1, 2, 3]), 0)
         with pytest.raises(ValueError, match="count"):
             check(wrong, bounds)
+
+
+def test_tokens_forced_on_a_trunk_are_its_own_after_they_were_trimmed(sim: Simulation) -> None:
+    first, rest = missed(sim, others=0)
+    assert not rest
+    unlikely = sim.best(first.text)[1]
+    sim.propose([first], [], {first.handle: [unlikely]})
+    sim.settle()
+    # The token stays in the trunk as the guess of what follows: it gets no fork beside it.
+    sim.trim(first, 0)
+    sim.settle()
+    check_always(sim)

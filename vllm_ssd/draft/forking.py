@@ -50,6 +50,8 @@ class _Trunks(NamedTuple):
     """How many tokens the trunk holds after the confirmed text."""
     ended: BoolArray
     limit: Int64Array
+    forced: bool
+    """Whether any of them may hold tokens that were forced on it."""
 
 
 class Forking:
@@ -120,14 +122,21 @@ class Forking:
         limit = np.array([request.limit for request in requests])
         cache = self._trees.cache
         tokens = cache.length[row].astype(np.int64)
-        return _Trunks(row, length, verified, known, tokens, cache.ended[row], limit)
+        forced = any(request.forced for request in requests)
+        return _Trunks(row, length, verified, known, tokens, cache.ended[row], limit, forced)
 
     def _chances(self, trunks: _Trunks) -> tuple[Float64Array, Float64Array]:
         """The chance of each outcome, ``[B, K + 1, C]``, 0 where no fork is to be made; and that of
         each trunk's own outcome, ``[B]``."""
         positions = self._policy.num_speculative_tokens + 1
         read = read_verifications(
-            self._rows, self._trees.cache, trunks.row, trunks.verified, trunks.known, positions
+            self._rows,
+            self._trees.cache,
+            trunks.row,
+            trunks.verified,
+            trunks.known,
+            positions,
+            trunks.forced,
         )
         chances = self._outcomes.chances(read)
         k = np.arange(positions)

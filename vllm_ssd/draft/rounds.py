@@ -107,7 +107,8 @@ class Rounds:
         verified = np.array([request.verified for request, _ in known])
         positions = self._depth + 1
         prepared = rows.computed[trunk] - length
-        trunks = read_verifications(rows, cache, trunk, verified, prepared + 1, positions)
+        forced = any(request.forced for request, _ in known)
+        trunks = read_verifications(rows, cache, trunk, verified, prepared + 1, positions, forced)
         came = choice_of(rows.choices[trunk, accepted], last)
         # [requests, K + 1]: the tokens that were accepted, and the one that came then.
         k = np.arange(positions)

@@ -18,6 +18,7 @@ def read_verifications(
     verified: Int64Array,
     known: Int64Array,
     positions: int,
+    forced: bool,
 ) -> Verifications:
     """Read B trunks.
 
@@ -28,11 +29,11 @@ def read_verifications(
         verified: ``[B]``, n of each.
         known: ``[B]``, at how many positions the choices are known.
         positions: K + 1.
+        forced: whether any of them may hold tokens that were forced on it, or is to take some.
     """
     sampled = rows.sampled
     setting, stated = sampled.setting[trunks], rows.stated[trunks, :positions]
-    forced = rows.forced[trunks, :positions]
-    if not setting.any() and forced.max(initial=-1) < 0:  # trunks hold first choices
+    if not setting.any() and not forced:  # trunks hold first choices
         shape = stated.shape[:2]
         zeros = np.broadcast_to(np.float32(0.0), shape)
         first = np.broadcast_to(np.int64(0), shape)
@@ -40,7 +41,7 @@ def read_verifications(
         return Verifications(setting, verified, known, stated, first, zeros, zeros, none)
     choices = rows.choices[trunks, :positions]
     held = np.arange(positions) < cache.length[trunks][:, None]
-    tokens = np.where(held, cache.tokens[trunks, :positions], forced)
+    tokens = np.where(held, cache.tokens[trunks, :positions], rows.forced[trunks, :positions])
     choice = choice_of(choices, tokens)
     # What it does not hold yet, and is not forced on it, will be its first choice.
     choice[(tokens < 0) | (np.arange(positions) >= known[:, None])] = 0
