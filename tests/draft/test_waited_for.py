@@ -186,8 +186,6 @@ def test_a_verification_may_leave_the_proposal_open() -> None:
     fine = Verified(pack([0, 1]), pack([3, 3]), pack([1, 1]), pack([-1, 1]), pack([1, 2, 3]), 0)
     check(fine, bounds)
     for counts in ([-2, 1], [-1, 4], [-1, 2]):
-        wrong = Verified(
-            pack([0, 1]), pack([3, 3]), pack([1, 1]), pack(counts), pack([1, 2, 3]), 0
-        )
+        wrong = Verified(pack([0, 1]), pack([3, 3]), pack([1, 1]), pack(counts), pack([1, 2, 3]), 0)
         with pytest.raises(ValueError, match="count"):
             check(wrong, bounds)
