@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 from rich.table import Table
 
 from benchmarks.batch_sizes import Curves, curves, mean
-from benchmarks.engines import Engine as Row
 from benchmarks.engines import (
+    Engine,
     add_arguments,
     more_ssd_options,
     numbers,
@@ -146,20 +146,18 @@ def main() -> None:
     options = parser.parse_args()
     draft = options.draft or str(demo_models().draft)
 
-    def engine(backup: str) -> Row:
+    def engine(backup: str) -> Engine:
         its: dict[str, Any] = {"num_speculative_tokens": DEPTH, **options.ssd, "backup": backup}
         if backup == "draft":
             its["max_wait_ms"] = 1000.0  # always, as the paper's slow backup
-        return Row(backup, ssd(draft, its), target_cores(its))
+        return Engine(backup, ssd(draft, its), target_cores(its))
 
     texts = prompts(options.texts)
     cases = [Case(texts, size, slices(options.answers, size)) for size in options.sizes]
     found = curves(take_turns([engine(name) for name in BACKUPS], cases, options), options.sizes)
     console = wide_console()
     console.print(table(found, f"{options.texts}, temperature {options.temperature:g}"))
-    console.print(
-        f"b*, the largest measured batch where slow is above fast: {critical_size(found)}"
-    )
+    console.print(f"b*, the largest measured batch where slow is ahead: {critical_size(found)}")
 
 
 if __name__ == "__main__":

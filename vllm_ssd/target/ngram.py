@@ -12,7 +12,7 @@ from vllm_ssd.core.stats import Stats
 from vllm_ssd.target.lookup import Batch, LookUp
 
 WINDOW = 8192
-"""So many of a text's last tokens are searched (some 15 us)."""
+"""So many of a text's last tokens are searched (5 to 25 us)."""
 _TOTAL = 16 * WINDOW
 """So many tokens of all texts together."""
 
