@@ -99,6 +99,29 @@ def test_a_choice_does_not_depend_on_tokens() -> None:
     assert len(set(chosen.counts)) == 1
 
 
+@settings(max_examples=500)
+@given(
+    st.lists(st.lists(st.floats(0.01, 1.0), min_size=1, max_size=3), min_size=1, max_size=9),
+    forecasts,
+    st.lists(st.floats(0.01, 1.0), max_size=3),
+    st.data(),
+)
+def test_what_follows_a_sampled_token_does_not_decide_whether_it_is_verified(
+    stated: list[list[float]], forecast: Forecast, others: list[float], data: st.DataObject
+) -> None:
+    # The chances of later tokens say which token was sampled: a proposal cut for them would be
+    # biased, and so would be what is written.
+    request = data.draw(st.integers(0, len(stated) - 1))
+    at = data.draw(st.integers(0, len(stated[request]) - 1))
+    changed = [list(of) for of in stated]
+    changed[request][at + 1 :] = others
+    verified = [
+        Lengths().choose(len(stated), of, forecast, 0.001, sampled=True).counts[request] > at
+        for of in (stated, changed)
+    ]
+    assert verified[0] == verified[1]
+
+
 def test_chances_are_corrected_by_what_came_true() -> None:
     correction, chance = Correction(), np.random.default_rng(0)
     said = chance.uniform(0.0, 1.0, 5000)

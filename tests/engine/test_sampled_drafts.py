@@ -122,13 +122,13 @@ ENGINES: dict[str, tuple[str, dict[str, Any]]] = {
     "itself-C0.3": ("itself", {"saguaro_c": 0.3}),
     "itself-C0": ("itself", {"saguaro_c": 0.0}),
     "auto": ("near", {"saguaro_c": "auto", "draft_sampling": "auto"}),
-    # Five tokens at most, and whatever there is of them after 5 ms.
-    "ragged": ("near", {"num_speculative_tokens": 5, "max_wait_ms": 5.0}),
+    # Seven tokens at most, and whatever there is of them after a wait that is too short for all.
+    "ragged": ("near", {"num_speculative_tokens": 7, "max_wait_ms": 30.0, "branches": 4}),
     "top-n": ("near", {"draft_top_n": 4}),
     "padded": ("near", {"pad_misses": True}),
     "backup-ngram": ("near", {"backup": "ngram"}),
     "backup-draft": ("near", {"backup": "draft"}),
-    "backup-auto": ("near", {"backup": "auto", "max_wait_ms": "auto"}),
+    "backup-auto": ("near", {"backup": "auto"}),
 }
 
 

@@ -2,12 +2,19 @@
 
 A verification of m drafted tokens yields one token a request and, on average, one for each drafted
 token times the chance that it and all before it are accepted. It takes ``time(m)``. The most
-probable tokens come first; m is where the expected tokens per second are highest. Only chances that
-do not depend on which token was drafted go into this, so that it is exact for sampled drafts too.
+probable tokens come first; m is where the expected tokens per second are highest.
+
+Whether a sampled token is verified may not depend on which token it is. The chances of the tokens
+after it do: so they decide about themselves alone. Given that there is a verification of drafted
+tokens, that is so by itself: the rate rises up to m and falls from there on, so what decides about
+a token are the chances above its own. But whether there is one at all depends on the sum of all
+chances: where tokens are sampled, it is decided by the first chance of each request, and what
+usually comes after it (:meth:`Lengths.choose`).
 """
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
@@ -25,6 +32,8 @@ _EDGES = [0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.97]
 """Chances at which one level of the correction ends and the next begins."""
 _MIDDLES = [0.5 * (low + high) for low, high in zip([0.0, *_EDGES], [*_EDGES, 1.0], strict=True)]
 _KNOTS = [0.0, *_MIDDLES, 1.0]
+_ONWARD, _REACH = 0.5, 2.0
+_SMOOTHING = 0.05
 _PRIOR = 20.0
 """How many observations the draft's own chance counts for, at each level."""
 _DECAY = 1.0 - 1.0 / 1000
@@ -84,6 +93,8 @@ class Lengths:
     def __init__(self) -> None:
         self.correction = Correction()
         self._tried, self._right = _PRIOR, 0.3 * _PRIOR
+        self._onward, self._reach = _ONWARD, _REACH
+        """The mean chance of tokens after the first, and how many tokens are found."""
 
     @property
     def usual(self) -> float:
@@ -96,6 +107,7 @@ class Lengths:
         stated: Sequence[Sequence[float]],
         forecast: Forecast,
         besides: float = 0.0,
+        sampled: bool = False,
     ) -> Chosen:
         """How many of each request's drafted tokens to verify.
 
@@ -106,15 +118,45 @@ class Lengths:
                 it are.
             forecast: what the verification takes.
             besides: seconds that a round takes besides.
+            sampled: whether any of these tokens may be sampled.
         """
         if not forecast.base:
             return Chosen([len(of) for of in stated], 0.0, 0.0)
+        if sampled:
+            pays = self._usually_pays(requests, stated, forecast, besides)
+            self._note_usual(stated)
+            if not pays:
+                of_all = self.choose(requests, stated, forecast, besides).rate_of_all
+                plain = requests / (forecast.plain + besides)
+                return Chosen([0] * len(stated), plain, of_all)
+            forecast = forecast._replace(plain=math.inf)  # some are verified in any case
         if sum(map(len, stated)) > _FEW:
             said = _table(stated).cumprod(axis=1)
             return _choose_many(requests, self.correction.of_all(said), stated, forecast, besides)
         correct = self.correction.of
         chances = [[correct(chance) for chance in cumulative(of)] for of in stated]
         return _choose_few(requests, chances, forecast, besides)
+
+    def _usually_pays(
+        self,
+        requests: float,
+        stated: Sequence[Sequence[float]],
+        forecast: Forecast,
+        besides: float,
+    ) -> bool:
+        """Whether a verification usually pays where first tokens have such chances."""
+        tokens = range(max(1, round(self._reach)))
+        usual = [[of[0] * self._onward**at for at in tokens] for of in stated if of]
+        return any(self.choose(requests, usual, forecast, besides).counts)
+
+    def _note_usual(self, stated: Sequence[Sequence[float]]) -> None:
+        found = [of for of in stated if of]
+        onward = [chance for of in found for chance in of[1:]]
+        if found:
+            reach = sum(map(len, found)) / len(found)
+            self._reach += _SMOOTHING * (reach - self._reach)
+        if onward:
+            self._onward += _SMOOTHING * (sum(onward) / len(onward) - self._onward)
 
     def observe(self, stated: Sequence[Sequence[float]], accepted: Sequence[int]) -> None:
         """Take in how many of each request's verified tokens were accepted.

@@ -77,6 +77,8 @@ class Decisions:
         """Whether the round under way speculates."""
         self._sampled = False
         """Whether most requests of the batch have a temperature."""
+        self._any_sampled = False
+        """Whether any request of it has one: drafts may be sampled."""
         self._batch = 1
         """Requests of the round under way."""
         self._began: float | None = None
@@ -91,6 +93,8 @@ class Decisions:
         """What the next step takes, with so many requests."""
         self._before = _Chosen(0, 0.0)
         """What has been chosen for other requests of this round."""
+        self._lost = 0.0
+        """Seconds that verifying all would have cost when it was last considered."""
         self._credit = 0.0
         """Seconds that may be spent on verifying more than pays."""
         self._rounds = 0
@@ -114,7 +118,9 @@ class Decisions:
             seconds, step_seconds = began - self._began, began - proposed_at
             self._ended = _Round(step, before, self._on, tokens, seconds, step_seconds)
         self._began, self._batch = began, max(1, requests)
-        self._sampled = 2 * self._requests.count_sampled(batch.req_ids) > requests
+        with_temperature = self._requests.count_sampled(batch.req_ids)
+        self._sampled = 2 * with_temperature > requests
+        self._any_sampled = with_temperature > 0
         switch = self._switches.of(self._batch, self._sampled)
         if switch is not before:
             if before is not None:
@@ -192,13 +198,17 @@ class Decisions:
         if before.tokens:
             shifted = forecast.of(before.tokens)
             forecast = Forecast(shifted, shifted, forecast.each)
-        chosen = lengths.choose(batch + before.expected, stated, forecast, pace.besides)
+        # Nothing below may depend on which tokens were sampled (core/lengths.py): of the chances
+        # of this round only those before a token decide whether it is verified.
+        sampled = self._any_sampled
+        chosen = lengths.choose(batch + before.expected, stated, forecast, pace.besides, sampled)
         counts, found, total = chosen.counts, sum(map(len, stated)), sum(chosen.counts)
         rate = chosen.rate
         if self._rounds % 2 and pace.times.vague(batch):
-            counts = [count // 2 for count in counts]
+            half = (max(each.wanted for each in look_ups) + 1) // 2
+            counts = [min(count, half) if sampled else count // 2 for count in counts]
             total = sum(counts)
-        elif total < found and self._learns_more(chosen, found, forecast):
+        elif self._learns_more(chosen, found, forecast) and total < found:
             counts, total, rate = [len(of) for of in stated], found, chosen.rate_of_all
         expected = rate * (forecast.of(total) + pace.besides) - batch
         self._before = _Chosen(before.tokens + total, max(0.0, expected))
@@ -214,13 +224,20 @@ class Decisions:
 
     def _learns_more(self, chosen: Chosen, found: int, forecast: Forecast) -> bool:
         """Whether to verify all that was found, though it does not pay, to learn what it takes."""
-        lost = forecast.of(found) * (1.0 - chosen.rate_of_all / chosen.rate)
-        self._credit = min(self._credit + _SHARE * forecast.of(sum(chosen.counts)), lost)
-        if self._credit < lost:
-            return False
-        self._credit = 0.0
-        self._stats.rounds_full += 1
-        return True
+        total = sum(chosen.counts)
+        lost = forecast.of(found) * (1.0 - chosen.rate_of_all / chosen.rate) if total < found else 0
+        if self._any_sampled:
+            # By what it has cost before, not by the chances of this round.
+            more = 0.0 < self._lost <= self._credit
+        else:
+            more = 0.0 < lost <= min(self._credit + _SHARE * forecast.of(total), lost)
+        if lost:
+            self._lost = lost
+            self._credit = min(self._credit + _SHARE * forecast.of(total), lost)
+        if more and lost:
+            self._credit = 0.0
+            self._stats.rounds_full += 1
+        return more
 
     def _note_accepted(self, look_ups: Sequence[LookUp]) -> None:
         """Keep what was accepted of the last proposals."""
