@@ -128,7 +128,6 @@ ENGINES: dict[str, tuple[str, dict[str, Any]]] = {
     "padded": ("near", {"pad_misses": True}),
     "backup-ngram": ("near", {"backup": "ngram"}),
     "backup-draft": ("near", {"backup": "draft"}),
-    "backup-auto": ("near", {"backup": "auto"}),
 }
 
 
@@ -171,18 +170,18 @@ def test_the_distribution_with_all_parameters(
 
 
 @slow
-@pytest.mark.parametrize("engine", [n for n in ENGINES if n != "backup-auto"], indirect=True)
+@pytest.mark.parametrize("engine", ENGINES, indirect=True)
 @pytest.mark.parametrize("name", ["t0.4", "t1", "ends"])
 def test_the_distribution_with_all_drafts(engine: Engine, exact: AllTexts, name: str) -> None:
     check(engine, exact, **EVERY[name]).assert_sampled()
 
 
 @slow
-@pytest.mark.parametrize("engine", ["backup-auto"], indirect=True)
-def test_the_distribution_with_whatever_pays(engine: Engine, exact: AllTexts) -> None:
-    # Beside a target as small as this one, waiting and speculating may hardly ever pay.
-    found = check(engine, exact, temperature=1.0)
-    assert found.stats["tokens_with_probabilities"] > 0
+def test_the_distribution_where_waiting_seldom_pays(few: TinyModels, exact: AllTexts) -> None:
+    # In small batches, in which the draft keeps up with so small a target.
+    with sampling_engine(few, "near", {"max_num_seqs": 6}, backup="auto") as engine:
+        found = check(engine, exact, temperature=1.0)
+        assert found.stats["tokens_with_probabilities"] > 100
 
 
 @slow
