@@ -169,7 +169,7 @@ def measure(
         requests={},
         device="cpu",
     )
-    hand_over = HandOver(runner, DEPTH, VOCABULARY, proposer.stats) if sampled else None
+    hand_over = HandOver(runner, DEPTH, VOCABULARY, requests, proposer.stats) if sampled else None
     proposer.bind(runner, client, hand_over)
     announced = [
         proposer.requests.announce(name, texts[i, :context], context, parameters)

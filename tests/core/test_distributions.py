@@ -89,3 +89,16 @@ def test_the_oldest_entries_make_room_for_the_newest(monkeypatch: pytest.MonkeyP
     assert found(kept, (0, 7), (0, 8), (1, 7), (2, 7)) == [{}, full, full, full]
     kept.sampled(ints(0), ints(9), *entries)
     assert found(kept, (0, 8), (1, 7), (2, 7), (3, 7)) == [full, {}, full, {8: 0.5, 9: 0.5}]
+
+
+def test_of_more_than_there_is_room_for_the_newest_are_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(distributions_module, "_ENTRIES", 1)
+    monkeypatch.setattr(distributions_module, "_STEPS", 1)
+    kept = Distributions(ROWS, WIDTH, MOST)  # room for twelve entries
+    rows, positions = ints(0, 1, 2, 3, 0), ints(7, 7, 7, 7, 8)
+    tokens = np.tile(ints(4, 5, 6), 5)
+    kept.sampled(rows, positions, ints(3, 3, 3, 3, 3), tokens, np.tile(floats(0.5, 0.25, 0.25), 5))
+    full = {4: 0.5, 5: 0.25, 6: 0.25}
+    assert found(kept, (0, 7), (1, 7), (2, 7), (3, 7), (0, 8)) == [{}, full, full, full, full]

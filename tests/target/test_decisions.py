@@ -63,6 +63,7 @@ class Engine:
             for row, (request, tokens) in enumerate(zip(self.requests, sampled, strict=True))
         ]
         if self.on:
+            self.decisions.begin(look_ups)
             self.decisions.choose(look_ups)
         for each in look_ups:
             each.request.verifying = min(each.chosen, DEPTH) if self.on else 0

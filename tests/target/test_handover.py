@@ -55,7 +55,7 @@ class Target:
             _draft_prob_req_ids=None,
         )
         self.stats = Stats()
-        self.hand_over = HandOver(self.runner, DEPTH, vocab_size, self.stats)
+        self.hand_over = HandOver(self.runner, DEPTH, vocab_size, requests, self.stats)
         for handle in range(requests):
             self.published.announce(handle)
 
@@ -114,7 +114,9 @@ class Target:
 
     def give(self, proposals: list[list[int]], look_ups: Sequence[LookUp]) -> None:
         self.runner._draft_probs = self.runner._draft_prob_req_ids = None  # as vLLM
-        self.hand_over.give(self.hand_over.collect(proposals, look_ups, self.published))
+        self.hand_over.begin()
+        self.hand_over.read(look_ups, self.published)
+        self.hand_over.give(self.hand_over.collect(proposals))
 
     def probabilities(
         self, proposals: Mapping[str, Sequence[int]] | Sequence[Sequence[int]]
@@ -358,3 +360,15 @@ def test_all_ranks_have_the_same_rows() -> None:
     proposals = first.propose(first.look_ups())
     second.hand_over.receive()
     assert given_of(second, proposals) == given_of(first, proposals) == dense(*(Q0, 6, Q2) * 3)
+
+
+def test_what_is_proposed_is_read_before_its_row_goes_to_another_branch() -> None:
+    target = small(2)
+    look_ups = target.look_ups()
+    proposals = [each.request.proposed for each in look_ups]
+    target.hand_over.begin()
+    target.hand_over.read(look_ups, target.published)
+    # While the target waits for other requests, both rows begin anew.
+    target.draft(np.array([[7, 6, 5]] * 2), Q[::-1, :SUPPORT])
+    target.hand_over.give(target.hand_over.collect(proposals))
+    assert given_of(target, proposals) == dense(Q0, 6, Q2, Q0, 6, Q2)

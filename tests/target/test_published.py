@@ -376,3 +376,10 @@ def test_no_message_makes_a_look_up_fail(garbage: list[Any], text: list[int]) ->
     (below,) = published.cache.look_up([HANDLE], [text])
     assert (below.where, below.row) == (walk.where, walk.row)
     assert all(0 <= token < VOCAB_SIZE for token in below.drafted)
+
+
+@pytest.mark.parametrize("chance", [-0.1, 1.1, float("nan"), float("inf")])
+def test_a_chance_that_is_none_is_refused(published: PublishedTrees, chance: float) -> None:
+    step = Stepped(pack([0]), pack([5]), b"", pack_floats(np.array([chance], np.float32)))
+    with pytest.raises(ValueError, match="chance"):
+        published.steps([step])

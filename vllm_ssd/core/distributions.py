@@ -67,10 +67,14 @@ class Distributions:
             supports: ``[n]``, from how many tokens each was sampled.
             tokens: ``[sum(supports)]``, these tokens.
             probabilities: ``[sum(supports)]``, theirs.
-
-        Raises:
-            ValueError: more than can be kept.
         """
+        if len(tokens) > self._size:
+            # The newest ones are kept.
+            after = supports[::-1].cumsum()[::-1]
+            kept = int(np.argmax(after <= self._size))
+            self.certain(rows[:kept], positions[:kept])
+            rows, positions, supports = rows[kept:], positions[kept:], supports[kept:]
+            tokens, probabilities = tokens[-after[kept] :], probabilities[-after[kept] :]
         count, at = len(tokens), self._came % self._size
         if at + count > self._size:
             self._came += self._size - at

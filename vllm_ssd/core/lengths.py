@@ -32,8 +32,10 @@ _EDGES = [0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.97]
 """Chances at which one level of the correction ends and the next begins."""
 _MIDDLES = [0.5 * (low + high) for low, high in zip([0.0, *_EDGES], [*_EDGES, 1.0], strict=True)]
 _KNOTS = [0.0, *_MIDDLES, 1.0]
-_ONWARD, _REACH = 0.5, 2.0
+_ONWARD = 0.5
+"""The mean chance of tokens after the first, until some were verified."""
 _SMOOTHING = 0.05
+"""Weight of the newest verification in that."""
 _PRIOR = 20.0
 """How many observations the draft's own chance counts for, at each level."""
 _DECAY = 1.0 - 1.0 / 1000
@@ -93,8 +95,8 @@ class Lengths:
     def __init__(self) -> None:
         self.correction = Correction()
         self._tried, self._right = _PRIOR, 0.3 * _PRIOR
-        self._onward, self._reach = _ONWARD, _REACH
-        """The mean chance of tokens after the first, and how many tokens are found."""
+        self._onward = _ONWARD
+        """The mean chance of tokens after the first."""
 
     @property
     def usual(self) -> float:
@@ -107,7 +109,7 @@ class Lengths:
         stated: Sequence[Sequence[float]],
         forecast: Forecast,
         besides: float = 0.0,
-        sampled: bool = False,
+        sampled: int = 0,
     ) -> Chosen:
         """How many of each request's drafted tokens to verify.
 
@@ -118,14 +120,12 @@ class Lengths:
                 it are.
             forecast: what the verification takes.
             besides: seconds that a round takes besides.
-            sampled: whether any of these tokens may be sampled.
+            sampled: K if any of these tokens may be sampled, else 0.
         """
         if not forecast.base:
             return Chosen([len(of) for of in stated], 0.0, 0.0)
         if sampled:
-            pays = self._usually_pays(requests, stated, forecast, besides)
-            self._note_usual(stated)
-            if not pays:
+            if not self._usually_pays(requests, stated, forecast, besides, sampled):
                 of_all = self.choose(requests, stated, forecast, besides).rate_of_all
                 plain = requests / (forecast.plain + besides)
                 return Chosen([0] * len(stated), plain, of_all)
@@ -143,20 +143,11 @@ class Lengths:
         stated: Sequence[Sequence[float]],
         forecast: Forecast,
         besides: float,
+        depth: int,
     ) -> bool:
         """Whether a verification usually pays where first tokens have such chances."""
-        tokens = range(max(1, round(self._reach)))
-        usual = [[of[0] * self._onward**at for at in tokens] for of in stated if of]
+        usual = [[of[0], *[self._onward] * (depth - 1)] for of in stated if of]
         return any(self.choose(requests, usual, forecast, besides).counts)
-
-    def _note_usual(self, stated: Sequence[Sequence[float]]) -> None:
-        found = [of for of in stated if of]
-        onward = [chance for of in found for chance in of[1:]]
-        if found:
-            reach = sum(map(len, found)) / len(found)
-            self._reach += _SMOOTHING * (reach - self._reach)
-        if onward:
-            self._onward += _SMOOTHING * (sum(onward) / len(onward) - self._onward)
 
     def observe(self, stated: Sequence[Sequence[float]], accepted: Sequence[int]) -> None:
         """Take in how many of each request's verified tokens were accepted.
@@ -167,6 +158,9 @@ class Lengths:
         """
         said: list[float] = []
         came: list[bool] = []
+        onward = [chance for chances in stated for chance in chances[1:]]
+        if onward:
+            self._onward += _SMOOTHING * (sum(onward) / len(onward) - self._onward)
         for chances, count in zip(stated, accepted, strict=True):
             said += cumulative(chances)
             came += [True] * count + [False] * (len(chances) - count)
@@ -206,15 +200,21 @@ def _choose_few(
 ) -> Chosen:
     best = rate = requests / (forecast.plain + besides)
     tokens, seconds, each = requests, forecast.base + besides, forecast.each
-    least = 2.0
-    for chance in sorted([chance for of in chances for chance in of], reverse=True):
-        tokens += chance
+    # Of equal chances the one that comes first in its proposal, then that of the first request.
+    ranked = sorted(
+        (-chance, at, i) for i, of in enumerate(chances) for at, chance in enumerate(of)
+    )
+    most = 0
+    for m, (chance, _, _) in enumerate(ranked, 1):
+        tokens -= chance
         seconds += each
         rate = tokens / seconds
         if rate > best:
-            best, least = rate, chance
-    # Tokens as probable as the last one chosen pay as well as that.
-    return Chosen([sum([chance >= least for chance in of]) for of in chances], best, rate)
+            best, most = rate, m
+    counts = [0] * len(chances)
+    for _, _, i in ranked[:most]:
+        counts[i] += 1
+    return Chosen(counts, best, rate)
 
 
 _NUMBERS = np.arange(1.0, 4097.0)
@@ -229,9 +229,9 @@ def _choose_many(
 ) -> Chosen:
     """The same for ``[requests with tokens, the most of them]`` chances, filled up with 0."""
     total = sum(map(len, chances))
-    ranked = table.flatten()
-    ranked.sort()
-    ranked = ranked[: -total - 1 : -1]
+    by_position = table.T.ravel()
+    order = np.argsort(-by_position, kind="stable")[:total]  # ties as in _choose_few
+    ranked = by_position[order]
     numbers = _NUMBERS[:total] if total <= len(_NUMBERS) else np.arange(1.0, total + 1.0)
     seconds = numbers * forecast.each
     seconds += forecast.base + besides
@@ -242,7 +242,7 @@ def _choose_many(
     best, plain, of_all = float(rates[at]), requests / (forecast.plain + besides), float(rates[-1])
     if best <= plain or ranked[at] <= 0.0:
         return Chosen([0] * len(chances), plain, of_all)
-    counts: list[int] = np.add.reduce(table >= ranked[at], axis=1).tolist()
+    counts: list[int] = np.bincount(order[: at + 1] % len(table), minlength=len(table)).tolist()
     return Chosen(counts, best, of_all)
 
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from vllm_ssd.core.lengths import Chosen, Lengths
+from vllm_ssd.core.lengths import Lengths
 from vllm_ssd.core.stats import Stats
 from vllm_ssd.core.step_times import Forecast
 from vllm_ssd.core.switch import Switch, Switches
@@ -18,8 +18,8 @@ from vllm_ssd.target.lookup import Batch, LookUp
 from vllm_ssd.target.pace import Pace, Step
 from vllm_ssd.target.requests import RequestTable
 
-_SHARE = 0.003
-"""Of the time, what verifying all that was found, to learn what it takes, may cost."""
+_LEARNS_MORE = 256
+"""Every so many rounds all that was found is verified, to learn what that takes."""
 _MANY = 4
 _LEARNS_EVERY = 8
 """With more requests than ``_MANY``, one round in so many is enough to learn from."""
@@ -93,10 +93,6 @@ class Decisions:
         """What the next step takes, with so many requests."""
         self._before = _Chosen(0, 0.0)
         """What has been chosen for other requests of this round."""
-        self._lost = 0.0
-        """Seconds that verifying all would have cost when it was last considered."""
-        self._credit = 0.0
-        """Seconds that may be spent on verifying more than pays."""
         self._rounds = 0
 
     # ---- on or off
@@ -200,16 +196,16 @@ class Decisions:
             forecast = Forecast(shifted, shifted, forecast.each)
         # Nothing below may depend on which tokens were sampled (core/lengths.py): of the chances
         # of this round only those before a token decide whether it is verified.
-        sampled = self._any_sampled
+        depth = max(each.wanted for each in look_ups) if look_ups else 0
+        sampled = depth if self._any_sampled else 0
         chosen = lengths.choose(batch + before.expected, stated, forecast, pace.besides, sampled)
-        counts, found, total = chosen.counts, sum(map(len, stated)), sum(chosen.counts)
-        rate = chosen.rate
-        if self._rounds % 2 and pace.times.vague(batch):
-            half = (max(each.wanted for each in look_ups) + 1) // 2
-            counts = [min(count, half) if sampled else count // 2 for count in counts]
-            total = sum(counts)
-        elif self._learns_more(chosen, found, forecast) and total < found:
-            counts, total, rate = [len(of) for of in stated], found, chosen.rate_of_all
+        counts, rate, found = chosen.counts, chosen.rate, sum(map(len, stated))
+        if self._rounds % _LEARNS_MORE == 0:
+            counts, rate = [len(of) for of in stated], chosen.rate_of_all
+            self._stats.rounds_full += 1
+        elif self._rounds % 2 and pace.times.vague(batch):
+            counts = [min(count, (depth + 1) // 2) for count in counts]
+        total = sum(counts)
         expected = rate * (forecast.of(total) + pace.besides) - batch
         self._before = _Chosen(before.tokens + total, max(0.0, expected))
         for each, count in zip(look_ups, counts, strict=True):
@@ -221,23 +217,6 @@ class Decisions:
                 if count:
                     watched = _Watched(of[:count], len(each.below.chances))
                     self._watched[each.request.handle] = watched
-
-    def _learns_more(self, chosen: Chosen, found: int, forecast: Forecast) -> bool:
-        """Whether to verify all that was found, though it does not pay, to learn what it takes."""
-        total = sum(chosen.counts)
-        lost = forecast.of(found) * (1.0 - chosen.rate_of_all / chosen.rate) if total < found else 0
-        if self._any_sampled:
-            # By what it has cost before, not by the chances of this round.
-            more = 0.0 < self._lost <= self._credit
-        else:
-            more = 0.0 < lost <= min(self._credit + _SHARE * forecast.of(total), lost)
-        if lost:
-            self._lost = lost
-            self._credit = min(self._credit + _SHARE * forecast.of(total), lost)
-        if more and lost:
-            self._credit = 0.0
-            self._stats.rounds_full += 1
-        return more
 
     def _note_accepted(self, look_ups: Sequence[LookUp]) -> None:
         """Keep what was accepted of the last proposals."""

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 
-from vllm_ssd.core.arrays import Float32Array, Int64Array
+from vllm_ssd.core.arrays import Float32Array, Int32Array, Int64Array
 from vllm_ssd.core.stats import Stats
 from vllm_ssd.core.tree import Where
 from vllm_ssd.target.lookup import LookUp
@@ -40,6 +40,21 @@ class SparseRows(NamedTuple):
     """Of the entries above 0 in ``[len(rows), K, vocabulary]``, flattened."""
     values: Float32Array
     """Their probabilities."""
+
+
+class _Read(NamedTuple):
+    """What m proposed tokens were sampled from."""
+
+    rows: Int64Array
+    """``[m]``, their rows in the batch."""
+    at: Int64Array
+    """``[m]``, which token of its proposal each is."""
+    supports: Int64Array
+    """``[m]``, from how many tokens each was sampled; 0: it is certain."""
+    tokens: Int32Array
+    """``[sum(supports)]``, these tokens."""
+    probabilities: Float32Array
+    """``[sum(supports)]``, theirs."""
 
 
 def dense_bytes(requests: int, depth: int, vocab_size: int) -> int:
@@ -62,21 +77,32 @@ class HandOver:
         runner: vLLM's model runner.
         depth: K.
         vocab_size: the target's.
+        most_requests: of a batch.
         stats: counters to keep.
         group: vLLM's tensor-parallel group; ``None`` if there is only one rank.
     """
 
     def __init__(
-        self, runner: Any, depth: int, vocab_size: int, stats: Stats, group: Any = None
+        self,
+        runner: Any,
+        depth: int,
+        vocab_size: int,
+        most_requests: int,
+        stats: Stats,
+        group: Any = None,
     ) -> None:
         self._runner = runner
         self._depth, self._vocab_size = depth, vocab_size
         self._stats = stats
         self.group = group
+        self._planned = most_bytes(most_requests, depth, vocab_size) // 8
+        """Entries that the memory plan has room for."""
         self._dense = torch.empty(0)
         """``[most rows so far * K * vocabulary]``; 0 but at ``_set``."""
         self._set: list[torch.Tensor] = []
         """Indices of what is not 0."""
+        self._read: list[_Read] = []
+        """What the proposals of this round were sampled from."""
         self._has: set[str] = set()
         """The requests that have a row for the next sampling."""
 
@@ -85,54 +111,73 @@ class HandOver:
         """Whether a request of the batch samples; the same on all ranks."""
         return not self._runner.input_batch.all_greedy
 
-    def collect(
-        self,
-        proposals: Sequence[Sequence[int]],
-        look_ups: Sequence[LookUp],
-        published: PublishedTrees,
-    ) -> SparseRows | None:
-        """The distributions of what is proposed, one for each token; certain ones have one entry.
+    def begin(self) -> None:
+        """A round begins: nothing has been read of its proposals."""
+        self._read.clear()
+
+    def read(self, look_ups: Sequence[LookUp], published: PublishedTrees) -> None:
+        """Read what tokens were sampled from, as soon as it is decided that they are proposed.
+
+        Later may be too late: while the target waits for other requests, the draft may give the
+        rows of these to other branches.
 
         Args:
-            proposals: for each row of the batch.
-            look_ups: where they come from; what is proposed beyond what was found is certain (other
-                drafts, padding).
+            look_ups: answered; nothing was added yet to what was found.
             published: the trees they were found in.
-
-        Returns:
-            ``None`` if all tokens are certain, or if the dense rows would take too much memory.
 
         Raises:
             ValueError: the draft cannot have sampled a token from what it says.
         """
-        rows = [row for row, tokens in enumerate(proposals) if tokens]
-        # By row of the batch: the tree's row, position of the first token, tokens found there.
-        places = np.full((len(proposals), 3), (-1, 0, 0))
-        for each in look_ups:
-            below, proposed = each.below, each.request.proposed
-            if below.where is Where.FOUND:
-                found = min(len(below.drafted), len(proposed))
-                if below.drafted[:found] == proposed[:found]:
-                    places[each.row] = below.row, each.length, found
-        counts = np.array([len(proposals[row]) for row in rows], np.int64)
-        owners = np.repeat(np.arange(len(rows)), counts)
-        at = np.arange(len(owners)) - np.repeat(counts.cumsum() - counts, counts)
-        tree_rows, positions, in_tree = places[rows][owners].T
-        tree_rows = np.where(at < in_tree, tree_rows, -1)
-        drafted = np.fromiter(chain.from_iterable(proposals), np.int64, len(owners))
-        supports, tokens, values = published.distributions_of(tree_rows, positions + at, drafted)
-        if not len(tokens):
+        if published.distributions is None:
+            return
+        chosen = [
+            each for each in look_ups if each.below.where is Where.FOUND and each.request.proposed
+        ]
+        counts = np.array([len(each.request.proposed) for each in chosen], np.int64)
+        at = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
+        places = np.array([(each.row, each.below.row, each.length) for each in chosen], np.int64)
+        rows, tree_rows, positions = np.repeat(places.reshape(-1, 3), counts, axis=0).T
+        proposed = chain.from_iterable(each.request.proposed for each in chosen)
+        drafted = np.fromiter(proposed, np.int64, len(at))
+        found = published.distributions_of(tree_rows, positions + at, drafted)
+        if len(found[1]):
+            self._read.append(_Read(rows, at, *found))
+
+    def collect(self, proposals: Sequence[Sequence[int]]) -> SparseRows | None:
+        """The distributions of what is proposed, one for each token; certain ones have one entry.
+
+        Args:
+            proposals: for each row of the batch. What is not of a look-up that was read is certain
+                (other drafts, padding).
+
+        Returns:
+            ``None`` if all tokens are certain, or if the dense rows would take too much memory.
+        """
+        if not self._read:
             return None
+        rows = [row for row, tokens in enumerate(proposals) if tokens]
         if dense_bytes(len(rows), self._depth, self._vocab_size) > LARGEST_BYTES:
             self._stats.batches_too_large += 1
             return None
-        certain = supports == 0
+        depth, vocab_size = self._depth, self._vocab_size
+        index = np.zeros(len(proposals), np.int64)
+        index[rows] = np.arange(len(rows))
+        certain = np.full((len(rows), depth), -1, np.int64)
+        for held, row in zip(certain, rows, strict=True):
+            held[: len(proposals[row])] = proposals[row]
+        indices, values = [], []
+        for read in self._read:
+            place = index[read.rows] * depth + read.at
+            indices.append(np.repeat(place * vocab_size, read.supports) + read.tokens)
+            values.append(read.probabilities)
+            sampled = place[read.supports > 0]
+            certain.ravel()[sampled] = -1
+            self._stats.tokens_with_probabilities += len(sampled)
         self._stats.batches_with_probabilities += 1
-        self._stats.tokens_with_probabilities += len(drafted) - int(certain.sum())
-        first = (owners * self._depth + at) * self._vocab_size
-        indices = [np.repeat(first, supports) + tokens, (first + drafted)[certain]]
-        ones = np.ones(len(indices[1]), np.float32)
-        return SparseRows(rows, np.concatenate(indices), np.concatenate([values, ones]))
+        places = np.flatnonzero(certain >= 0)
+        indices.append(places * vocab_size + certain.ravel()[places])
+        values.append(np.ones(len(places), np.float32))
+        return SparseRows(rows, np.concatenate(indices), np.concatenate(values))
 
     def give(self, sparse: SparseRows | None) -> None:
         """Hand over a batch's distributions, on the rank that has the draft, and to the others.
@@ -196,7 +241,7 @@ class HandOver:
         had = len(self._dense)
         if size <= had:
             return
-        size = max(size, min(2 * had, LARGEST_BYTES // 4))
+        size = max(size, min(2 * had, self._planned))
         dense = torch.zeros(size, dtype=torch.float32, device=self._runner.device)
         if self._set:
             dense[:had] = self._dense

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 _SMOOTHING = 0.1
 """Weight of the newest step."""
+_LONGEST = 4.0
+"""A step that takes more than so many usual ones counts as that."""
 
 
 class Step(NamedTuple):
@@ -59,6 +61,8 @@ class Pace:
         """
         first = not self._seconds
         weight = 1.0 if first else _SMOOTHING
+        if not first:
+            seconds = min(seconds, _LONGEST * self._seconds)  # a pause is no step
         self._tokens += weight * (tokens - self._tokens)
         self._seconds += weight * (seconds - self._seconds)
 

@@ -62,6 +62,8 @@ class SSDProposer:
         self._proposed_at: float | None = None
         self._rounds_off = 0
         """Rounds without speculation since the last one with it."""
+        self._nonsense = ""
+        """What is wrong with a distribution of this round."""
         self._complained = False
 
     def bind(
@@ -146,6 +148,8 @@ class SSDProposer:
                 hand_over.receive()
             return proposals
         distributions: SparseRows | None = None
+        if hand_over is not None:
+            hand_over.begin()
         try:
             lengths = num_tokens_no_spec[: len(proposals)].tolist()
             req_ids = self._runner.input_batch.req_ids
@@ -156,7 +160,7 @@ class SSDProposer:
             if self._pads and not self._rounds_off:
                 pad(proposals, batch, self._runner.requests, self.depth)
             if hand_over is not None:
-                distributions = self._collect(hand_over, proposals, look_ups)
+                distributions = hand_over.collect(proposals)
         except Exception as error:  # as above: decoding goes on plainly
             proposals = [[] for _ in sampled_token_ids]
             self._degrade(error)
@@ -164,22 +168,14 @@ class SSDProposer:
             # Also after an error: other ranks wait for it.
             if hand_over is not None:
                 self._hand(hand_over, lambda: hand_over.give(distributions))
+        if self._nonsense:
+            # Now that this round's messages are under way.
+            self.client.resync(f"a distribution that does not make sense: {self._nonsense}")
+            self._nonsense = ""
         self._proposed_at = time.perf_counter()
         self.stats.proposals += 1
         self.stats.propose_seconds += self._proposed_at - began
         return proposals
-
-    def _collect(
-        self, hand_over: HandOver, proposals: list[list[int]], look_ups: Sequence[LookUp]
-    ) -> SparseRows | None:
-        """What the proposals were sampled from; without it, they are verified as certain."""
-        client = self.client
-        assert client is not None
-        try:
-            return hand_over.collect(proposals, look_ups, client.published)
-        except ValueError as error:
-            client.resync(f"a distribution that does not make sense: {error}")
-            return None
 
     def _hand(self, hand_over: HandOver, call: Callable[[], None]) -> None:
         """Hand something over; without it, drafts are verified as if they were certain."""
@@ -241,6 +237,18 @@ class SSDProposer:
             # Padded, a verification takes the same time however many of its tokens were drafted.
             self.decisions.choose(look_ups)
         answer(look_ups, self.stats)
+        if self._hand_over is not None and self._hand_over.is_needed:
+            self._read(self._hand_over, look_ups)
+
+    def _read(self, hand_over: HandOver, look_ups: Sequence[LookUp]) -> None:
+        """Read what the proposals were sampled from; without it, they are verified as certain."""
+        client = self.client
+        assert client is not None
+        try:
+            hand_over.read(look_ups, client.published)
+        except ValueError as error:
+            hand_over.begin()
+            self._nonsense = str(error)
 
     def _propose_later(self, waited: list[LookUp], batch: Batch, began: float) -> bool:
         """Wait for more of some requests' trunks, then answer these; False in a new epoch."""

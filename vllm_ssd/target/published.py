@@ -91,6 +91,8 @@ class PublishedTrees:
         if any(len(step.tokens) != size or len(step.chances) != size for step in steps):
             raise ValueError("a step that does not fit its rows")
         chances = unpack_floats(b"".join([step.chances for step in steps]))
+        if size and not 0.0 <= np.minimum.reduce(chances) <= np.maximum.reduce(chances) <= 1.0:
+            raise ValueError("a chance that is not from 0 to 1")
         shape = len(steps), len(rows)
         self.cache.append(rows, tokens.reshape(shape), chances.reshape(shape))
         self._sample(rows, steps)

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from vllm_ssd.target.client import DraftClient
     from vllm_ssd.target.published import PublishedTrees
 
+LONGEST = 1.0
+"""Seconds; with ``max_wait_ms`` ``"auto"`` no wait takes longer, whatever it would be worth."""
+
 
 class Waiting:
     """Decides what to wait for, waits, and prolongs proposals from the text (``backup``).
@@ -39,7 +42,8 @@ class Waiting:
         self._for_trunks = config.backup in ("auto", "draft")
         """Whether requests may be waited for that need more of their trunk."""
         bound = config.max_wait_ms
-        self._bound = math.inf if isinstance(bound, str) else bound * 1e-3
+        self._bound = LONGEST if isinstance(bound, str) else bound * 1e-3
+        self._waits_for_branches = not isinstance(bound, str) and bound > 0.0
         self._while_it_pays = config.backup == "auto" or isinstance(bound, str)
         self._for_texts = config.backup in ("auto", "ngram")
         """Whether proposals may be prolonged from the text."""
@@ -68,7 +72,7 @@ class Waiting:
         Returns:
             False if a new epoch has begun: then the next step announces all requests again.
         """
-        if self._for_trunks or not 0.0 < self._bound < math.inf:
+        if self._for_trunks or not self._waits_for_branches:
             return True
         waiting = growing(look_ups, client.published, self._depth)
         if not waiting or client.received == self._silent_at:
@@ -99,11 +103,12 @@ class Waiting:
         """
         if not self._for_trunks or self._bound <= 0.0 or client.received == self._silent_at:
             return []
-        chosen = [each for each in short if _can_grow(each, client.published)]
-        if self._while_it_pays:
-            chosen = [each for each in chosen if _is_ready(each, client.published)]
-            if not self._pays(self._worth(chosen), self.first):
-                return []
+        published = client.published
+        chosen = [
+            each for each in short if _can_grow(each, published) and _is_ready(each, published)
+        ]
+        if self._while_it_pays and not self._pays(self._worth(chosen), self.first):
+            return []
         for each in chosen:
             each.before = each.below
         return chosen

@@ -100,7 +100,8 @@ class SSDWorker(PlatformWorker):
         group = get_tp_group() if several else None
         requests = self.vllm_config.scheduler_config.max_num_seqs
         self._probability_bytes = most_bytes(requests, depth, vocab_size)
-        return HandOver(self.model_runner, depth, vocab_size, self._proposer.stats, group)
+        stats = self._proposer.stats
+        return HandOver(self.model_runner, depth, vocab_size, requests, stats, group)
 
     @property
     def _proposer(self) -> SSDProposer:
