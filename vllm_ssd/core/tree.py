@@ -120,8 +120,8 @@ class SpeculationCache:
         self.start: Int32Array = np.zeros(max_rows, np.int32)
         """Position in the text of each row's token 0."""
         self.chance: Float32Array = np.zeros((max_rows, width), np.float32)
-        """``[row, position % width]``: the chance that the target accepts the token there. By
-        position, since a fork that becomes a trunk keeps its row but begins elsewhere."""
+        """For each of ``tokens`` the chance that the target accepts it if it accepts those before;
+        not for the first token of a fork, which is a guess."""
         self.ended = np.zeros(max_rows, np.bool_)
         self.trees: dict[int, Tree] = {}
 
@@ -129,10 +129,19 @@ class SpeculationCache:
         """Forget all trees."""
         self.trees.clear()
 
-    def plant(self, handle: int, base: int, trunk: int, tokens: Int32Array, ended: bool) -> Tree:
+    def plant(
+        self,
+        handle: int,
+        base: int,
+        trunk: int,
+        tokens: Int32Array,
+        chances: Float32Array,
+        ended: bool,
+    ) -> Tree:
         """Start a request's next tree: the trunk goes on with ``tokens`` from position ``base``."""
         count = len(tokens)
         self.tokens[trunk, :count] = tokens
+        self.chance[trunk, :count] = chances
         self.length[trunk] = count
         self.start[trunk] = base
         self.ended[trunk] = ended
@@ -146,6 +155,7 @@ class SpeculationCache:
         trunks: list[int],
         counts: list[int],
         tokens: Int32Array,
+        chances: Float32Array,
         ended: list[int],
     ) -> None:
         """Start the next trees of many requests (:meth:`plant`).
@@ -156,6 +166,7 @@ class SpeculationCache:
             trunks: the row of each trunk.
             counts: how many tokens each trunk has so far.
             tokens: ``[sum(counts)]``, these tokens, grouped by trunk.
+            chances: ``[sum(counts)]``, their chances.
             ended: nonzero where the trunk ends with them.
 
         Raises:
@@ -166,8 +177,9 @@ class SpeculationCache:
             for handle, base, trunk, count, end in zip(
                 handles, bases, trunks, counts, ended, strict=True
             ):
-                self.plant(handle, base, trunk, tokens[at : at + count], bool(end))
-                at += count
+                to = at + count
+                self.plant(handle, base, trunk, tokens[at:to], chances[at:to], bool(end))
+                at = to
             return
         lengths = np.array(counts)
         self.length[trunks] = lengths
@@ -175,7 +187,9 @@ class SpeculationCache:
         self.ended[trunks] = np.array(ended, np.bool_)
         first = np.cumsum(lengths) - lengths
         columns = np.arange(len(tokens)) - np.repeat(first, lengths)
-        self.tokens[np.repeat(trunks, lengths), columns] = tokens
+        rows = np.repeat(trunks, lengths)
+        self.tokens[rows, columns] = tokens
+        self.chance[rows, columns] = chances
         for handle, base, trunk in zip(handles, bases, trunks, strict=True):
             self.trees[handle] = Tree(base, trunk)
 
@@ -200,15 +214,15 @@ class SpeculationCache:
         self.length[rows] = 1
         self.ended[rows] = False
         keys = fork_keys(k, tokens)
-        self.start[rows] = k
+        bases = []
         at = 0
         for handle, count in zip(handles, counts, strict=True):
             tree = self.trees.get(handle)
+            bases.append(0 if tree is None else tree.base)
             if tree is not None and count:
-                of = rows[at : at + count]
-                self.start[of] += tree.base
-                tree.forks.append((keys[at : at + count], of))
+                tree.forks.append((keys[at : at + count], rows[at : at + count]))
             at += count
+        self.start[rows] = k + np.repeat(bases, counts)
 
     def prune(self, handles: list[int], counts: list[int], rows: Int32Array) -> None:
         """Take forks off trees; those of a tree that no longer exists are skipped.
@@ -243,7 +257,7 @@ class SpeculationCache:
             steps = len(tokens)
             at = at + np.arange(steps)[:, None]
         self.tokens[rows, at] = tokens
-        self.chance[rows, (self.start[rows] + at) % self.chance.shape[1]] = chances
+        self.chance[rows, at] = chances
         self.length[rows] += steps
 
     def walk(self, handle: int, new_tokens: list[int]) -> Walk:
@@ -284,8 +298,9 @@ class SpeculationCache:
             walk = self.walk(handle, text)
             row = walk.row
             if walk.where is Where.FOUND:
-                drafted = self.row_tokens(row)[walk.offset :]
-                chances = self._chances_of(row, walk.offset, len(drafted))
+                below = slice(walk.offset, self.length[row])
+                drafted = self.tokens[row, below].tolist()
+                chances = self.chance[row, below].tolist()
                 found.append(Below(walk.where, row, drafted, bool(self.ended[row]), chances))
             else:
                 found.append(Below(walk.where, row, [], False, []))
@@ -326,16 +341,12 @@ class SpeculationCache:
         complete[no_fork] = False
         more_to_come = np.array([not tree.complete for tree in trees])
         still_open[no_fork] |= more_to_come[no_fork]
-        columns = (self.start[rows][:, None] + np.arange(self.chance.shape[1])) % self.chance.shape[
-            1
-        ]
-        chances_of = np.take_along_axis(self.chance[rows], columns, axis=1).tolist()
         for i, trunk, row, tokens, chances, offset, length, end, hit, pending in zip(
             known,
             trunks.tolist(),
             rows.tolist(),
             self.tokens[rows].tolist(),
-            chances_of,
+            self.chance[rows].tolist(),
             offsets.tolist(),
             lengths.tolist(),
             ended.tolist(),
@@ -360,13 +371,6 @@ class SpeculationCache:
         same[:, :width] = self.tokens[rows, :width] == texts[:, :width]
         same[:, :width] &= np.arange(width) < known[:, None]
         return same.argmin(axis=1)
-
-    def _chances_of(self, row: int, offset: int, count: int) -> list[float]:
-        """The chances of ``count`` tokens of a row from its token ``offset`` on."""
-        width = self.chance.shape[1]
-        first = (int(self.start[row]) + offset) % width
-        chances: list[float] = self.chance[row].tolist()
-        return (chances + chances)[first : first + count]
 
     def row_tokens(self, row: int) -> list[int]:
         """The tokens of a row."""

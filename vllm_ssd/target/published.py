@@ -91,8 +91,7 @@ class PublishedTrees:
         if any(len(step.tokens) != size or len(step.chances) != size for step in steps):
             raise ValueError("a step that does not fit its rows")
         chances = unpack_floats(b"".join([step.chances for step in steps]))
-        if size and not 0.0 <= np.minimum.reduce(chances) <= np.maximum.reduce(chances) <= 1.0:
-            raise ValueError("a chance that is not from 0 to 1")
+        _check_chances(chances)
         shape = len(steps), len(rows)
         self.cache.append(rows, tokens.reshape(shape), chances.reshape(shape))
         self._sample(rows, steps)
@@ -107,10 +106,12 @@ class PublishedTrees:
             if any(step.sampled for step in steps):
                 raise ValueError("sampled tokens, though none were asked for")
             return
+        sampled = [(i, _indices(step.sampled)) for i, step in enumerate(steps) if step.sampled]
+        if not sampled and distributions.empty:
+            return
         cache = self.cache
         first = cache.start[rows] + cache.length[rows] - len(steps)
         distributions.certain(rows, first + np.arange(len(steps), dtype=np.int32)[:, None])
-        sampled = [(i, _indices(step.sampled)) for i, step in enumerate(steps) if step.sampled]
         if not sampled:
             return
         which = np.concatenate([indices for _, indices in sampled])
@@ -165,11 +166,15 @@ class PublishedTrees:
         handles, bases = unpack_list(message.handles), unpack_list(message.bases)
         trunks, counts = unpack_list(message.trunks), unpack_list(message.counts)
         ended, tokens = unpack_list(message.ended), unpack(message.tokens)
+        chances = unpack_floats(message.chances)
         if not len(handles) == len(bases) == len(trunks) == len(counts) == len(ended):
             raise ValueError("trees of different lengths")
+        if len(tokens) != len(chances):
+            raise ValueError("not one chance for each token")
         if trunks and max(trunks) >= len(self.cache.length):
             raise ValueError("a row that does not exist")
         self._check_tokens(tokens)
+        _check_chances(chances)
         _check_counts(counts, len(tokens))
         if counts and max(counts) > self._width:
             raise ValueError(f"{max(counts)} tokens for a trunk")
@@ -184,12 +189,12 @@ class PublishedTrees:
             kept = [tree for tree in trees if tree[2] >= 0]
             handles, bases, trunks, counts, ended = ([tree[i] for tree in kept] for i in range(5))
         self.withdrawn.difference_update(handles)
-        if self.distributions is not None:
+        if self.distributions is not None and not self.distributions.empty:
             # A trunk that was a row of its tree before keeps what its tokens were sampled from.
             before = [self.cache.trees.get(handle) for handle in handles]
             pairs = zip(before, trunks, strict=True)
             self.distributions.forget([t for tree, t in pairs if not (tree and tree.has(t))])
-        self.cache.plant_all(handles, bases, trunks, counts, tokens, ended)
+        self.cache.plant_all(handles, bases, trunks, counts, tokens, chances, ended)
         # Those have finished. Their rows are planted all the same: they grow until the draft has
         # the message.
         for handle in set(handles) - self._announced:
@@ -226,6 +231,12 @@ class PublishedTrees:
 def _check_counts(counts: list[int], total: int) -> None:
     if sum(counts) != total or (counts and min(counts) < 0):
         raise ValueError(f"counts that do not add up to {total}")
+
+
+def _check_chances(chances: Float32Array) -> None:
+    """Also refuses what is not a number: no comparison with that holds."""
+    if len(chances) and not 0.0 <= np.minimum.reduce(chances) <= np.maximum.reduce(chances) <= 1.0:
+        raise ValueError("a chance that is not from 0 to 1")
 
 
 def _all_below(values: Int32Array, limit: int) -> bool:
