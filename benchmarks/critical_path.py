@@ -2,13 +2,15 @@
 
 The real proposer, client, cache and draft engine over a real socket pair; only the draft model is
 replaced by a table look-up, so that look-ups hit and no model time is measured. The draft runs
-between two proposals and is not timed as part of them.
+between two proposals and is not timed as part of them. Greedy batches are those of a draft that may
+sample (``draft_sampling`` ``"auto"``, the default).
 
     python benchmarks/critical_path.py
 """
 
 from __future__ import annotations
 
+import gc
 import socket
 import statistics
 import time
@@ -115,7 +117,7 @@ class Draft:
         rows = requests * branches
         self.engine = DraftEngine(
             TableModel(),
-            Rows(rows, DEPTH, CANDIDATES, SAMPLED_FROM * sampled),
+            Rows(rows, DEPTH, CANDIDATES, SAMPLED_FROM),
             KVBlocks(requests * blocks + 3 * rows, BLOCK, enable_prefix_caching=True),
             Policy(DEPTH, None, branches, branches, arms_of(_sampling(sampled), 1.0)),
             prefill_chunk=100_000,
@@ -147,7 +149,7 @@ class Draft:
 
 def _sampling(sampled: bool) -> str:
     """The option ``draft_sampling``."""
-    return "probabilistic" if sampled else "greedy"
+    return "probabilistic" if sampled else "auto"
 
 
 def measure(
@@ -169,8 +171,9 @@ def measure(
         requests={},
         device="cpu",
     )
-    hand_over = HandOver(runner, DEPTH, VOCABULARY, requests, proposer.stats) if sampled else None
-    proposer.bind(runner, client, hand_over)
+    proposer.bind(
+        runner, client, HandOver(runner, DEPTH, VOCABULARY, requests, proposer.stats)
+    )
     announced = [
         proposer.requests.announce(name, texts[i, :context], context, parameters)
         for i, name in enumerate(names)
@@ -181,6 +184,8 @@ def measure(
         draft.turn()
     proposals: list[list[int]] = [[] for _ in names]
     seconds: list[float] = []
+    gc.collect()
+    gc.freeze()  # as vLLM does: what was loaded before is not searched for garbage
     for _ in range(ROUNDS):
         draft.turn()
         verified = []
