@@ -14,6 +14,7 @@ import gc
 import socket
 import statistics
 import time
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,6 +33,7 @@ from vllm_ssd.draft.rows import Rows
 from vllm_ssd.target.client import DraftClient
 from vllm_ssd.target.decisions import Decisions
 from vllm_ssd.target.handover import HandOver
+from vllm_ssd.target.lookup import LookUp
 from vllm_ssd.target.proposer import SSDProposer
 from vllm_ssd.wire.channel import Channel
 from vllm_ssd.wire.messages import (
@@ -99,10 +101,15 @@ def successor(token: int, choice: int = 0) -> int:
 
 
 class AlwaysOn(Decisions):
-    """What is measured is speculation, not whether it pays here."""
+    """What is measured is speculation at full depth, not whether and how much of it pays here."""
 
     def decide(self, switch: Switch) -> bool:
         return True
+
+    def choose(self, look_ups: Sequence[LookUp]) -> None:
+        super().choose(look_ups)
+        for each in look_ups:
+            each.chosen = DEPTH
 
 
 class Draft:
@@ -171,9 +178,7 @@ def measure(
         requests={},
         device="cpu",
     )
-    proposer.bind(
-        runner, client, HandOver(runner, DEPTH, VOCABULARY, requests, proposer.stats)
-    )
+    proposer.bind(runner, client, HandOver(runner, DEPTH, VOCABULARY, requests, proposer.stats))
     announced = [
         proposer.requests.announce(name, texts[i, :context], context, parameters)
         for i, name in enumerate(names)

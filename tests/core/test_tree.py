@@ -25,6 +25,11 @@ def floats(*values: float) -> Float32Array:
     return np.array(values, np.float32)
 
 
+def chances_of(*tokens: int) -> Float32Array:
+    """A chance for each token that tells which token it is."""
+    return floats(*(token / 64 for token in tokens))
+
+
 @pytest.fixture
 def cache() -> SpeculationCache:
     """Trunk ``1 2 3``; forks ``1 5 6`` (two tokens of its own) and ``1 2 3 9``, not complete."""
@@ -170,12 +175,12 @@ def cache_of(trees: list[Grown | None]) -> SpeculationCache:
         if tree is None:
             continue
         first = 6 * handle
-        trunk = ints(*tree.trunk)
-        cache.plant(handle, BASE, first, trunk, trunk / np.float32(64), ended=0 in tree.ended)
+        chances = chances_of(*tree.trunk)
+        cache.plant(handle, BASE, first, ints(*tree.trunk), chances, ended=0 in tree.ended)
         for row, ((k, token), rest) in enumerate(tree.forks.items(), start=1):
             cache.add_forks([handle], [1], ints(k), ints(token), ints(first + row))
             for later in rest:
-                cache.append(ints(first + row), ints(later), floats(later / 64))
+                cache.append(ints(first + row), ints(later), chances_of(later))
             cache.ended[first + row] = row in tree.ended
         rows = ints(*(first + row for row in tree.pruned))
         cache.prune([handle], [len(rows)], rows)
@@ -203,19 +208,18 @@ def test_looking_many_up_at_once_finds_what_each_walk_finds(trees: list[Grown | 
 def test_trees_planted_together_are_those_planted_one_by_one(trees: list[Grown]) -> None:
     one_by_one, together = (SpeculationCache(max_rows=8, width=8) for _ in range(2))
     for row, tree in enumerate(trees):
-        trunk = ints(*tree.trunk)
-        chances = trunk / np.float32(64)
-        one_by_one.plant(row, BASE + row, row, trunk, chances, 0 in tree.ended)
-    tokens = ints(*(token for tree in trees for token in tree.trunk))
+        chances = chances_of(*tree.trunk)
+        one_by_one.plant(row, BASE + row, row, ints(*tree.trunk), chances, 0 in tree.ended)
+    tokens = [token for tree in trees for token in tree.trunk]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tree_module, "_MANY", 1)
+        patch.setattr(tree_module, "_MANY_PLANTED", 1)
         together.plant_all(
             list(range(len(trees))),
             [BASE + row for row in range(len(trees))],
             list(range(len(trees))),
             [len(tree.trunk) for tree in trees],
-            tokens,
-            tokens / np.float32(64),
+            ints(*tokens),
+            chances_of(*tokens),
             [int(0 in tree.ended) for tree in trees],
         )
     assert together.trees == one_by_one.trees
@@ -240,11 +244,11 @@ def test_a_walk_finds_exactly_the_texts_that_are_paths_of_the_tree(
         if k <= len(trunk) and (k == len(trunk) or trunk[k] != first)
     }
     cache = SpeculationCache(max_rows=10, width=8)
-    cache.plant(HANDLE, BASE, 0, ints(*trunk), ints(*trunk) / np.float32(64), ended=True)
+    cache.plant(HANDLE, BASE, 0, ints(*trunk), chances_of(*trunk), ended=True)
     for row, ((k, first), rest) in enumerate(forks.items(), start=1):
         cache.add_forks([HANDLE], [1], ints(k), ints(first), ints(row))
         for token in rest:
-            cache.append(ints(row), ints(token), floats(token / 64))
+            cache.append(ints(row), ints(token), chances_of(token))
         cache.ended[row] = True
     cache.trees[HANDLE].complete = True
 

@@ -43,13 +43,13 @@ class Distributions:
         """Whether all tokens that ever came were certain: then there is nothing to forget."""
         return not self._came
 
-    def forget(self, rows: Int32Array | list[int]) -> None:
+    def forget(self, rows: Int32Array | Int64Array | list[int]) -> None:
         """Rows begin anew: what they held of another text counts no more."""
         if self.empty:
             return
         self.support[rows] = 0
 
-    def certain(self, rows: Int32Array, positions: Int32Array) -> None:
+    def certain(self, rows: Int32Array | Int64Array, positions: Int32Array) -> None:
         """Tokens were chosen without chance.
 
         Args:
@@ -62,7 +62,7 @@ class Distributions:
 
     def sampled(
         self,
-        rows: Int32Array,
+        rows: Int32Array | Int64Array,
         positions: Int32Array,
         supports: Int32Array,
         tokens: Int32Array,

@@ -76,7 +76,7 @@ class Tree:
     """Row of the trunk."""
     complete: bool = False
     """No more forks will come for this tree."""
-    forks: list[tuple[Int64Array, Int32Array]] = field(default_factory=list)
+    forks: list[tuple[Int64Array, Int32Array | Int64Array]] = field(default_factory=list)
     """Batches of ``(key, row)``, where key is ``fork_key(k, t*)``; each array ``[forks]``."""
 
     def fork_at(self, k: int, token: int) -> int:
@@ -97,6 +97,8 @@ class Tree:
 
 _MANY = 48
 """From this many requests on, operations on arrays of all are faster than a loop over them."""
+_MANY_PLANTED = 16
+"""The same for planting."""
 _PRUNED = -1
 """Replaces the key of a pruned fork."""
 
@@ -172,7 +174,7 @@ class SpeculationCache:
         Raises:
             IndexError: a row does not exist, or is shorter than its tokens.
         """
-        if len(handles) < _MANY:
+        if len(handles) < _MANY_PLANTED:
             at = 0
             for handle, base, trunk, count, end in zip(
                 handles, bases, trunks, counts, ended, strict=True
@@ -199,7 +201,7 @@ class SpeculationCache:
         counts: list[int],
         k: Int32Array,
         tokens: Int32Array,
-        rows: Int32Array,
+        rows: Int32Array | Int64Array,
     ) -> None:
         """Add forks to trees; those of a tree that no longer exists are skipped.
 
@@ -222,7 +224,7 @@ class SpeculationCache:
             if tree is not None and count:
                 tree.forks.append((keys[at : at + count], rows[at : at + count]))
             at += count
-        self.start[rows] = k + np.repeat(bases, counts)
+        self.start[rows] = k + (bases[0] if len(bases) == 1 else np.repeat(bases, counts))
 
     def prune(self, handles: list[int], counts: list[int], rows: Int32Array) -> None:
         """Take forks off trees; those of a tree that no longer exists are skipped.
@@ -240,7 +242,9 @@ class SpeculationCache:
                     keys[np.isin(of, rows[at : at + count])] = _PRUNED
             at += count
 
-    def append(self, rows: Int32Array, tokens: Int32Array, chances: Float32Array) -> None:
+    def append(
+        self, rows: Int32Array | Int64Array, tokens: Int32Array, chances: Float32Array
+    ) -> None:
         """Each of ``rows`` (distinct) grows by its tokens.
 
         Args:
@@ -265,21 +269,26 @@ class SpeculationCache:
         tree = self.trees.get(handle)
         if tree is None:
             return Walk(Where.UNKNOWN)
+        where, row, offset, _ = self._walk(tree, new_tokens)
+        return Walk(where, row, offset)
+
+    def _walk(self, tree: Tree, new_tokens: list[int]) -> tuple[Where, int, int, list[int]]:
+        """What a :class:`Walk` holds, and the tokens of its row."""
         trunk = self.row_tokens(tree.trunk)
         k = _common_prefix(trunk, new_tokens)
         if k == len(new_tokens):
-            return Walk(Where.FOUND, tree.trunk, k)
+            return Where.FOUND, tree.trunk, k, trunk
         row = tree.fork_at(k, new_tokens[k])
         if row < 0:
             still_open = not tree.complete or (k == len(trunk) and not self.ended[tree.trunk])
-            return Walk(Where.PENDING if still_open else Where.OFF, tree.trunk, k)
+            return Where.PENDING if still_open else Where.OFF, tree.trunk, k, trunk
         rest = new_tokens[k:]
         branch = self.row_tokens(row)
         matched = _common_prefix(branch, rest)
         if matched == len(rest):
-            return Walk(Where.FOUND, row, matched)
+            return Where.FOUND, row, matched, branch
         still_open = matched == len(branch) and not self.ended[row]
-        return Walk(Where.PENDING if still_open else Where.OFF, tree.trunk, k)
+        return Where.PENDING if still_open else Where.OFF, tree.trunk, k, trunk
 
     def look_up(self, handles: list[int], texts: list[list[int]]) -> list[Below]:
         """Walk the texts of several requests, and read what lies below.
@@ -295,15 +304,17 @@ class SpeculationCache:
             return self.look_up_many(handles, texts)
         found: list[Below] = []
         for handle, text in zip(handles, texts, strict=True):
-            walk = self.walk(handle, text)
-            row = walk.row
-            if walk.where is Where.FOUND:
-                below = slice(walk.offset, self.length[row])
-                drafted = self.tokens[row, below].tolist()
-                chances = self.chance[row, below].tolist()
-                found.append(Below(walk.where, row, drafted, bool(self.ended[row]), chances))
+            tree = self.trees.get(handle)
+            if tree is None:
+                found.append(NOWHERE)
+                continue
+            where, row, offset, tokens = self._walk(tree, text)
+            if where is Where.FOUND:
+                chances = self.chance[row, offset : len(tokens)].tolist()
+                ended = bool(self.ended[row])
+                found.append(Below(where, row, tokens[offset:], ended, chances))
             else:
-                found.append(Below(walk.where, row, [], False, []))
+                found.append(Below(where, row, [], False, []))
         return found
 
     def look_up_many(self, handles: list[int], texts: list[list[int]]) -> list[Below]:
