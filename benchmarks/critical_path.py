@@ -2,16 +2,19 @@
 
 The real proposer, client, cache and draft engine over a real socket pair; only the draft model is
 replaced by a table look-up, so that look-ups hit and no model time is measured. The draft runs
-between two proposals and is not timed as part of them.
+between two proposals and is not timed as part of them. Greedy batches are those of a draft that may
+sample (``draft_sampling`` ``"auto"``, the default).
 
     python benchmarks/critical_path.py
 """
 
 from __future__ import annotations
 
+import gc
 import socket
 import statistics
 import time
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,6 +33,7 @@ from vllm_ssd.draft.rows import Rows
 from vllm_ssd.target.client import DraftClient
 from vllm_ssd.target.decisions import Decisions
 from vllm_ssd.target.handover import HandOver
+from vllm_ssd.target.lookup import LookUp
 from vllm_ssd.target.proposer import SSDProposer
 from vllm_ssd.wire.channel import Channel
 from vllm_ssd.wire.messages import (
@@ -97,10 +101,15 @@ def successor(token: int, choice: int = 0) -> int:
 
 
 class AlwaysOn(Decisions):
-    """What is measured is speculation, not whether it pays here."""
+    """What is measured is speculation at full depth, not whether and how much of it pays here."""
 
     def decide(self, switch: Switch) -> bool:
         return True
+
+    def choose(self, look_ups: Sequence[LookUp]) -> None:
+        super().choose(look_ups)
+        for each in look_ups:
+            each.chosen = DEPTH
 
 
 class Draft:
@@ -115,7 +124,7 @@ class Draft:
         rows = requests * branches
         self.engine = DraftEngine(
             TableModel(),
-            Rows(rows, DEPTH, CANDIDATES, SAMPLED_FROM * sampled),
+            Rows(rows, DEPTH, CANDIDATES, SAMPLED_FROM),
             KVBlocks(requests * blocks + 3 * rows, BLOCK, enable_prefix_caching=True),
             Policy(DEPTH, None, branches, branches, arms_of(_sampling(sampled), 1.0)),
             prefill_chunk=100_000,
@@ -147,7 +156,7 @@ class Draft:
 
 def _sampling(sampled: bool) -> str:
     """The option ``draft_sampling``."""
-    return "probabilistic" if sampled else "greedy"
+    return "probabilistic" if sampled else "auto"
 
 
 def measure(
@@ -169,8 +178,7 @@ def measure(
         requests={},
         device="cpu",
     )
-    hand_over = HandOver(runner, DEPTH, VOCABULARY, requests, proposer.stats) if sampled else None
-    proposer.bind(runner, client, hand_over)
+    proposer.bind(runner, client, HandOver(runner, DEPTH, VOCABULARY, requests, proposer.stats))
     announced = [
         proposer.requests.announce(name, texts[i, :context], context, parameters)
         for i, name in enumerate(names)
@@ -181,6 +189,8 @@ def measure(
         draft.turn()
     proposals: list[list[int]] = [[] for _ in names]
     seconds: list[float] = []
+    gc.collect()
+    gc.freeze()  # as vLLM does: what was loaded before is not searched for garbage
     for _ in range(ROUNDS):
         draft.turn()
         verified = []

@@ -25,11 +25,16 @@ def floats(*values: float) -> Float32Array:
     return np.array(values, np.float32)
 
 
+def chances_of(*tokens: int) -> Float32Array:
+    """A chance for each token that tells which token it is."""
+    return floats(*(token / 64 for token in tokens))
+
+
 @pytest.fixture
 def cache() -> SpeculationCache:
     """Trunk ``1 2 3``; forks ``1 5 6`` (two tokens of its own) and ``1 2 3 9``, not complete."""
     cache = SpeculationCache(max_rows=6, width=8)
-    cache.plant(HANDLE, BASE, TRUNK, ints(1, 2, 3), ended=False)
+    cache.plant(HANDLE, BASE, TRUNK, ints(1, 2, 3), floats(0.1, 0.2, 0.3), ended=False)
     cache.add_forks([HANDLE], [2], ints(1, 3), ints(5, 9), ints(FORK, LATE_FORK))
     cache.append(ints(FORK), ints(6), floats(0.6))
     return cache
@@ -111,7 +116,7 @@ def test_a_request_without_a_tree_is_unknown(cache: SpeculationCache) -> None:
 
 
 def test_planting_anew_replaces_the_tree_and_its_forks(cache: SpeculationCache) -> None:
-    cache.plant(HANDLE, BASE + 2, FORK, ints(6), ended=False)
+    cache.plant(HANDLE, BASE + 2, FORK, ints(6), floats(0.6), ended=False)
     tree = cache.trees[HANDLE]
     assert (tree.base, tree.trunk, tree.complete, tree.forks) == (BASE + 2, FORK, False, [])
     assert draft_after(cache) == [6]
@@ -120,7 +125,7 @@ def test_planting_anew_replaces_the_tree_and_its_forks(cache: SpeculationCache) 
 
 def test_a_reused_row_keeps_nothing_of_its_former_fork(cache: SpeculationCache) -> None:
     cache.ended[FORK] = True
-    cache.plant(HANDLE + 1, 3, 4, ints(2), ended=False)
+    cache.plant(HANDLE + 1, 3, 4, ints(2), floats(0.2), ended=False)
     cache.add_forks([HANDLE + 1], [1], ints(0), ints(8), ints(FORK))
     assert cache.row_tokens(FORK) == [8]
     assert not cache.ended[FORK]
@@ -129,7 +134,7 @@ def test_a_reused_row_keeps_nothing_of_its_former_fork(cache: SpeculationCache) 
 def test_large_token_ids_and_every_k_have_keys_of_their_own() -> None:
     cache = SpeculationCache(max_rows=4, width=4)
     largest = 2**31 - 1
-    cache.plant(HANDLE, 0, 0, ints(1, 2), ended=False)
+    cache.plant(HANDLE, 0, 0, ints(1, 2), floats(0.1, 0.2), ended=False)
     cache.add_forks([HANDLE], [3], ints(0, 1, 1), ints(largest, largest, 0), ints(1, 2, 3))
     tree = cache.trees[HANDLE]
     assert [tree.fork_at(0, largest), tree.fork_at(1, largest), tree.fork_at(1, 0)] == [1, 2, 3]
@@ -170,11 +175,12 @@ def cache_of(trees: list[Grown | None]) -> SpeculationCache:
         if tree is None:
             continue
         first = 6 * handle
-        cache.plant(handle, BASE, first, ints(*tree.trunk), ended=0 in tree.ended)
+        chances = chances_of(*tree.trunk)
+        cache.plant(handle, BASE, first, ints(*tree.trunk), chances, ended=0 in tree.ended)
         for row, ((k, token), rest) in enumerate(tree.forks.items(), start=1):
             cache.add_forks([handle], [1], ints(k), ints(token), ints(first + row))
             for later in rest:
-                cache.append(ints(first + row), ints(later), floats(later / 64))
+                cache.append(ints(first + row), ints(later), chances_of(later))
             cache.ended[first + row] = row in tree.ended
         rows = ints(*(first + row for row in tree.pruned))
         cache.prune([handle], [len(rows)], rows)
@@ -195,28 +201,29 @@ def test_looking_many_up_at_once_finds_what_each_walk_finds(trees: list[Grown | 
         if walk.where is Where.FOUND:
             assert below.drafted == cache.row_tokens(walk.row)[walk.offset :]
             assert below.ended == cache.ended[walk.row]
-            assert len(below.chances) == len(below.drafted)
-            if walk.row % 6:  # a fork: all of its tokens but the first were appended
-                assert below.chances == [token / 64 for token in below.drafted]
+            assert below.chances == [token / 64 for token in below.drafted]
 
 
 @given(st.lists(grown, max_size=7))
 def test_trees_planted_together_are_those_planted_one_by_one(trees: list[Grown]) -> None:
     one_by_one, together = (SpeculationCache(max_rows=8, width=8) for _ in range(2))
     for row, tree in enumerate(trees):
-        one_by_one.plant(row, BASE + row, row, ints(*tree.trunk), 0 in tree.ended)
+        chances = chances_of(*tree.trunk)
+        one_by_one.plant(row, BASE + row, row, ints(*tree.trunk), chances, 0 in tree.ended)
+    tokens = [token for tree in trees for token in tree.trunk]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tree_module, "_MANY", 1)
+        patch.setattr(tree_module, "_MANY_PLANTED", 1)
         together.plant_all(
             list(range(len(trees))),
             [BASE + row for row in range(len(trees))],
             list(range(len(trees))),
             [len(tree.trunk) for tree in trees],
-            ints(*(token for tree in trees for token in tree.trunk)),
+            ints(*tokens),
+            chances_of(*tokens),
             [int(0 in tree.ended) for tree in trees],
         )
     assert together.trees == one_by_one.trees
-    for name in ("tokens", "length", "start", "ended"):
+    for name in ("tokens", "chance", "length", "start", "ended"):
         assert np.array_equal(getattr(together, name), getattr(one_by_one, name))
 
 
@@ -237,11 +244,11 @@ def test_a_walk_finds_exactly_the_texts_that_are_paths_of_the_tree(
         if k <= len(trunk) and (k == len(trunk) or trunk[k] != first)
     }
     cache = SpeculationCache(max_rows=10, width=8)
-    cache.plant(HANDLE, BASE, 0, ints(*trunk), ended=True)
+    cache.plant(HANDLE, BASE, 0, ints(*trunk), chances_of(*trunk), ended=True)
     for row, ((k, first), rest) in enumerate(forks.items(), start=1):
         cache.add_forks([HANDLE], [1], ints(k), ints(first), ints(row))
         for token in rest:
-            cache.append(ints(row), ints(token), floats(token / 64))
+            cache.append(ints(row), ints(token), chances_of(token))
         cache.ended[row] = True
     cache.trees[HANDLE].complete = True
 

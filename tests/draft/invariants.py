@@ -31,6 +31,7 @@ def check_always(sim: Simulation) -> None:
         assert tree.base <= request.told
         check_tree(sim, sim.published.cache, tree, request, request.text)
         check_q(sim, request, tree)
+        check_chances(sim, tree)
     for handle, request_there in sim.engine.allocator.requests.items():
         if (tree_there := sim.cache.trees.get(handle)) is not None:
             assert request_there.trunk == tree_there.trunk
@@ -111,6 +112,16 @@ def check_q(sim: Simulation, request: TargetRequest, tree: Tree) -> None:
             assert not found[request.stop].any()
             if sizes.saguaro_c == 1.0:
                 np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def check_chances(sim: Simulation, tree: Tree) -> None:
+    """Every published token has the chance stated for it, but for the guesses that forks are."""
+    cache = sim.published.cache
+    for row in (tree.trunk, *_rows_of(tree).values()):
+        first = int(row != tree.trunk)
+        start, length = int(cache.start[row]), int(cache.length[row])
+        stated = [sim.chances[row, start + i] for i in range(first, length)]
+        assert cache.chance[row, first:length].tolist() == stated
 
 
 def _rows_of(tree: Tree) -> dict[tuple[int, int], int]:

@@ -141,6 +141,8 @@ class Simulation:
         """The verification time that the target reports; 0: unknown."""
         self.drawn_from: dict[tuple[int, int], dict[int, float]] = {}
         """By row and position of published tokens: the q' of those that were sampled."""
+        self.chances: dict[tuple[int, int], float] = {}
+        """By row and position of published tokens: the chance stated for each."""
         self._next_handle = 0
 
     # ---- the target
@@ -340,14 +342,15 @@ class Simulation:
                     case Pruned():
                         self.published.prune(message)
                     case Stepped():
-                        self._note_q(message)
+                        self._note(message)
                         self.published.steps([message])
 
-    def _note_q(self, message: Stepped) -> None:
-        """Note the q' of each token that rows are about to grow by."""
+    def _note(self, message: Stepped) -> None:
+        """Note the chance and the q' of each token that rows are about to grow by."""
         cache, rows = self.published.cache, unpack(message.rows)
         positions = (cache.start[rows] + cache.length[rows]).tolist()
         places = list(zip(rows.tolist(), positions, strict=True))
+        self.chances.update(zip(places, unpack_floats(message.chances).tolist(), strict=True))
         for place in places:
             self.drawn_from.pop(place, None)
         if not message.sampled:

@@ -75,7 +75,7 @@ class Target:
         rows = list(range(len(tokens)))
         zeros = pack([0] * len(rows))
         self.published.plant(
-            Planted(pack(rows), pack([BASE] * len(rows)), pack(rows), zeros, zeros, b"")
+            Planted(pack(rows), pack([BASE] * len(rows)), pack(rows), zeros, zeros, b"", b"")
         )
         for at, column in enumerate(tokens.T.astype(np.int32)):
             step = Stepped(

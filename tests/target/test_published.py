@@ -41,9 +41,9 @@ def published() -> PublishedTrees:
 
 def planted(handle: int, trunk: int, tokens: Sequence[int], count: int | None = None) -> Planted:
     count = len(tokens) if count is None else count
-    return Planted(
-        pack([handle]), pack([10]), pack([trunk]), pack([count]), pack([0]), pack(list(tokens))
-    )
+    chances = pack_floats(np.full(len(tokens), 0.5, np.float32))
+    tree = pack([handle]), pack([10]), pack([trunk]), pack([count]), pack([0])
+    return Planted(*tree, pack(list(tokens)), chances)
 
 
 def forked(
@@ -141,6 +141,7 @@ def test_many_trees_of_a_message_come_and_go_together(published: PublishedTrees)
             pack(counts),
             pack([0, 1, 0, 0, 0, 0, 0]),
             pack([5, 6, 7, 8, 9]),
+            pack_floats(np.array([0.5, 0.6, 0.7, 0.8, 0.9], np.float32)),
         )
     )
     cache = published.cache
@@ -346,7 +347,7 @@ def test_a_draft_that_shall_not_sample_is_refused_if_it_does() -> None:
 
 numbers = st.lists(st.integers(-2, ROWS + 1) | st.just(VOCAB_SIZE), max_size=3).map(pack)
 messages = st.one_of(
-    st.builds(Planted, numbers, numbers, numbers, numbers, numbers, numbers),
+    st.builds(Planted, numbers, numbers, numbers, numbers, numbers, numbers, numbers),
     st.builds(Forked, numbers, numbers, numbers, numbers, numbers, numbers),
     st.builds(Pruned, numbers, numbers, numbers),
     st.builds(Stepped, numbers, numbers, numbers, numbers),
@@ -383,3 +384,14 @@ def test_a_chance_that_is_none_is_refused(published: PublishedTrees, chance: flo
     step = Stepped(pack([0]), pack([5]), b"", pack_floats(np.array([chance], np.float32)))
     with pytest.raises(ValueError, match="chance"):
         published.steps([step])
+    tree = structs.replace(planted(HANDLE, 0, [5]), chances=step.chances)
+    with pytest.raises(ValueError, match="chance"):
+        published.plant(tree)
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_a_trunk_needs_a_chance_for_each_token(published: PublishedTrees, count: int) -> None:
+    tree = planted(HANDLE, 0, [5, 6])
+    chances = pack_floats(np.full(count, 0.5, np.float32))
+    with pytest.raises(ValueError, match="chance"):
+        published.plant(structs.replace(tree, chances=chances))

@@ -15,8 +15,8 @@ _STEPS = 4
 class Distributions:
     """For every token of the cache's rows the distribution q' that it was sampled from, if any.
 
-    Known by position in the text, as :attr:`SpeculationCache.chance`: a fork that becomes a trunk
-    keeps its row, and with it what its tokens were sampled from. The entries themselves are kept in
+    Known by position in the text: a fork that becomes a trunk keeps its row, and with it what its
+    tokens were sampled from. The entries themselves are kept in
     the order in which they come, the newest in place of the oldest: few of the tokens are ever
     proposed, so nothing is done for each of them. A token whose entries are gone counts as certain,
     which is exact for a sampled token as well (:mod:`vllm_ssd.target.handover`).
@@ -38,22 +38,31 @@ class Distributions:
         self._probabilities: Float32Array = np.empty(self._size, np.float32)
         self._came = 0
 
-    def forget(self, rows: Int32Array | list[int]) -> None:
+    @property
+    def empty(self) -> bool:
+        """Whether all tokens that ever came were certain: then there is nothing to forget."""
+        return not self._came
+
+    def forget(self, rows: Int32Array | Int64Array | list[int]) -> None:
         """Rows begin anew: what they held of another text counts no more."""
+        if self.empty:
+            return
         self.support[rows] = 0
 
-    def certain(self, rows: Int32Array, positions: Int32Array) -> None:
+    def certain(self, rows: Int32Array | Int64Array, positions: Int32Array) -> None:
         """Tokens were chosen without chance.
 
         Args:
             rows: ``[n]``.
             positions: ``[..., n]``, of their tokens in the text.
         """
+        if self.empty:
+            return
         self.support[rows, positions % self.support.shape[1]] = 0
 
     def sampled(
         self,
-        rows: Int32Array,
+        rows: Int32Array | Int64Array,
         positions: Int32Array,
         supports: Int32Array,
         tokens: Int32Array,

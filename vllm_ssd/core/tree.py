@@ -76,7 +76,7 @@ class Tree:
     """Row of the trunk."""
     complete: bool = False
     """No more forks will come for this tree."""
-    forks: list[tuple[Int64Array, Int32Array]] = field(default_factory=list)
+    forks: list[tuple[Int64Array, Int32Array | Int64Array]] = field(default_factory=list)
     """Batches of ``(key, row)``, where key is ``fork_key(k, t*)``; each array ``[forks]``."""
 
     def fork_at(self, k: int, token: int) -> int:
@@ -97,6 +97,8 @@ class Tree:
 
 _MANY = 48
 """From this many requests on, operations on arrays of all are faster than a loop over them."""
+_MANY_PLANTED = 16
+"""The same for planting."""
 _PRUNED = -1
 """Replaces the key of a pruned fork."""
 
@@ -120,8 +122,8 @@ class SpeculationCache:
         self.start: Int32Array = np.zeros(max_rows, np.int32)
         """Position in the text of each row's token 0."""
         self.chance: Float32Array = np.zeros((max_rows, width), np.float32)
-        """``[row, position % width]``: the chance that the target accepts the token there. By
-        position, since a fork that becomes a trunk keeps its row but begins elsewhere."""
+        """For each of ``tokens`` the chance that the target accepts it if it accepts those before;
+        not for the first token of a fork, which is a guess."""
         self.ended = np.zeros(max_rows, np.bool_)
         self.trees: dict[int, Tree] = {}
 
@@ -129,10 +131,19 @@ class SpeculationCache:
         """Forget all trees."""
         self.trees.clear()
 
-    def plant(self, handle: int, base: int, trunk: int, tokens: Int32Array, ended: bool) -> Tree:
+    def plant(
+        self,
+        handle: int,
+        base: int,
+        trunk: int,
+        tokens: Int32Array,
+        chances: Float32Array,
+        ended: bool,
+    ) -> Tree:
         """Start a request's next tree: the trunk goes on with ``tokens`` from position ``base``."""
         count = len(tokens)
         self.tokens[trunk, :count] = tokens
+        self.chance[trunk, :count] = chances
         self.length[trunk] = count
         self.start[trunk] = base
         self.ended[trunk] = ended
@@ -146,6 +157,7 @@ class SpeculationCache:
         trunks: list[int],
         counts: list[int],
         tokens: Int32Array,
+        chances: Float32Array,
         ended: list[int],
     ) -> None:
         """Start the next trees of many requests (:meth:`plant`).
@@ -156,18 +168,20 @@ class SpeculationCache:
             trunks: the row of each trunk.
             counts: how many tokens each trunk has so far.
             tokens: ``[sum(counts)]``, these tokens, grouped by trunk.
+            chances: ``[sum(counts)]``, their chances.
             ended: nonzero where the trunk ends with them.
 
         Raises:
             IndexError: a row does not exist, or is shorter than its tokens.
         """
-        if len(handles) < _MANY:
+        if len(handles) < _MANY_PLANTED:
             at = 0
             for handle, base, trunk, count, end in zip(
                 handles, bases, trunks, counts, ended, strict=True
             ):
-                self.plant(handle, base, trunk, tokens[at : at + count], bool(end))
-                at += count
+                to = at + count
+                self.plant(handle, base, trunk, tokens[at:to], chances[at:to], bool(end))
+                at = to
             return
         lengths = np.array(counts)
         self.length[trunks] = lengths
@@ -175,7 +189,9 @@ class SpeculationCache:
         self.ended[trunks] = np.array(ended, np.bool_)
         first = np.cumsum(lengths) - lengths
         columns = np.arange(len(tokens)) - np.repeat(first, lengths)
-        self.tokens[np.repeat(trunks, lengths), columns] = tokens
+        rows = np.repeat(trunks, lengths)
+        self.tokens[rows, columns] = tokens
+        self.chance[rows, columns] = chances
         for handle, base, trunk in zip(handles, bases, trunks, strict=True):
             self.trees[handle] = Tree(base, trunk)
 
@@ -185,7 +201,7 @@ class SpeculationCache:
         counts: list[int],
         k: Int32Array,
         tokens: Int32Array,
-        rows: Int32Array,
+        rows: Int32Array | Int64Array,
     ) -> None:
         """Add forks to trees; those of a tree that no longer exists are skipped.
 
@@ -200,15 +216,15 @@ class SpeculationCache:
         self.length[rows] = 1
         self.ended[rows] = False
         keys = fork_keys(k, tokens)
-        self.start[rows] = k
+        bases = []
         at = 0
         for handle, count in zip(handles, counts, strict=True):
             tree = self.trees.get(handle)
+            bases.append(0 if tree is None else tree.base)
             if tree is not None and count:
-                of = rows[at : at + count]
-                self.start[of] += tree.base
-                tree.forks.append((keys[at : at + count], of))
+                tree.forks.append((keys[at : at + count], rows[at : at + count]))
             at += count
+        self.start[rows] = k + (bases[0] if len(bases) == 1 else np.repeat(bases, counts))
 
     def prune(self, handles: list[int], counts: list[int], rows: Int32Array) -> None:
         """Take forks off trees; those of a tree that no longer exists are skipped.
@@ -226,7 +242,9 @@ class SpeculationCache:
                     keys[np.isin(of, rows[at : at + count])] = _PRUNED
             at += count
 
-    def append(self, rows: Int32Array, tokens: Int32Array, chances: Float32Array) -> None:
+    def append(
+        self, rows: Int32Array | Int64Array, tokens: Int32Array, chances: Float32Array
+    ) -> None:
         """Each of ``rows`` (distinct) grows by its tokens.
 
         Args:
@@ -243,7 +261,7 @@ class SpeculationCache:
             steps = len(tokens)
             at = at + np.arange(steps)[:, None]
         self.tokens[rows, at] = tokens
-        self.chance[rows, (self.start[rows] + at) % self.chance.shape[1]] = chances
+        self.chance[rows, at] = chances
         self.length[rows] += steps
 
     def walk(self, handle: int, new_tokens: list[int]) -> Walk:
@@ -251,21 +269,26 @@ class SpeculationCache:
         tree = self.trees.get(handle)
         if tree is None:
             return Walk(Where.UNKNOWN)
+        where, row, offset, _ = self._walk(tree, new_tokens)
+        return Walk(where, row, offset)
+
+    def _walk(self, tree: Tree, new_tokens: list[int]) -> tuple[Where, int, int, list[int]]:
+        """What a :class:`Walk` holds, and the tokens of its row."""
         trunk = self.row_tokens(tree.trunk)
         k = _common_prefix(trunk, new_tokens)
         if k == len(new_tokens):
-            return Walk(Where.FOUND, tree.trunk, k)
+            return Where.FOUND, tree.trunk, k, trunk
         row = tree.fork_at(k, new_tokens[k])
         if row < 0:
             still_open = not tree.complete or (k == len(trunk) and not self.ended[tree.trunk])
-            return Walk(Where.PENDING if still_open else Where.OFF, tree.trunk, k)
+            return Where.PENDING if still_open else Where.OFF, tree.trunk, k, trunk
         rest = new_tokens[k:]
         branch = self.row_tokens(row)
         matched = _common_prefix(branch, rest)
         if matched == len(rest):
-            return Walk(Where.FOUND, row, matched)
+            return Where.FOUND, row, matched, branch
         still_open = matched == len(branch) and not self.ended[row]
-        return Walk(Where.PENDING if still_open else Where.OFF, tree.trunk, k)
+        return Where.PENDING if still_open else Where.OFF, tree.trunk, k, trunk
 
     def look_up(self, handles: list[int], texts: list[list[int]]) -> list[Below]:
         """Walk the texts of several requests, and read what lies below.
@@ -281,14 +304,17 @@ class SpeculationCache:
             return self.look_up_many(handles, texts)
         found: list[Below] = []
         for handle, text in zip(handles, texts, strict=True):
-            walk = self.walk(handle, text)
-            row = walk.row
-            if walk.where is Where.FOUND:
-                drafted = self.row_tokens(row)[walk.offset :]
-                chances = self._chances_of(row, walk.offset, len(drafted))
-                found.append(Below(walk.where, row, drafted, bool(self.ended[row]), chances))
+            tree = self.trees.get(handle)
+            if tree is None:
+                found.append(NOWHERE)
+                continue
+            where, row, offset, tokens = self._walk(tree, text)
+            if where is Where.FOUND:
+                chances = self.chance[row, offset : len(tokens)].tolist()
+                ended = bool(self.ended[row])
+                found.append(Below(where, row, tokens[offset:], ended, chances))
             else:
-                found.append(Below(walk.where, row, [], False, []))
+                found.append(Below(where, row, [], False, []))
         return found
 
     def look_up_many(self, handles: list[int], texts: list[list[int]]) -> list[Below]:
@@ -326,16 +352,12 @@ class SpeculationCache:
         complete[no_fork] = False
         more_to_come = np.array([not tree.complete for tree in trees])
         still_open[no_fork] |= more_to_come[no_fork]
-        columns = (self.start[rows][:, None] + np.arange(self.chance.shape[1])) % self.chance.shape[
-            1
-        ]
-        chances_of = np.take_along_axis(self.chance[rows], columns, axis=1).tolist()
         for i, trunk, row, tokens, chances, offset, length, end, hit, pending in zip(
             known,
             trunks.tolist(),
             rows.tolist(),
             self.tokens[rows].tolist(),
-            chances_of,
+            self.chance[rows].tolist(),
             offsets.tolist(),
             lengths.tolist(),
             ended.tolist(),
@@ -360,13 +382,6 @@ class SpeculationCache:
         same[:, :width] = self.tokens[rows, :width] == texts[:, :width]
         same[:, :width] &= np.arange(width) < known[:, None]
         return same.argmin(axis=1)
-
-    def _chances_of(self, row: int, offset: int, count: int) -> list[float]:
-        """The chances of ``count`` tokens of a row from its token ``offset`` on."""
-        width = self.chance.shape[1]
-        first = (int(self.start[row]) + offset) % width
-        chances: list[float] = self.chance[row].tolist()
-        return (chances + chances)[first : first + count]
 
     def row_tokens(self, row: int) -> list[int]:
         """The tokens of a row."""

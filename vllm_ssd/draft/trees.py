@@ -32,10 +32,11 @@ class _Tree(NamedTuple):
     base: int
     trunk: int
     tokens: Int32Array
+    chances: Float32Array
     ended: bool
 
 
-_NO_TREE = _Tree(0, DORMANT, np.zeros(0, np.int32), False)
+_NO_TREE = _Tree(0, DORMANT, np.zeros(0, np.int32), np.zeros(0, np.float32), False)
 
 
 class Trees:
@@ -66,12 +67,14 @@ class Trees:
             handle: the request.
             base: length of its confirmed text.
             trunk: row of the trunk.
-            tokens: ``[m]``, the trunk's tokens after that text.
+            tokens: ``[m]``, the trunk's tokens after that text; the row holds them already.
             ended: whether the trunk ends with them.
         """
-        self.cache.plant(handle, base, trunk, tokens, ended)
+        shift = base - int(self.cache.start[trunk])
+        chances = self.cache.chance[trunk, shift : shift + len(tokens)].copy()
+        self.cache.plant(handle, base, trunk, tokens, chances, ended)
         self._planted.pop(handle, None)
-        self._planted[handle] = _Tree(base, trunk, tokens, ended)
+        self._planted[handle] = _Tree(base, trunk, tokens, chances, ended)
 
     def withdraw(self, handle: int) -> None:
         """Drop a request's tree, and publish that it has none."""
@@ -167,6 +170,7 @@ class Trees:
                 pack([len(tree.tokens) for tree in trees]),
                 pack([int(tree.ended) for tree in trees]),
                 pack(np.concatenate([tree.tokens for tree in trees])),
+                pack_floats(np.concatenate([tree.chances for tree in trees])),
             )
         )
         self._planted.clear()

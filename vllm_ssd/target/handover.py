@@ -128,15 +128,18 @@ class HandOver:
         Raises:
             ValueError: the draft cannot have sampled a token from what it says.
         """
-        if published.distributions is None:
+        distributions = published.distributions
+        if distributions is None or distributions.empty:
             return
         chosen = [
             each for each in look_ups if each.below.where is Where.FOUND and each.request.proposed
         ]
+        if not chosen:
+            return
         counts = np.array([len(each.request.proposed) for each in chosen], np.int64)
         at = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
         places = np.array([(each.row, each.below.row, each.length) for each in chosen], np.int64)
-        rows, tree_rows, positions = np.repeat(places.reshape(-1, 3), counts, axis=0).T
+        rows, tree_rows, positions = np.repeat(places, counts, axis=0).T
         proposed = chain.from_iterable(each.request.proposed for each in chosen)
         drafted = np.fromiter(proposed, np.int64, len(at))
         found = published.distributions_of(tree_rows, positions + at, drafted)
@@ -250,7 +253,8 @@ class HandOver:
     def _fill(self, indices: Int64Array, values: Float32Array) -> None:
         device = self._runner.device
         at = async_tensor_h2d(indices, device=device)
-        self._dense.index_put_((at,), async_tensor_h2d(values, device=device))
+        # No index comes twice; several times as fast on CPU as index_put_().
+        self._dense.index_copy_(0, at, async_tensor_h2d(values, device=device))
         self._set.append(at)
 
     def _show(self, req_ids: list[str]) -> None:

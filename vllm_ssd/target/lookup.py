@@ -167,6 +167,7 @@ def answer(look_ups: Sequence[LookUp], stats: Stats) -> None:
     without that, as its bonus token. And it would count as computed, which matters when more input
     is streamed to the request: vLLM goes on from what is computed.
     """
+    hits = depth = 0
     for each in look_ups:
         request, below = each.request, each.below
         request.look_ups += 1
@@ -180,13 +181,20 @@ def answer(look_ups: Sequence[LookUp], stats: Stats) -> None:
                 # The draft checks only the first few of a request's end tokens.
                 ended = True
                 del found[next(at for at, token in enumerate(found) if token in request.ends) :]
-            _count(each, len(found), bool(found) or ended, stats)
+            if found and each.before is None and request.look_ups > 1:
+                hits += 1
+                depth += len(found)
+            else:
+                _count(each, len(found), bool(found) or ended, stats)
             del found[each.chosen :]
         request.proposed, request.verifying = found, len(found)
         request.origin = None
         if each.before is not None:
             at_once = min(len(each.before.drafted), len(found))
             request.origin = Origin(at_once, len(found) - at_once, 0)
+    stats.look_ups += hits
+    stats.hits += hits
+    stats.depth_at_hit += depth
 
 
 def _count_backup(origin: Origin, verified: int, accepted: int, stats: Stats) -> None:
@@ -204,6 +212,7 @@ def _count_backup(origin: Origin, verified: int, accepted: int, stats: Stats) ->
 
 
 def _count(each: LookUp, depth: int, hit: bool, stats: Stats) -> None:
+    """Count one look-up; :func:`answer` counts plain hits itself, all at once."""
     request, below = each.request, each.below
     if each.before is not None and each.before.where is not Where.FOUND:
         below, hit = each.before, False  # whatever came of waiting

@@ -103,11 +103,11 @@ class Notices:
         handles, lengths, confirmed, proposed = [], [], [], []
         tokens: list[int] = []
         for look_up in look_ups:
-            request = look_up.request
+            request, new = look_up.request, look_up.confirmed
             handles.append(request.handle)
             lengths.append(request.length)
-            confirmed.append(len(look_up.confirmed))
-            tokens += look_up.confirmed
+            confirmed.append(len(new))
+            tokens += new
             if look_up.before is None:
                 proposed.append(len(request.proposed))
                 tokens += request.proposed

@@ -24,6 +24,8 @@ from vllm_ssd.wire.messages import (
 
 _ROUNDING = 1e-4
 """How far the probabilities of a distribution, in float32, may be from 1 in all."""
+_BITS_OF_1 = 0x3F800000
+"""The float32 1.0 as an integer."""
 
 
 class PublishedTrees:
@@ -90,9 +92,7 @@ class PublishedTrees:
         size = len(packed_rows)
         if any(len(step.tokens) != size or len(step.chances) != size for step in steps):
             raise ValueError("a step that does not fit its rows")
-        chances = unpack_floats(b"".join([step.chances for step in steps]))
-        if size and not 0.0 <= np.minimum.reduce(chances) <= np.maximum.reduce(chances) <= 1.0:
-            raise ValueError("a chance that is not from 0 to 1")
+        chances = _chances(b"".join([step.chances for step in steps]))
         shape = len(steps), len(rows)
         self.cache.append(rows, tokens.reshape(shape), chances.reshape(shape))
         self._sample(rows, steps)
@@ -100,17 +100,19 @@ class PublishedTrees:
         if ended:
             self.cache.ended[_indices(ended)] = True
 
-    def _sample(self, rows: Int32Array, steps: list[Stepped]) -> None:
+    def _sample(self, rows: Int64Array, steps: list[Stepped]) -> None:
         """Keep what the tokens that rows have just grown by were sampled from."""
         distributions = self.distributions
         if distributions is None:
             if any(step.sampled for step in steps):
                 raise ValueError("sampled tokens, though none were asked for")
             return
+        sampled = [(i, _indices(step.sampled)) for i, step in enumerate(steps) if step.sampled]
+        if not sampled and distributions.empty:
+            return
         cache = self.cache
         first = cache.start[rows] + cache.length[rows] - len(steps)
         distributions.certain(rows, first + np.arange(len(steps), dtype=np.int32)[:, None])
-        sampled = [(i, _indices(step.sampled)) for i, step in enumerate(steps) if step.sampled]
         if not sampled:
             return
         which = np.concatenate([indices for _, indices in sampled])
@@ -165,8 +167,11 @@ class PublishedTrees:
         handles, bases = unpack_list(message.handles), unpack_list(message.bases)
         trunks, counts = unpack_list(message.trunks), unpack_list(message.counts)
         ended, tokens = unpack_list(message.ended), unpack(message.tokens)
+        chances = _chances(message.chances)
         if not len(handles) == len(bases) == len(trunks) == len(counts) == len(ended):
             raise ValueError("trees of different lengths")
+        if len(tokens) != len(chances):
+            raise ValueError("not one chance for each token")
         if trunks and max(trunks) >= len(self.cache.length):
             raise ValueError("a row that does not exist")
         self._check_tokens(tokens)
@@ -184,12 +189,12 @@ class PublishedTrees:
             kept = [tree for tree in trees if tree[2] >= 0]
             handles, bases, trunks, counts, ended = ([tree[i] for tree in kept] for i in range(5))
         self.withdrawn.difference_update(handles)
-        if self.distributions is not None:
+        if self.distributions is not None and not self.distributions.empty:
             # A trunk that was a row of its tree before keeps what its tokens were sampled from.
             before = [self.cache.trees.get(handle) for handle in handles]
             pairs = zip(before, trunks, strict=True)
             self.distributions.forget([t for tree, t in pairs if not (tree and tree.has(t))])
-        self.cache.plant_all(handles, bases, trunks, counts, tokens, ended)
+        self.cache.plant_all(handles, bases, trunks, counts, tokens, chances, ended)
         # Those have finished. Their rows are planted all the same: they grow until the draft has
         # the message.
         for handle in set(handles) - self._announced:
@@ -228,11 +233,21 @@ def _check_counts(counts: list[int], total: int) -> None:
         raise ValueError(f"counts that do not add up to {total}")
 
 
+def _chances(data: bytes) -> Float32Array:
+    """Float32 numbers from 0 to 1, which as integers are those up to that of 1; one pass."""
+    if not _all_below(unpack(data), _BITS_OF_1 + 1):
+        raise ValueError("a chance that is not from 0 to 1")
+    return unpack_floats(data)
+
+
 def _all_below(values: Int32Array, limit: int) -> bool:
     """Whether all values are in ``range(limit)``; one pass, since negative ones become huge."""
     return not values.size or bool(np.maximum.reduce(values.view(np.uint32)) < limit)
 
 
-def _indices(data: bytes) -> Int32Array:
-    """Row numbers as unsigned integers: indexing with them fails where there is no such row."""
-    return np.frombuffer(data, dtype="<u4")
+def _indices(data: bytes) -> Int64Array:
+    """Row numbers, none of them negative: indexing with them fails where there is no such row.
+
+    Indexing with 64 bits is faster.
+    """
+    return np.frombuffer(data, dtype="<u4").astype(np.int64)

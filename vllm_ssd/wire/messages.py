@@ -199,6 +199,8 @@ class Planted(Message, frozen=True):
     ended: bytes
     """1 where the trunk ends after them (end token, length)."""
     tokens: bytes
+    chances: bytes
+    """float32, one a token, as in :class:`Stepped`."""
 
 
 class Forked(Message, frozen=True):
