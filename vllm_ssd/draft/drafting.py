@@ -69,6 +69,7 @@ class Drafting:
         rows.guess_at[trunk] = guess_at
         if rows.temperature[trunk] == request.temperature == 0.0:
             return
+        rows.warm = True
         rows.temperature[trunk] = request.temperature
         rows.top_k[trunk] = request.top_k
         rows.top_p[trunk] = request.top_p

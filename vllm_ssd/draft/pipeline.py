@@ -222,7 +222,10 @@ class Pipeline:
         if grows is not None:
             # Without a token forced on it a row feeds what the step under way chooses.
             after = rows.forced_after(decoding[grows])
-            tokens[grows] = np.where(after >= 0, after, FROM_LAST_STEP)
+            if after is None:
+                tokens[grows] = FROM_LAST_STEP
+            else:
+                tokens[grows] = np.where(after >= 0, after, FROM_LAST_STEP)
             positions += grows
         if not chunks:
             sampling = rows.sampled.sampling(decoding, positions + 1, rows.stop)
