@@ -77,6 +77,7 @@ class Drafting:
         arm = self.settings.arms[request.block.arm] if request.block else Arm(False, 1.0)
         rows.samples[trunk] = arm.sampled and rows.num_sampled_from > 0
         rows.weight[trunk] = arm.weight
+        rows.weighs |= arm.weight < 1.0
         rows.weigh[trunk] = np.maximum(1, np.rint(self._forks[request.setting]))
 
     def observe(

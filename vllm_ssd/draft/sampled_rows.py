@@ -57,6 +57,8 @@ class SampledRows:
         self.num_sampled_from = num_sampled_from
         self.warm = False
         """Whether any request has had a temperature above 0: if not, there is nothing to do."""
+        self.weighs = False
+        """Whether any of them has been drafted for with C < 1."""
         self.temperature: Float32Array = np.zeros(max_rows, np.float32)
         """0: a greedy request, whose row is not concerned by anything here."""
         self.top_k: Int32Array = np.zeros(max_rows, np.int32)
@@ -133,18 +135,21 @@ class SampledRows:
             return None
         after_guess = positions - self.guess_at[rows] - 1
         sampled = self.samples[rows] & (after_guess != -1)
-        depth = np.clip(after_guess, 0, self.weigh.shape[1] - 1)
         weight = self.weight[rows]
+        weighed: Int32Array = np.zeros(len(rows), np.int32)
+        if self.weighs:
+            which = sampled & (weight < 1.0)
+            depth = np.minimum(np.maximum(after_guess[which], 0), self.weigh.shape[1] - 1)
+            weighed[which] = self.weigh[rows[which], depth]
         ends = stop[rows]
         used = int(np.count_nonzero((ends >= 0).any(axis=0)))
-        weighed = np.where(sampled & (weight < 1.0), self.weigh[rows, depth], 0)
         return Sampling(
             sampled,
             temperature,
             self.top_k[rows],
             self.top_p[rows],
             np.ascontiguousarray(ends[:, :used]),
-            weighed.astype(np.int32),
+            weighed,
             weight,
         )
 
