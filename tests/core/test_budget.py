@@ -47,7 +47,7 @@ def test_step_time_model_recovers_a_line(base: float, growth: float) -> None:
     per_row = growth * base
     model = clock(base, per_row)
     for rows in (1, 12, 24, 48):
-        assert predicted(model, rows) == pytest.approx(base + per_row * rows, rel=1e-3)
+        assert predicted(model, rows) == pytest.approx(base + per_row * rows, rel=0.05)
 
 
 def test_step_time_model_predicts_zero_before_the_first_step() -> None:
@@ -75,6 +75,13 @@ def test_step_time_model_follows_a_changed_load() -> None:
     assert predicted(model, 8) == pytest.approx(0.004, rel=0.02)
 
 
+def test_a_pause_hardly_changes_what_steps_are_expected_to_take() -> None:
+    model = clock(0.001, 0.0001)
+    before = [predicted(model, rows) for rows in (1, 24)]
+    model.observe(24, 0.3)
+    assert [predicted(model, rows) for rows in (1, 24)] == pytest.approx(before, rel=0.1)
+
+
 def test_step_time_model_never_predicts_a_free_step() -> None:
     model = StepTimeModel()
     for rows in (20, 21, 22, 23):
@@ -92,12 +99,9 @@ def test_a_branch_of_full_depth_is_worth_the_chance_of_each_of_its_tokens(
 
 
 def test_a_branch_that_is_cut_off_is_worth_what_it_reached() -> None:
-    model = StepTimeModel()
-    for rows in (1, 2):
-        model.observe(rows, 0.01 * rows)
-    worth = worth_of_a_hit(2, model, 0.05, 1, DEPTH, 0.5, prepared=True)
+    worth = worth_of_a_hit(2, clock(0.0, 0.01), 0.05, 1, DEPTH, 0.5, prepared=True)
     # One row: five steps fit, four are completed. Two rows: one and a half of two and a half.
-    assert worth.tolist() == pytest.approx([0.5 + 0.25 + 0.125 + 0.0625, 0.5 + 0.125], rel=1e-3)
+    assert worth.tolist() == pytest.approx([0.5 + 0.25 + 0.125 + 0.0625, 0.5 + 0.125], rel=0.05)
 
 
 def test_an_outcome_also_waits_for_a_step_launched_ahead() -> None:

@@ -16,7 +16,7 @@ SIZES = Sizes(vocab_size=12, sampled_from=10)
 def at_rest(sizes: Sizes = SIZES, seed: int = 0) -> tuple[Simulation, TargetRequest]:
     """One request whose first outcomes have been guessed to the full depth."""
     sim = Simulation(sizes)
-    sim.model._generator.manual_seed(seed)
+    sim.model.random = np.random.default_rng(seed)
     sim.model.confidence_at = lambda position: 0.3
     request = sim.start(PROMPT, temperature=1.3)
     sim.settle()

@@ -171,7 +171,7 @@ def test_end_tokens_are_not_guessed() -> None:
 
 
 def test_branches_bounds_the_rows_likeliest_outcomes_first() -> None:
-    sim, request = verified_once(Sizes(branches=4), confidence=0.8)
+    sim, request = verified_once(Sizes(branches=4), confidence=0.9)
     cache = sim.published.cache
     # All accepted, then a rejection, the earlier the likelier; then the second choice of one.
     assert len(paths(cache, cache.trees[request.handle])) == 4
@@ -379,7 +379,7 @@ def test_an_unguessed_text_is_pending_only_while_the_draft_is_at_work() -> None:
 
 
 def test_outcomes_that_keep_coming_are_guessed() -> None:
-    sim, request = verified_once(Sizes(branches=4), confidence=0.8)
+    sim, request = verified_once(Sizes(branches=4), confidence=0.9)
     assert sim.best(request.text)[2] not in forks_of(sim, request)[0]
 
     def surprises(rounds: int) -> list[bool]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from vllm_ssd.core.arrays import Float32Array, Int32Array
@@ -26,12 +25,11 @@ from vllm_ssd.draft.model import (
 from vllm_ssd.draft.sampling import (
     SMALLEST,
     draw,
+    parameters_on_host,
     proposals,
-    send_sampling,
-    stated_probabilities,
+    requested,
+    shares,
 )
-
-torch.set_num_threads(1)  # its tensors are small: threads would only wait for each other
 
 NOTHING = -1
 _MOST_ROWS = 256
@@ -161,7 +159,7 @@ class ToyModel:
         self._size = block_size
         self._num_candidates = num_candidates
         self._num_sampled_from = num_sampled_from
-        self._generator = torch.Generator().manual_seed(0)
+        self.random = np.random.default_rng(0)
         self._tables = np.zeros((_MOST_ROWS, num_blocks), np.int32)
         self._position = np.full(shape, NOTHING, np.int32)
         self._token = np.full(shape, NOTHING, np.int32)
@@ -223,17 +221,19 @@ class ToyModel:
     def _sample(self, best: Int32Array, firsts: NDArray[np.float64], sampling: Sampling) -> Choices:
         """As the real model does, with the logits of the stated probabilities."""
         assert all(len(values) == len(best) for values in sampling)
-        logits = torch.from_numpy(best_first(firsts, self.vocab_size)).log()
-        sent = send_sampling(sampling, torch.device("cpu"))
-        count = self._num_candidates
-        probabilities = stated_probabilities(logits[:, :count], sent).numpy()
-        if not sampling.sampled.any():
-            return Choices.firsts(best[:, :count], probabilities)
-        among = torch.from_numpy(np.ascontiguousarray(best[:, : self._num_sampled_from]))
-        q = proposals(logits[:, : self._num_sampled_from], among, sent)
-        drawn = draw(q, among, self._generator).numpy()
-        tokens = best[:, : max(count, self._num_sampled_from)]
-        return Choices(tokens, probabilities, drawn, q.numpy())
+        parameters = parameters_on_host(sampling)
+        samples = self._num_sampled_from if sampling.sampled.any() else 0
+        tokens = best[:, : max(self._num_candidates, samples)]
+        with np.errstate(divide="ignore"):
+            logits = np.log(best_first(firsts, self.vocab_size)[:, : tokens.shape[1]])
+        q = requested(logits, parameters)
+        probabilities = shares(q, self._num_candidates)
+        if not samples:
+            return Choices.firsts(tokens, probabilities)
+        q, among = q[:, :samples], tokens[:, :samples]
+        q = proposals(q, among, parameters)
+        drawn = draw(q, among, self.random.random((len(q), 1)))
+        return Choices(tokens, probabilities, drawn, q)
 
     def _read_back(self, table: Int32Array, first_new: int, length: int) -> np.uint64:
         """The hash of a sequence's text as its blocks hold it."""

@@ -5,42 +5,26 @@ from __future__ import annotations
 import numpy as np
 
 from vllm_ssd.core.arrays import Float64Array
+from vllm_ssd.core.step_times import Line
 
 _SMOOTHING = 0.2
 """Weight of the newest verification time."""
 
 
 class StepTimeModel:
-    """Seconds of one draft step as a straight line over its rows, fitted while it runs.
+    """Seconds of one draft step as a straight line over its rows, fitted while it runs."""
 
-    Exponentially weighted least squares over the observed ``(rows, seconds)`` pairs: recent steps
-    count most, so that a changed load is followed within ``memory`` steps.
-    """
-
-    def __init__(self, memory: int = 100) -> None:
-        self._decay = 1.0 - 1.0 / memory
-        self._n = self._x = self._y = self._xx = self._xy = 0.0
+    def __init__(self) -> None:
+        self._line = Line()
 
     def observe(self, rows: int, seconds: float) -> None:
         """Take in one measured step."""
-        decay = self._decay
-        self._n = self._n * decay + 1.0
-        self._x = self._x * decay + rows
-        self._y = self._y * decay + seconds
-        self._xx = self._xx * decay + rows * rows
-        self._xy = self._xy * decay + rows * seconds
+        self._line.observe(rows, seconds)
 
     def predict(self, rows: Float64Array) -> Float64Array:
         """Seconds of a step with each number of rows; 0.0 before anything was observed."""
-        if self._n == 0.0:
-            return np.zeros(len(rows))
-        mean_x, mean_y = self._x / self._n, self._y / self._n
-        variance = self._xx / self._n - mean_x * mean_x
-        if variance < 1e-6:
-            return np.full(len(rows), mean_y)
-        # More rows never make a step cheaper; a negative slope is noise.
-        slope = max(0.0, (self._xy / self._n - mean_x * mean_y) / variance)
-        return np.maximum(mean_y + slope * (rows - mean_x), 0.1 * mean_y)
+        line = self._line
+        return np.maximum(line.mean + line.slope() * (rows - line.tokens), 0.1 * line.mean)
 
 
 def worth_of_a_hit(

@@ -51,13 +51,18 @@ class SettingOutcomes:
         """
         if not setting.any():
             return self._greedy.acceptance_of(stated)
-        chances = self._greedy.acceptance_of(stated)
-        for one in np.unique(setting[setting > 0]).tolist():
-            model, emissions = self._sampled[one - 1], self._emissions[(one - 1) // self._arms]
-            certain = (setting == one) & ~sampled
-            chances[certain] = emissions.of_firsts(stated[certain])
-            drawn = (setting == one) & sampled
-            chances[drawn] = model.acceptance_by_shape(likeliest[drawn])
+        chances = np.empty(len(setting), np.float32)
+        for one in _present(setting):
+            of_one = setting == one
+            if not one:
+                chances[of_one] = self._greedy.acceptance_of(stated[of_one])
+                continue
+            drawn, certain = of_one & sampled, of_one & ~sampled
+            if drawn.any():
+                chances[drawn] = self._sampled[one - 1].acceptance_by_shape(likeliest[drawn])
+            if certain.any():
+                emissions = self._emissions[(one - 1) // self._arms]
+                chances[certain] = emissions.of_firsts(stated[certain])
         return chances
 
     def observe(self, trunks: Verifications, ends: Ends) -> None:
@@ -73,9 +78,12 @@ class SettingOutcomes:
         count, hits = np.count_nonzero(counted), np.count_nonzero(counted & (came == 0))
         if not greedy.all():
             hits = np.count_nonzero(counted & np.where(greedy[:, None], came == 0, right))
-            for one in np.unique(trunks.setting[~greedy]).tolist():
+            for one in _present(trunks.setting):
                 of_one = trunks.setting == one
-                self._sampled[one - 1].observe(trunks.where(of_one), ends.where(of_one))
+                if one and of_one.all():
+                    self._sampled[one - 1].observe(trunks, ends)
+                elif one:
+                    self._sampled[one - 1].observe(trunks.where(of_one), ends.where(of_one))
         faded = DECAY**count
         self._seen = self._seen * faded + count
         self._right = self._right * faded + hits
@@ -89,17 +97,24 @@ class SettingOutcomes:
         if not setting.any():
             return self._of_greedy(trunks)
         chances = np.empty(trunks.stated.shape)
-        for one in np.unique(setting).tolist():
+        for one in _present(setting):
             of_one = setting == one
-            some = trunks.where(of_one)
             of = self._sampled[one - 1].chances if one else self._of_greedy
-            chances[of_one] = of(some)
+            if of_one.all():
+                return of(trunks)
+            chances[of_one] = of(trunks.where(of_one))
         return chances
 
     def _of_greedy(self, trunks: Verifications) -> Float64Array:
         """The same, of greedy requests."""
         drafted = trunks.choice if trunks.choice.any() else None
         return self._greedy.chances(trunks.verified, trunks.known, trunks.stated, drafted)
+
+
+def _present(setting: Int32Array) -> list[int]:
+    """The settings that there are among these."""
+    found: list[int] = np.flatnonzero(np.bincount(setting)).tolist()
+    return found
 
 
 def choice_of(choices: Int32Array, tokens: Int32Array) -> Int64Array:

@@ -69,6 +69,7 @@ class Drafting:
         rows.guess_at[trunk] = guess_at
         if rows.temperature[trunk] == request.temperature == 0.0:
             return
+        rows.warm = True
         rows.temperature[trunk] = request.temperature
         rows.top_k[trunk] = request.top_k
         rows.top_p[trunk] = request.top_p
@@ -76,6 +77,7 @@ class Drafting:
         arm = self.settings.arms[request.block.arm] if request.block else Arm(False, 1.0)
         rows.samples[trunk] = arm.sampled and rows.num_sampled_from > 0
         rows.weight[trunk] = arm.weight
+        rows.weighs |= arm.weight < 1.0
         rows.weigh[trunk] = np.maximum(1, np.rint(self._forks[request.setting]))
 
     def observe(

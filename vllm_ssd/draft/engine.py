@@ -20,6 +20,7 @@ from vllm_ssd.draft.allocator import Allocator
 from vllm_ssd.draft.blocks import KVBlocks, VerifiedPrefix
 from vllm_ssd.draft.drafting import Drafting
 from vllm_ssd.draft.forking import Forking, Policy
+from vllm_ssd.draft.learning import Learning
 from vllm_ssd.draft.model import DraftModel
 from vllm_ssd.draft.pipeline import Pipeline, Taken
 from vllm_ssd.draft.request import Request
@@ -90,6 +91,7 @@ class DraftEngine:
         self._drafting = Drafting(rows.sampled, policy.arms, depth, self.counters)
         outcomes = SettingOutcomes(rows.choices.shape[-1], self._drafting.settings)
         self._outcomes = outcomes
+        self._learning = Learning(rows, self.trees.cache, depth, outcomes)
         self._rounds = Rounds(self.allocator, self.trees, depth, outcomes, self._drafting)
         self._forking = Forking(self.allocator, self.trees, policy, outcomes, self._times)
         self._pipeline = Pipeline(
@@ -169,6 +171,7 @@ class DraftEngine:
         # A verification without drafts, since speculation is off, says nothing of how to draft.
         verify_seconds = 0.0 if self._resting else message.verify_us * 1e-6
         self._drafting.observe(requests, confirmed, verify_seconds)
+        self._learning.read(requests, confirmed)
         if not message.speculate:
             self._rounds.follow(requests, confirmed)
             # Also what others hold: a branch would only take the target's share of the memory.
@@ -255,7 +258,10 @@ class DraftEngine:
         Returns:
             What to publish, in order.
         """
-        self._follow_up(self._pipeline.step())
+        self._pipeline.launch()
+        if not self.allocator.awaited:  # where launches compute, learning would keep the target
+            self._learning.learn()
+        self._follow_up(self._pipeline.take())
         return self.publications()
 
     def _settle(self) -> None:

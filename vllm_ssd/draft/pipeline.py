@@ -98,6 +98,8 @@ class Pipeline:
         self._prefill_chunk = prefill_chunk
         self._prefill_chunk_idle = prefill_chunk_idle
         self._under_way: _Step | None = None
+        self._behind: _Step | None = None
+        """Launched while the other one is under way; there is none before :meth:`launch`."""
 
     @property
     def has_work(self) -> bool:
@@ -106,23 +108,29 @@ class Pipeline:
             return True
         return bool(self._rows.pending.any())
 
-    def step(self) -> Taken:
-        """Take in the step under way, or one launched now; the next one may be launched first."""
-        step = self._under_way or self._launch()
+    def launch(self) -> None:
+        """Launch a step, unless one is under way, and the one behind it where that is possible."""
+        step = self._under_way = self._under_way or self._launch()
         # Nothing is launched beside chunks: their trunks join the rows with the result. Nor while
         # a message from the target waits, which would have to wait for that step as well.
-        ahead = self._model.lookahead and not step.chunks and not self._interrupted()
-        self._under_way = self._launch_after(step) if ahead else None
+        if self._model.lookahead and not step.chunks and not self._interrupted():
+            self._behind = self._launch_after(step)
+
+    def take(self) -> Taken:
+        """Take in the step under way, after :meth:`launch`; the one behind it is next."""
+        step, self._under_way, self._behind = self._under_way, self._behind, None
+        assert step is not None
         taken = self._take(step)
         held = self._under_way.decoding if self._under_way else np.zeros(0, np.int32)
         self._rows.launched_ahead(held)
         return taken
 
     def abandon(self) -> None:
-        """Drop the step that is under way, if one is."""
-        step, self._under_way = self._under_way, None
-        if step is not None:
-            step.ticket.result()
+        """Drop the steps that are under way."""
+        for step in (self._under_way, self._behind):
+            if step is not None:
+                step.ticket.result()
+        self._under_way = self._behind = None
 
     def settle(self) -> Taken | None:
         """Take in the step that is under way, if one is; afterwards none is."""
@@ -222,7 +230,10 @@ class Pipeline:
         if grows is not None:
             # Without a token forced on it a row feeds what the step under way chooses.
             after = rows.forced_after(decoding[grows])
-            tokens[grows] = np.where(after >= 0, after, FROM_LAST_STEP)
+            if after is None:
+                tokens[grows] = FROM_LAST_STEP
+            else:
+                tokens[grows] = np.where(after >= 0, after, FROM_LAST_STEP)
             positions += grows
         if not chunks:
             sampling = rows.sampled.sampling(decoding, positions + 1, rows.stop)

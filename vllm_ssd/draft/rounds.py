@@ -14,15 +14,13 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from vllm_ssd.core.arrays import Float32Array, Int32Array
-from vllm_ssd.core.sampled_outcomes import Ends
-from vllm_ssd.core.setting_outcomes import SettingOutcomes, choice_of
+from vllm_ssd.core.setting_outcomes import SettingOutcomes
 from vllm_ssd.core.tree import Where
 from vllm_ssd.draft.allocator import Allocator
 from vllm_ssd.draft.drafting import Drafting
 from vllm_ssd.draft.request import DORMANT, Request
 from vllm_ssd.draft.rows import Grown
 from vllm_ssd.draft.trees import Trees
-from vllm_ssd.draft.verifications import read_verifications
 
 KEEP_UP_TOKENS = 16
 """While nothing is drafted, a trunk follows its text in chunks of so many tokens or more."""
@@ -35,7 +33,7 @@ class Rounds:
         allocator: the requests and what they hold.
         trees: the trees.
         num_speculative_tokens: K.
-        outcomes: learns from every outcome.
+        outcomes: how likely tokens are to be accepted.
         drafting: how the trunks draft.
     """
 
@@ -65,7 +63,6 @@ class Rounds:
         """
         self._allocator.round += 1
         self._allocator.awaited.clear()
-        self._learn(requests, confirmed)
         for request, tokens in zip(requests, confirmed, strict=True):
             request.last_used = self._allocator.round
             if request.trunk == DORMANT:
@@ -89,39 +86,6 @@ class Rounds:
             kept = min(old_length + walk.offset, int(rows.computed[request.trunk]))
             allocator.cut_back(request, kept)
         allocator.share_verified(request)
-
-    def _learn(self, requests: Sequence[Request], confirmed: Sequence[list[int]]) -> None:
-        """Learn how verifications ended, where the trunk held what was verified."""
-        rows, cache = self._rows, self._trees.cache
-        known = [
-            (request, tokens)
-            for request, tokens in zip(requests, confirmed, strict=True)
-            if request.trunk != DORMANT and 0 < len(tokens) <= request.verified + 1
-        ]
-        if not known:
-            return
-        trunk = np.array([request.trunk for request, _ in known], np.int32)
-        accepted = np.array([len(tokens) - 1 for _, tokens in known])
-        last = np.array([tokens[-1] for _, tokens in known], np.int32)
-        length = np.array([request.length for request, _ in known])
-        verified = np.array([request.verified for request, _ in known])
-        positions = self._depth + 1
-        prepared = rows.computed[trunk] - length
-        forced = any(request.forced for request, _ in known)
-        trunks = read_verifications(rows, cache, trunk, verified, prepared + 1, positions, forced)
-        came = choice_of(rows.choices[trunk, accepted], last)
-        # [requests, K + 1]: the tokens that were accepted, and the one that came then.
-        k = np.arange(positions)
-        right = k < accepted[:, None]
-        # What the draft would choose after some of the accepted tokens may not be known yet.
-        seen = (k <= accepted[:, None]) & (k <= prepared[:, None])
-        held = np.ones(right.shape, np.bool_)
-        held[right] = (
-            np.concatenate([tokens[:-1] for _, tokens in known])
-            == cache.tokens[trunk, :positions][right]
-        )
-        seen[:, 1:] &= np.logical_and.accumulate(held, axis=1)[:, :-1]
-        self._outcomes.observe(trunks, Ends(accepted, came, seen))
 
     # ---- plan
 

@@ -127,6 +127,8 @@ class Rows:
         self.forced: Int32Array = np.full((max_rows, width), -1, np.int32)
         """``[row, i]``: the token that a trunk grows by at position ``start + i`` in place of its
         own choice; -1 for none."""
+        self._forced: set[int] = set()
+        """The rows that may have any of these."""
         self.chance: Float32Array = np.zeros(max_rows, np.float32)
         """Of a fork: the chance of its outcome, as estimated when it was made."""
         self.tables = TableChanges()
@@ -140,6 +142,7 @@ class Rows:
         """All rows are free."""
         self.pending[:] = False
         self.forced[:] = -1
+        self._forced.clear()
         self.tables.clear()
         self._ahead[:] = False
         self._waiting.clear()
@@ -159,8 +162,9 @@ class Rows:
     def give_back(self, rows: list[int]) -> None:
         """Free rows."""
         self.pending[rows] = False
-        self.forced[rows] = -1
         self.tables.drop(rows)
+        for row in self._forced.intersection(rows):
+            self._force_none(row)
         for row in rows:
             (self._waiting if self._ahead[row] else self._free).append(row)
 
@@ -180,7 +184,7 @@ class Rows:
             for held in (self.choices[row], self.stated[row], *self.sampled.by_position(row)):
                 held[:-shift] = held[shift:].copy()
         self.start[row] = base
-        self.forced[row] = -1
+        self._force_none(row)
 
     def restart(self, row: int, base: int, computed: int) -> None:
         """Make a row begin at ``base``, with ``computed`` positions of its text computed."""
@@ -188,7 +192,7 @@ class Rows:
         self.computed[row] = computed
         self.pending[row] = False
         self.sampled.forget(row)
-        self.forced[row] = -1
+        self._force_none(row)
 
     def force(self, row: int, kept: int, tokens: list[int], cut: bool) -> None:
         """Have a trunk go on with tokens that it did not choose.
@@ -199,7 +203,8 @@ class Rows:
             tokens: the tokens it grows by after them.
             cut: whether it has more tokens than ``kept``; :meth:`resume` comes next then.
         """
-        self.forced[row] = -1
+        self._force_none(row)
+        self._forced.add(row)
         self.forced[row, kept : kept + len(tokens)] = tokens
         if cut:
             # All tokens but a row's last one have been fed, so the choices after these are known.
@@ -207,9 +212,18 @@ class Rows:
             self.pending[row] = False
             self.sampled.forget(row)
 
-    def forced_after(self, rows: Int32Array) -> Int32Array:
-        """``[n]``: the tokens forced on rows after the one that each is feeding; -1 for none."""
-        return self.forced[rows, self.computed[rows] + 1 - self.start[rows]]
+    def _force_none(self, row: int) -> None:
+        if row in self._forced:
+            self._forced.discard(row)
+            self.forced[row] = -1
+
+    def forced_at(self, rows: Int32Array, at: Int32Array) -> Int32Array | None:
+        """``[n]``: the tokens forced on rows at an index of each; -1 for none. None: on no row."""
+        return self.forced[rows, at] if self._forced else None
+
+    def forced_after(self, rows: Int32Array) -> Int32Array | None:
+        """The same after the token that each of them is feeding."""
+        return self.forced_at(rows, self.computed[rows] + 1 - self.start[rows])
 
     def resume(self, rows: Int32Array, lengths: Int32Array) -> Grown:
         """Let idle rows grow again, as far as they have room.
@@ -226,7 +240,7 @@ class Rows:
         self.pending[rows[~fed]] = True
         grows = fed & (self.room[rows] > 0)
         rows, lengths = rows[grows], lengths[grows]
-        firsts, forced = self.choices[rows, lengths, 0], self.forced[rows, lengths]
+        firsts, forced = self.choices[rows, lengths, 0], self.forced_at(rows, lengths)
         kept = self.sampled.resume(rows, lengths, self.start[rows] + lengths, firsts, forced)
         return self._grow(rows, lengths, kept, forced)
 
@@ -246,14 +260,17 @@ class Rows:
         self.choices[rows, at] = choices.tokens[:, : self.choices.shape[2]]
         self.stated[rows, at] = choices.probabilities
         grows = self.room[rows] > 0
-        forced = self.forced[rows, at]
+        forced = self.forced_at(rows, at)
         drawn = self.sampled.take_step(rows, at, choices, sampling, grows, forced)
-        return self._grow(rows[grows], at[grows], drawn, forced[grows])
+        of_grown = None if forced is None else forced[grows]
+        return self._grow(rows[grows], at[grows], drawn, of_grown)
 
-    def _grow(self, rows: Int32Array, at: Int32Array, drawn: Drawn, forced: Int32Array) -> Grown:
+    def _grow(
+        self, rows: Int32Array, at: Int32Array, drawn: Drawn, forced: Int32Array | None
+    ) -> Grown:
         """Rows grow by what was drawn for their index ``at``, or by what is forced on them."""
         tokens, stated = drawn.tokens, self.stated[rows, at, 0]
-        if (forced >= 0).any():
+        if forced is not None:
             named = (self.choices[rows, at] == tokens[:, None]) & (forced >= 0)[:, None]
             of_forced = np.where(named, self.stated[rows, at], 0.0).sum(axis=1, dtype=np.float32)
             stated = np.where(forced >= 0, of_forced, stated)

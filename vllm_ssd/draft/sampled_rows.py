@@ -33,9 +33,12 @@ class Drawn(NamedTuple):
     def certain(cls, tokens: Int32Array) -> Drawn:
         """Tokens of which none was sampled."""
         count = len(tokens)
-        none = np.zeros((0, 0), np.int32)
         sampled, likeliest = np.zeros(count, np.bool_), np.ones(count, np.float32)
-        return cls(tokens, sampled, likeliest, none, none.astype(np.float32))
+        return cls(tokens, sampled, likeliest, _NO_TOKENS, _NO_PROBABILITIES)
+
+
+_NO_TOKENS: Int32Array = np.zeros((0, 0), np.int32)
+_NO_PROBABILITIES: Float32Array = np.zeros((0, 0), np.float32)
 
 
 class SampledRows:
@@ -52,6 +55,10 @@ class SampledRows:
         self, max_rows: int, width: int, num_speculative_tokens: int, num_sampled_from: int
     ) -> None:
         self.num_sampled_from = num_sampled_from
+        self.warm = False
+        """Whether any request has had a temperature above 0: if not, there is nothing to do."""
+        self.weighs = False
+        """Whether any of them has been drafted for with C < 1."""
         self.temperature: Float32Array = np.zeros(max_rows, np.float32)
         """0: a greedy request, whose row is not concerned by anything here."""
         self.top_k: Int32Array = np.zeros(max_rows, np.int32)
@@ -93,9 +100,11 @@ class SampledRows:
 
     def fork(self, rows: Int32Array, trunks: Int32Array, starts: Int32Array) -> None:
         """Rows sample as the trunks they leave; their first token is a guess."""
+        self.guess_at[rows] = starts
+        if not self.warm:
+            return
         for values in self._of_request:
             values[rows] = values[trunks]
-        self.guess_at[rows] = starts
         self._keeps[rows] = False
 
     def forget(self, row: int) -> None:
@@ -119,23 +128,28 @@ class SampledRows:
         Returns:
             None if all rows are of greedy requests.
         """
+        if not self.warm:
+            return None
         temperature = self.temperature[rows]
         if not temperature.any():
             return None
         after_guess = positions - self.guess_at[rows] - 1
         sampled = self.samples[rows] & (after_guess != -1)
-        depth = np.clip(after_guess, 0, self.weigh.shape[1] - 1)
         weight = self.weight[rows]
+        weighed: Int32Array = np.zeros(len(rows), np.int32)
+        if self.weighs:
+            which = sampled & (weight < 1.0)
+            depth = np.minimum(np.maximum(after_guess[which], 0), self.weigh.shape[1] - 1)
+            weighed[which] = self.weigh[rows[which], depth]
         ends = stop[rows]
         used = int(np.count_nonzero((ends >= 0).any(axis=0)))
-        weighed = np.where(sampled & (weight < 1.0), self.weigh[rows, depth], 0)
         return Sampling(
             sampled,
             temperature,
             self.top_k[rows],
             self.top_p[rows],
             np.ascontiguousarray(ends[:, :used]),
-            weighed.astype(np.int32),
+            weighed,
             weight,
         )
 
@@ -146,7 +160,7 @@ class SampledRows:
         choices: Choices,
         sampling: Sampling | None,
         grows: BoolArray,
-        forced: Int32Array,
+        forced: Int32Array | None,
     ) -> Drawn:
         """Take in what a step chose.
 
@@ -156,12 +170,15 @@ class SampledRows:
             choices: of the n rows.
             sampling: how they were chosen.
             grows: ``[n]``, which rows grow by their next token now; the others rest.
-            forced: ``[n]``, tokens that take the place of what was chosen; -1 for none.
+            forced: ``[n]``, tokens that take the place of what was chosen; -1 for none. None if
+                there are none.
 
         Returns:
             Of the rows that grow.
         """
-        tokens = np.where(forced >= 0, forced, choices.next_tokens)
+        tokens = choices.next_tokens
+        if forced is not None:
+            tokens = np.where(forced >= 0, forced, tokens)
         if sampling is None:
             return Drawn.certain(tokens[grows])
         q = choices.proposals
@@ -172,7 +189,9 @@ class SampledRows:
             return Drawn.certain(tokens[grows])
         among = choices.tokens[:, : q.shape[1]]
         own = (q * (among == tokens[:, None])).max(axis=1)
-        sampled = (own < 1.0) & (forced < 0)
+        sampled = own < 1.0
+        if forced is not None:
+            sampled &= forced < 0
         likeliest = np.where(sampled, q.max(axis=1), np.float32(1.0))
         self.own[rows, at] = np.where(sampled, own, np.float32(0.0))
         self.likeliest[rows, at] = likeliest
@@ -193,7 +212,7 @@ class SampledRows:
         at: Int32Array,
         positions: Int32Array,
         firsts: Int32Array,
-        forced: Int32Array,
+        forced: Int32Array | None,
     ) -> Drawn:
         """What resting rows grow by.
 
@@ -202,10 +221,16 @@ class SampledRows:
             at: ``[m]``, the index in each row of the token it grows by.
             positions: ``[m]``, the positions of these tokens.
             firsts: ``[m]``, their first choices.
-            forced: ``[m]``, tokens that take the place of what was chosen; -1 for none.
+            forced: ``[m]``, tokens that take the place of what was chosen; -1 for none. None if
+                there are none.
         """
-        kept = self._keeps[rows] & (positions != self.guess_at[rows]) & (forced < 0)
-        firsts = np.where(forced >= 0, forced, firsts)
+        if forced is not None:
+            firsts = np.where(forced >= 0, forced, firsts)
+        if not self.warm:
+            return Drawn.certain(firsts)
+        kept = self._keeps[rows] & (positions != self.guess_at[rows])
+        if forced is not None:
+            kept &= forced < 0
         self._keeps[rows] = False
         certain = rows[~kept], at[~kept]
         self.own[certain] = 0.0

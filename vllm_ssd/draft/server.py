@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
 import time
@@ -239,6 +240,9 @@ class DraftServer:
             model.config.model_config.max_model_len,
             setup.num_speculative_tokens,
         )
+        # As in vLLM's own processes: no full collection looks at what the model has brought along.
+        gc.collect()
+        gc.freeze()
         self._send([Ready(max_rows, model.num_blocks, model.block_size)])
 
     def _fail(self, error: Exception) -> None:

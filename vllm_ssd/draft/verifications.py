@@ -35,9 +35,8 @@ def read_verifications(
     setting, stated = sampled.setting[trunks], rows.stated[trunks, :positions]
     if not setting.any() and not forced:  # trunks hold first choices
         shape = stated.shape[:2]
-        zeros = np.broadcast_to(np.float32(0.0), shape)
-        first = np.broadcast_to(np.int64(0), shape)
-        none = np.broadcast_to(np.False_, stated.shape)
+        zeros, first = np.zeros(shape, np.float32), np.zeros(shape, np.int64)
+        none = np.zeros(stated.shape, np.bool_)
         return Verifications(setting, verified, known, stated, first, zeros, zeros, none)
     choices = rows.choices[trunks, :positions]
     held = np.arange(positions) < cache.length[trunks][:, None]

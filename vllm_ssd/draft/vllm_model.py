@@ -17,8 +17,8 @@ import torch
 
 from vllm_ssd import compat
 from vllm_ssd.core.arrays import Int32Array
-from vllm_ssd.draft.best import best_tokens
 from vllm_ssd.draft.buffers import Buffers, HostBuffers, fill_on_host, runner_buffers
+from vllm_ssd.draft.choosing import Chooser
 from vllm_ssd.draft.graphs import Padded, capture_sizes, pad
 from vllm_ssd.draft.head import select_head_rows
 from vllm_ssd.draft.inputs import (
@@ -31,15 +31,8 @@ from vllm_ssd.draft.inputs import (
     sequence_of_tokens,
 )
 from vllm_ssd.draft.kv_cache import bring_up_kv_cache, copy_kv_blocks
-from vllm_ssd.draft.model import BlockChanges, Done, Sampling, Sequences, Ticket
-from vllm_ssd.draft.readback import Chosen, Readback
-from vllm_ssd.draft.sampling import (
-    draw,
-    own_generator,
-    proposals,
-    send_sampling,
-    stated_probabilities,
-)
+from vllm_ssd.draft.model import BlockChanges, Done, Sequences, Ticket
+from vllm_ssd.draft.readback import Readback
 
 
 class VllmDraftModel:
@@ -112,16 +105,14 @@ class VllmDraftModel:
         self._runner, self._device = runner, runner.device
         self._last_token = self.config.model_config.get_vocab_size() - 1
         self._num_logits = vocab_size
-        self._token_ids: torch.Tensor | None = None
+        token_ids: torch.Tensor | None = None
         if draft_vocab is not None:
             self._num_logits = len(draft_vocab)
-            self._token_ids = torch.tensor(draft_vocab, device=self._device)
-            select_head_rows(runner.get_model(), self.config, self._token_ids)
+            token_ids = torch.tensor(draft_vocab, device=self._device)
+            select_head_rows(runner.get_model(), self.config, token_ids)
         self.num_blocks, self.block_size = bring_up_kv_cache(self._worker, self.config)
         compat.check_draft_runner(runner)
-        self._num_candidates = num_candidates
-        self._num_sampled_from = num_sampled_from
-        self._generator = own_generator(self._device)
+        self._chooser = Chooser(num_candidates, num_sampled_from, token_ids, self._device)
         self._buffers = runner_buffers(runner)
         self._row_tables = torch.zeros_like(self._buffers.tables)
         """``[max_rows, blocks]``, the block table of each row, whatever the batch."""
@@ -152,29 +143,11 @@ class VllmDraftModel:
             forward = self._prepare(changes, sequences)
         hidden = self._forward(forward)
         logits = self._runner.model.compute_logits(hidden)[:, : self._num_logits]
-        chosen = self._choose(logits, sequences.sampling)
-        if not self.lookahead:
-            return Done(chosen.on_host())
+        if self._host is not None:
+            return Done(self._chooser.on_host(logits, sequences.sampling))
+        chosen = self._chooser.on_device(logits, sequences.sampling)
         self._next_tokens[forward.rows] = chosen.next_tokens
         return Readback(chosen, self._copy_stream)
-
-    def _choose(self, logits: torch.Tensor, sampling: Sampling | None) -> Chosen:
-        """The best tokens, and what each sequence goes on with."""
-        count = self._num_candidates
-        sampled = sampling is not None and bool(sampling.sampled.any())
-        most = max(count, self._num_sampled_from) if sampled else count
-        values, best = best_tokens(logits, most)
-        tokens = best.to(torch.int32) if self._token_ids is None else self._token_ids[best]
-        if sampling is None:
-            # Over the C chosen tokens: as good a measure as over all, and nearly free.
-            return Chosen(tokens, values.float().softmax(-1).nan_to_num(), tokens[:, 0], None)
-        sent = send_sampling(sampling, self._device)
-        probabilities = stated_probabilities(values[:, :count], sent)
-        if not sampled:
-            return Chosen(tokens, probabilities, tokens[:, 0], None)
-        among = slice(self._num_sampled_from)
-        q = proposals(values[:, among], tokens[:, among], sent)
-        return Chosen(tokens, probabilities, draw(q, tokens[:, among], self._generator), q)
 
     @contextmanager
     def _input_buffers(self) -> Iterator[None]:
