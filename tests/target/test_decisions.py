@@ -100,9 +100,9 @@ def test_the_times_of_steps_are_learned(requests: int) -> None:
 def test_only_tokens_that_pay_are_verified() -> None:
     cheap, dear = Engine(4, 0.030, 0.030, 1e-5), Engine(4, 0.030, 0.030, 0.004)
     for engine in (cheap, dear):
-        for _ in range(300):
+        for _ in range(1000):
             engine.step()
-    assert sum(cheap.step()) == 16
+    assert np.mean([sum(cheap.step()) for _ in range(20)]) > 15
     assert 0 < np.mean([sum(dear.step()) for _ in range(20)]) < 12
     assert dear.stats.tokens_chosen < 0.8 * dear.stats.tokens_found
     # Now and then everything is verified, to see whether it has become cheaper.
@@ -175,9 +175,9 @@ def test_what_the_draft_takes_from_the_steps_does_not_hide_whether_it_pays(
     assert (np.mean(on) > 0.9) if pays else (np.mean(on) < 0.1)
 
 
-@pytest.mark.parametrize("requests", [1, 4])
+@pytest.mark.parametrize("requests", [1, 4, 16])
 def test_a_draft_that_becomes_better_is_found_out(requests: int) -> None:
-    engine = Engine(requests, 0.030, 0.030, 0.004)
+    engine = Engine(requests, 0.030, 0.030, 0.004 / requests)
     engine.decisions = AlwaysOn(engine.table, engine.pace, engine.stats)
     engine.chances, engine.acceptance = [0.9] * DEPTH, 0.02
     bad = [np.mean(engine.step()) for _ in range(2000)]
@@ -236,6 +236,7 @@ def test_a_batch_is_sampled_or_greedy_by_more_than_a_bare_majority() -> None:
 
 def test_tokens_from_the_text_do_not_keep_a_proposal_from_being_learned_from() -> None:
     engine = Engine(1, 0.030, 0.030, 0.001)
+    engine.decisions = AlwaysOn(engine.table, engine.pace, engine.stats)
     engine.chances, engine.acceptance, engine.of_text = [0.9, 0.9], 0.0, 2
     for _ in range(100):
         engine.step()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from itertools import accumulate
 
 _EDGES = [0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.97]
 """Chances at which one level of the correction ends and the next begins."""
@@ -37,10 +36,9 @@ class Correction:
             level = bisect_right(_EDGES, chance)
             said[level] = said[level] * fade + chance
             true[level] = true[level] * fade + accepted
-        factors = [t / s for t, s in zip(true, said, strict=True)]
-        corrected = [f * m for f, m in zip(factors, _MIDDLES, strict=True)]
-        rising = accumulate([0.0, *corrected, factors[-1]], max)
-        self._values = [min(1.0, value) for value in rising]
+        seen = [s / middle for s, middle in zip(said, _MIDDLES, strict=True)]
+        rising = _rising([t / n for t, n in zip(true, seen, strict=True)], seen)
+        self._values = [min(1.0, value) for value in (0.0, *rising, rising[-1] / _MIDDLES[-1])]
 
     def of(self, chance: float) -> float:
         """The chance that came true so far where this one was said."""
@@ -57,6 +55,19 @@ class Correction:
             return float("inf")
         low, below = _KNOTS[at - 1], self._values[at - 1]
         return low + (_KNOTS[at] - low) * (corrected - below) / (self._values[at] - below)
+
+
+def _rising(values: Sequence[float], weights: Sequence[float]) -> list[float]:
+    """The values, averaged where they fall: levels seldom seen follow those often seen."""
+    runs: list[tuple[float, float, int]] = []
+    for value, weight in zip(values, weights, strict=True):
+        length = 1
+        while runs and runs[-1][0] > value:
+            others, its_weight, its_length = runs.pop()
+            value = (value * weight + others * its_weight) / (weight + its_weight)
+            weight, length = weight + its_weight, length + its_length
+        runs.append((value, weight, length))
+    return [value for value, _, length in runs for _ in range(length)]
 
 
 class Acceptance:

@@ -21,7 +21,7 @@ from vllm_ssd.target.requests import RequestTable
 _TRIALS_SHARE = 0.002
 """Of the time, what it may cost to verify other numbers of tokens; with probes and waits below
 1 %."""
-_FULL_EVERY = 32
+_TRIES_EVERY = 32
 """Rounds from one of these trials to the next at least, so that usual rounds stay the rule."""
 _LEARNS_EVERY = 8
 """One round in so many is learned from with ``_MANY`` requests: that takes microseconds each."""
@@ -41,6 +41,17 @@ class _Round(NamedTuple):
     seconds: float
     step_seconds: float
     """Without look-ups and waits."""
+
+
+class _Watched(NamedTuple):
+    """A proposal to learn from."""
+
+    lengths: Lengths
+    """What has chosen its length."""
+    stated: Sequence[float]
+    """What the draft stated for its tokens."""
+    chosen: int
+    """How many of them would have been verified if that had not been a trial."""
 
 
 class Decisions:
@@ -69,17 +80,18 @@ class Decisions:
         """When the round under way began."""
         self._ended: _Round | None = None
         """The round before it, not taken in yet."""
-        self._watched: dict[int, tuple[Lengths, Sequence[float]]] = {}
-        """Proposals of the round under way, by the request's handle: who chose how many tokens, and
-        what the draft stated for these."""
+        self._watched: dict[int, _Watched] = {}
+        """Proposals of the round under way, by the request's handle."""
         self._verified: list[tuple[Lengths, Verified]] = []
-        """Such proposals, verified."""
+        """Such proposals, verified, and what has chosen their lengths."""
         self._verifies = False
         """Whether anything is verified in the round under way."""
         self._credit = Credit(_TRIALS_SHARE)
         self._full = self._half = False
         """Whether this round tries all tokens, or half as many."""
-        self._rounds = self._last_full = 0
+        self._cost = 0.0
+        """Seconds that trying all tokens takes longer."""
+        self._rounds = self._tried_at = self._trials = 0
 
     # ---- on or off
 
@@ -161,17 +173,26 @@ class Decisions:
 
     def begin(self, look_ups: Sequence[LookUp]) -> None:
         """A round that speculates: note how the last proposals ended."""
-        if self._watched:
-            self._note_accepted(look_ups)
+        pace = self._pace
+        gained = self._note_accepted(look_ups) if self._watched else 0
+        again = False
+        if self._full and pace.rate:
+            lost = self._cost - gained / pace.rate
+            again = lost < 0.0  # perhaps the draft has become better
+            self._credit.spend(pace.clock, max(0.0, lost))
         self._verifies = self._full = self._half = False
+        self._cost = 0.0
         self._rounds += 1
-        if self._credit.ready(self._pace.clock):
-            # By what is known before the round: no chance of a token has a part in it.
-            self._full = self._rounds - self._last_full >= _FULL_EVERY
-            self._half = not self._full and self._pace.times.vague(self._pace.requests)
-        if self._full:
-            self._last_full = self._rounds
-            self._stats.rounds_full += 1
+        # By what is known before the round: no chance of a token has a part in it.
+        due = again or self._rounds - self._tried_at >= _TRIES_EVERY
+        vague = pace.times.vague(pace.requests)
+        if (due or vague) and pace.rate and self._credit.ready(pace.clock):
+            if due:
+                self._tried_at = self._rounds
+                self._trials += not again
+                self._full = again or bool(self._trials % 2)
+            self._half = not self._full
+            self._stats.rounds_full += self._full
 
     def choose(self, look_ups: Sequence[LookUp]) -> None:
         """Set how many of the tokens found are verified, for each request.
@@ -185,11 +206,22 @@ class Decisions:
         switch = self._switch
         # A probe tries to verify: else it would say nothing of speculation.
         free = self._verifies or switch is None or switch.on != switch.usually
-        counts = lengths.choose(stated, pace.price, 0.0 if free else pace.once, depth)
+        chosen = lengths.choose(stated, pace.price, 0.0 if free else pace.once, depth)
+        counts = chosen
         if self._full:
-            counts = self._all(stated, counts)
+            counts = [len(of) for of in stated]
+            if more := sum(counts) - sum(chosen):
+                nothing_else = not self._verifies and not any(chosen)
+                before = pace.forecast.plain if nothing_else else pace.forecast.base
+                self._cost += pace.forecast.of(more) - before
         elif self._half:
-            counts = self._at_most((depth + 1) // 2, look_ups, counts)
+            most = (depth + 1) // 2
+            counts = [
+                count if each.before is not None else min(count, most)
+                for each, count in zip(look_ups, chosen, strict=True)
+            ]  # those that were waited for are not wasted
+            if fewer := sum(chosen) - sum(counts):
+                self._credit.spend(pace.clock, fewer * lengths.onward.chance / pace.rate)
         total = sum(counts)
         self._verifies = self._verifies or total > 0
         for each, count in zip(look_ups, counts, strict=True):
@@ -197,38 +229,27 @@ class Decisions:
         self._stats.tokens_found += sum(map(len, stated))
         self._stats.tokens_chosen += total
         if len(look_ups) < _MANY or self._full or self._rounds % _LEARNS_EVERY == 0:
-            for each, of, count in zip(look_ups, stated, counts, strict=True):
+            for each, of, count, usual in zip(look_ups, stated, counts, chosen, strict=True):
                 if count:
-                    self._watched[each.request.handle] = lengths, of[:count]
+                    self._watched[each.request.handle] = _Watched(lengths, of[:count], usual)
 
-    def _all(self, stated: Sequence[Sequence[float]], counts: list[int]) -> list[int]:
-        """All tokens, to see what they take, and whether the draft has become better."""
-        forecast, chosen = self._pace.forecast, sum(counts)
-        cost = forecast.each * (sum(map(len, stated)) - chosen)
-        cost += 0.0 if chosen or self._verifies else max(0.0, forecast.base - forecast.plain)
-        self._credit.spend(self._pace.clock, cost)
-        return [len(of) for of in stated]
+    def _note_accepted(self, look_ups: Sequence[LookUp]) -> int:
+        """Keep what was accepted of the last proposals.
 
-    def _at_most(self, most: int, look_ups: Sequence[LookUp], counts: list[int]) -> list[int]:
-        """Fewer tokens, to see what one takes; but all of those that were waited for."""
-        fewer = [
-            count if each.before is not None else min(count, most)
-            for each, count in zip(look_ups, counts, strict=True)
-        ]
-        if lost := sum(counts) - sum(fewer):
-            self._credit.spend(self._pace.clock, lost / self._pace.rate)
-        return fewer
-
-    def _note_accepted(self, look_ups: Sequence[LookUp]) -> None:
-        """Keep what was accepted of the last proposals."""
+        Returns:
+            How many of the tokens accepted were verified only because that was a trial.
+        """
+        gained = 0
         for each in look_ups:
             watched = self._watched.get(each.request.handle)
             verified, right = each.request.verifying, len(each.confirmed) - 1
             if watched is not None and 0 <= right <= verified:
-                lengths, stated = watched
-                stated = stated[:verified]  # without tokens from the text
-                self._verified.append((lengths, Verified(stated, min(right, len(stated)))))
+                stated = watched.stated[:verified]  # without tokens from the text
+                right = min(right, len(stated))
+                self._verified.append((watched.lengths, Verified(stated, right)))
+                gained += max(0, right - watched.chosen)
         self._watched = {}
+        return gained
 
     # ---- for people
 
