@@ -50,7 +50,7 @@ class Target:
     def __init__(self, draft: Draft, acceptance: float) -> None:
         self.draft, self.acceptance = draft, acceptance
         self.stats, self.pace = Stats(), Pace()
-        config = SSDConfig.parse({"draft_model": "d", "num_speculative_tokens": DEPTH})
+        config = SSDConfig.parse({"model": "d", "num_speculative_tokens": DEPTH})
         self.waiting = waiting.Waiting(config, self.stats, self.pace)
         self.chance = np.random.default_rng(0)
 

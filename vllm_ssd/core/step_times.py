@@ -7,13 +7,12 @@ from typing import NamedTuple
 _FEW = 8
 """With fewer steps than this, a line does not know yet what an outlier is."""
 _OUTLIER = 2.5
-"""So many mean deviations from the line count as no more than that."""
+"""So many mean deviations from the line (two standard errors) count as no more than that."""
 _NEAR = 16
-"""The same as ``memory``, for how high a line lies."""
-_VAGUE = 2.0
-"""Spread of the tokens, squared, below which a slope is a guess."""
-_SLOPE_PRIOR = 3.0
-"""Strength of the slope given to a line that has seen little, in tokens squared."""
+"""The same as ``memory``, for how high a line lies: that follows the load of the machine."""
+_PRIOR = 3.0
+"""Spread of the tokens, squared and summed, with which a slope counts for as much as the one that
+is assumed before: that of two steps two or three tokens apart."""
 
 
 def level_of(requests: int) -> int:
@@ -61,15 +60,15 @@ class Line:
     @property
     def vague(self) -> bool:
         """Whether the steps were so alike that nothing is known of the slope."""
-        return self.seen >= _FEW // 2 and self._pairs * self._spread < _VAGUE
+        return self.seen >= _FEW // 2 and self._pairs * self._spread < _PRIOR
 
     def slope(self, usual: float = 0.0) -> float:
         """Seconds a token; ``usual`` is what it is until enough is known.
 
         More tokens never make a step cheaper: a negative slope is noise.
         """
-        cross = self._pairs * self._cross + _SLOPE_PRIOR * usual
-        return max(0.0, cross / (self._pairs * self._spread + _SLOPE_PRIOR))
+        cross = self._pairs * self._cross + _PRIOR * usual
+        return max(0.0, cross / (self._pairs * self._spread + _PRIOR))
 
     def observe(self, tokens: int, seconds: float) -> None:
         """Take in one step."""

@@ -18,33 +18,28 @@ from vllm_ssd.core.credit import Credit
 from vllm_ssd.core.step_times import level_of
 
 _SHARE = 0.005
-"""Of the time, what probes may cost; all that is tried in vain shall stay below 1 %."""
+"""Of the time, what probes may cost: all that is tried in vain shall stay below 1 %."""
 _SHORTEST_PROBE, _PROBE_ROUNDS, _LONGEST_PROBE = 2, 8, 64
-"""Rounds of a probe that are measured: if it is plainly slower, usually, and while it may be faster
+"""Rounds of a probe that are measured: if it is plainly slower, usually, and while it is faster
 without that being clear."""
 _SETTLING_ROUNDS = {True: 3, False: 2}
 """Rounds after a change to speculation (the draft catches up) or to plain decoding (it finishes a
 step) that say nothing of what follows."""
 _CHANGE_COSTS = 0.5
-"""Rounds lost by a change back and forth, besides."""
-_TRIAL_ROUNDS = 24
-"""So long a level speculates before its first probe."""
-_CLEAR = 2.0
-"""Standard errors by which the other way must be ahead."""
-_HOPE = 0.5
-"""Standard errors by which it may be behind while a probe goes on."""
-_PLAINLY = 3.0
-"""Standard errors by which it is behind beyond doubt."""
+"""Rounds lost by a change back and forth, besides: those drafts are not there."""
+_CLEAR, _PLAINLY = 2.0, 3.0
+"""Standard errors by which the other way must be ahead to be taken, and behind to be given up
+early: a probe more costs less than a wrong change."""
 _DRIFT = 1e-4
 """Variance that a round adds: the ratio may move by 10 % in some 100 rounds."""
 _FORGETS = 1.0 - 1.0 / 1000
 """What is left of the logarithm after a round: a verdict from a bad moment must not last."""
 _UNKNOWN = 1.0
-"""Variance of a ratio of which nothing is known."""
+"""Variance of a ratio of which nothing is known: it may be anything from 1/3 to 3."""
 _EXPECTED = 0.04
-"""The same of one that is derived from step times, or taken from the next level."""
+"""The same of one that is derived from step times, or taken from the next level: 20 %."""
 _MEMORY = 48
-"""Rounds that the speed of the way in use is averaged over."""
+"""Rounds that the speed of the way in use is averaged over; half as many are its first trial."""
 _FLOOR = 1e-4
 """Variance that no average gets below: rounds of one text are alike."""
 
@@ -169,7 +164,7 @@ class Switch:
             self._settling -= 1
         else:
             usual.observe(gained, seconds)
-        if self._rounds < _TRIAL_ROUNDS or not usual.round_seconds:
+        if self._rounds < _MEMORY // 2 or not usual.round_seconds:
             return
         if self.belief.variance > _EXPECTED and self.usually and expected:
             ratio = math.log(max(usual.rate, 1e-9) / expected)
@@ -207,7 +202,7 @@ class Switch:
         belief = self.belief.after(-ratio if self.usually else ratio, variance)
         ahead = -belief.mean if self.usually else belief.mean
         error = math.sqrt(belief.variance)
-        unclear = -_HOPE * error < ahead < _CLEAR * error
+        unclear = 0.0 < ahead < _CLEAR * error
         if unclear and measured < _LONGEST_PROBE:
             return
         self.belief = belief
