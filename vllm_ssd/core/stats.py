@@ -60,6 +60,8 @@ class Stats:
     waited_tokens: int = 0
     """Tokens got by waiting, among those verified."""
     waited_accepted: int = 0
+    waited_rejections: int = 0
+    """Verifications that rejected one of these tokens."""
     ngram_proposals: int = 0
     """Proposals of one request each that n-grams of its text made or prolonged."""
     ngram_tokens: int = 0

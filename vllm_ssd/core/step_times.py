@@ -7,13 +7,12 @@ from typing import NamedTuple
 _FEW = 8
 """With fewer steps than this, a line does not know yet what an outlier is."""
 _OUTLIER = 2.5
-"""So many mean deviations from the line count as no more than that."""
+"""So many mean deviations from the line (two standard errors) count as no more than that."""
 _NEAR = 16
-"""The same as ``memory``, for how high a line lies."""
-_VAGUE = 2.0
-"""Spread of the tokens, squared, below which a slope is a guess."""
-_SLOPE_PRIOR = 3.0
-"""Strength of the slope given to a line that has seen little, in tokens squared."""
+"""The same as ``memory``, for how high a line lies: that follows the load of the machine."""
+_PRIOR = 3.0
+"""Spread of the tokens, squared and summed, with which a slope counts for as much as the one that
+is assumed before: that of two steps two or three tokens apart."""
 
 
 def level_of(requests: int) -> int:
@@ -33,7 +32,7 @@ class Line:
 
     Args:
         memory: number of steps after which the weight of an older one has fallen to 1 / e, for
-            the slope.
+            the slope: of those that differ from the one before in their tokens.
     """
 
     __slots__ = (
@@ -42,6 +41,7 @@ class Line:
         "_last_seconds",
         "_last_tokens",
         "_memory",
+        "_pairs",
         "_spread",
         "mean",
         "seen",
@@ -50,7 +50,7 @@ class Line:
 
     def __init__(self, memory: int = 100) -> None:
         self._memory = memory
-        self.seen = 0
+        self._pairs = self.seen = 0
         """Steps taken in, at most ``memory``."""
         self.tokens = self.mean = 0.0
         """The means of the newest steps' tokens and seconds."""
@@ -60,15 +60,15 @@ class Line:
     @property
     def vague(self) -> bool:
         """Whether the steps were so alike that nothing is known of the slope."""
-        return self.seen >= _FEW // 2 and self.seen * self._spread < _VAGUE
+        return self.seen >= _FEW // 2 and self._pairs * self._spread < _PRIOR
 
     def slope(self, usual: float = 0.0) -> float:
         """Seconds a token; ``usual`` is what it is until enough is known.
 
         More tokens never make a step cheaper: a negative slope is noise.
         """
-        cross = self.seen * self._cross + _SLOPE_PRIOR * usual
-        return max(0.0, cross / (self.seen * self._spread + _SLOPE_PRIOR))
+        cross = self._pairs * self._cross + _PRIOR * usual
+        return max(0.0, cross / (self._pairs * self._spread + _PRIOR))
 
     def observe(self, tokens: int, seconds: float) -> None:
         """Take in one step."""
@@ -88,18 +88,20 @@ class Line:
             self.tokens, self.mean = tokens, seconds
             self._last_tokens, self._last_seconds = tokens, seconds
             self._spread = self._cross = 0.0
+            self._pairs = 0
             self._deviation = 0.1 * seconds
             self.seen = 1
             return
         self.seen = min(self.seen + 1, self._memory)
-        weight = 1.0 / self.seen
-        local = max(weight, 1.0 / _NEAR)
+        local = max(1.0 / self.seen, 1.0 / _NEAR)
         self.tokens += local * (tokens - self.tokens)
         self.mean += local * (seconds - self.mean)
         beside, above = tokens - self._last_tokens, seconds - self._last_seconds
-        # Of two steps each: half as much is known of a difference.
-        self._spread += weight * (0.5 * beside * beside - self._spread)
-        self._cross += weight * (0.5 * beside * above - self._cross)
+        if beside:
+            self._pairs = min(self._pairs + 1, self._memory)
+            # Of two steps each: half as much is known of a difference.
+            self._spread += (0.5 * beside * beside - self._spread) / self._pairs
+            self._cross += (0.5 * beside * above - self._cross) / self._pairs
         self._last_tokens, self._last_seconds = tokens, seconds
 
 

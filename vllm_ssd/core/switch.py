@@ -14,36 +14,32 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from vllm_ssd.core.credit import Credit
 from vllm_ssd.core.step_times import level_of
 
-SHARE = 0.006
-"""Of the time, what probes may cost."""
+_SHARE = 0.005
+"""Of the time, what probes may cost: all that is tried in vain shall stay below 1 %."""
 _SHORTEST_PROBE, _PROBE_ROUNDS, _LONGEST_PROBE = 2, 8, 64
-"""Rounds of a probe that are measured: if it is plainly slower, usually, and while it may be faster
+"""Rounds of a probe that are measured: if it is plainly slower, usually, and while it is faster
 without that being clear."""
 _SETTLING_ROUNDS = {True: 3, False: 2}
 """Rounds after a change to speculation (the draft catches up) or to plain decoding (it finishes a
 step) that say nothing of what follows."""
 _CHANGE_COSTS = 0.5
-"""Rounds lost by a change back and forth, besides."""
-_TRIAL_ROUNDS = 24
-"""So long a level speculates before its first probe."""
-_CLEAR = 2.0
-"""Standard errors by which the other way must be ahead."""
-_HOPE = 0.5
-"""Standard errors by which it may be behind while a probe goes on."""
-_PLAINLY = 3.0
-"""Standard errors by which it is behind beyond doubt."""
+"""Rounds lost by a change back and forth, besides: those drafts are not there."""
+_CLEAR, _PLAINLY = 2.0, 3.0
+"""Standard errors by which the other way must be ahead to be taken, and behind to be given up
+early: a probe more costs less than a wrong change."""
 _DRIFT = 1e-4
 """Variance that a round adds: the ratio may move by 10 % in some 100 rounds."""
 _FORGETS = 1.0 - 1.0 / 1000
 """What is left of the logarithm after a round: a verdict from a bad moment must not last."""
 _UNKNOWN = 1.0
-"""Variance of a ratio of which nothing is known."""
+"""Variance of a ratio of which nothing is known: it may be anything from 1/3 to 3."""
 _EXPECTED = 0.04
-"""The same of one that is derived from step times, or taken from the next level."""
+"""The same of one that is derived from step times, or taken from the next level: 20 %."""
 _MEMORY = 48
-"""Rounds that the speed of the way in use is averaged over."""
+"""Rounds that the speed of the way in use is averaged over; half as many are its first trial."""
 _FLOOR = 1e-4
 """Variance that no average gets below: rounds of one text are alike."""
 
@@ -97,16 +93,6 @@ class _Probe:
 
 
 @dataclass(slots=True)
-class Counts:
-    """What a switch has done."""
-
-    probes: int = 0
-    probe_rounds: int = 0
-    probe_seconds: float = 0.0
-    changes: int = 0
-
-
-@dataclass(slots=True)
 class Belief:
     """The logarithm of the speed of speculation to that of plain decoding."""
 
@@ -126,7 +112,10 @@ class Switch:
     usually: bool = True
     """Whether to speculate, probes aside."""
     belief: Belief = field(default_factory=Belief)
-    counts: Counts = field(default_factory=Counts)
+    probes: int = 0
+    """How many there were."""
+    changes: int = 0
+    """How often the usual way changed."""
     _probe: _Probe | None = None
     _settling: int = _SETTLING_ROUNDS[True]
     """Rounds to go until those of the usual way count."""
@@ -136,20 +125,14 @@ class Switch:
     def __post_init__(self) -> None:
         # Requests differ in how many tokens are accepted; plain rounds only in time.
         self._speeds = {True: _Speed(0.25), False: _Speed(0.01)}
-        self._credit = 0.0
-        """Seconds that probes may cost by now."""
+        self._credit = Credit(_SHARE)
+        self._clock = 0.0
+        """Seconds of its rounds."""
 
     @property
     def on(self) -> bool:
         """Whether the next round speculates."""
         return self.usually != (self._probe is not None)
-
-    @property
-    def measures(self) -> bool:
-        """Whether the round under way counts, for either way."""
-        if self._probe is not None:
-            return self._probe.rounds >= _SETTLING_ROUNDS[self.on]
-        return not self._settling
 
     def leave(self) -> None:
         """Another level's switch decides from now on; a probe under way is given up."""
@@ -164,14 +147,15 @@ class Switch:
         """Take in a round of the way that :attr:`on` said; decides on the next one.
 
         Args:
-            gained: its tokens, or its tokens in time that plain steps would take for them: what is
-                compared, so that a batch of another size does not look faster.
+            gained: its tokens a request, weighed so that a batch of another size does not look
+                faster.
             seconds: what it took.
             expected: what a second of plain decoding gains, as far as step times tell; 0: unknown.
         """
         self.belief.variance = min(self.belief.variance + _DRIFT, _UNKNOWN)
         self.belief.mean *= _FORGETS
         self._rounds += 1
+        self._clock += seconds
         if self._probe is not None:
             self._take_probe(self._probe, gained, seconds)
             return
@@ -180,16 +164,15 @@ class Switch:
             self._settling -= 1
         else:
             usual.observe(gained, seconds)
-        cost = self._cost()
-        self._credit = min(self._credit + SHARE * seconds, cost)
-        if self._rounds < _TRIAL_ROUNDS or not usual.round_seconds:
+        if self._rounds < _MEMORY // 2 or not usual.round_seconds:
             return
         if self.belief.variance > _EXPECTED and self.usually and expected:
             ratio = math.log(max(usual.rate, 1e-9) / expected)
             self.belief = self.belief.after(ratio, _EXPECTED + usual.variance)
-        if self._credit >= cost or self.belief.variance >= 0.9 * _UNKNOWN:
+        ready = self._credit.ready(self._clock, self._cost())
+        if ready or self.belief.variance >= 0.9 * _UNKNOWN:
             self._probe = _Probe(self._speeds[not self.usually].again())
-            self.counts.probes += 1
+            self.probes += 1
 
     def _loss(self) -> float:
         """What a second of the other way is believed to lose, as a share; negative if it gains."""
@@ -206,8 +189,6 @@ class Switch:
     def _take_probe(self, probe: _Probe, gained: float, seconds: float) -> None:
         probe.rounds += 1
         probe.seconds += seconds
-        self.counts.probe_rounds += 1
-        self.counts.probe_seconds += seconds
         measured = probe.rounds - _SETTLING_ROUNDS[not self.usually]
         if measured <= 0:
             return
@@ -221,20 +202,21 @@ class Switch:
         belief = self.belief.after(-ratio if self.usually else ratio, variance)
         ahead = -belief.mean if self.usually else belief.mean
         error = math.sqrt(belief.variance)
-        unclear = -_HOPE * error < ahead < _CLEAR * error
+        unclear = 0.0 < ahead < _CLEAR * error
         if unclear and measured < _LONGEST_PROBE:
             return
         self.belief = belief
         self._end_probe(probe)
         if ahead > 0.0 and not unclear:
             self.usually = not self.usually
-            self.counts.changes += 1
-            self._settling, self._credit = 0, 0.0
+            self.changes += 1
+            self._settling = 0
 
     def _end_probe(self, probe: _Probe) -> None:
         """Account for a probe; the usual way comes back."""
         lost = max(0.0, self._loss()) * probe.seconds
-        self._credit -= lost + _CHANGE_COSTS * self._speeds[self.usually].round_seconds
+        lost += _CHANGE_COSTS * self._speeds[self.usually].round_seconds
+        self._credit.spend(self._clock, lost)
         self._speeds[not self.usually] = probe.speed
         self._settling = _SETTLING_ROUNDS[self.usually]
         self._probe = None
@@ -247,6 +229,11 @@ class Switches:
         self.by_level: dict[tuple[bool, int], Switch] = {}
         """By whether tokens are sampled, and the level of the batch size."""
         self._level = 0
+
+    @property
+    def size(self) -> int:
+        """The largest batch of the level of the newest one."""
+        return 1 << self._level
 
     def of(self, requests: int, sampled: bool) -> Switch:
         """The switch for a batch.

@@ -14,17 +14,11 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 TRIALS = 5
-"""So many waits are tried before the measured times decide."""
+"""So many waits are tried before the measured times decide: a single one may be an accident."""
 _SMOOTHING = 0.2
-"""Weight of the newest delay."""
-_FADING = 0.99
-"""A delay that is too long to wait for counts for this much less each time: it is tried again."""
+"""Weight of the newest delay: the load changes within tens of rounds."""
 _LATE = 2.0
-"""A token that did not come in time is taken to need this many times as long."""
-_PRIOR = 5.0
-"""How many observations the usual acceptance counts for."""
-_MEMORY = 200.0
-"""Number of observations after which the weight of an older one has fallen to 1 / e."""
+"""A token that did not come in time is taken to need this many times as long, at a guess."""
 
 
 class Awaited(NamedTuple):
@@ -36,31 +30,22 @@ class Awaited(NamedTuple):
     """How many more it can use."""
 
 
-class Price(NamedTuple):
-    """What verifying drafted tokens costs, in tokens: R times its seconds."""
-
-    each: float
-    """A token whose chance is below that is not verified."""
-    first: float = 0.0
-    """So much more if without these tokens none would be verified."""
-
-
-def gains(awaited: Mapping[Awaited, int], acceptance: float, price: Price) -> list[float]:
+def gains(awaited: Mapping[Awaited, int], acceptance: float, price: float) -> list[float]:
     """What 1, 2, ... more tokens for every request yield, in tokens, as far as any can use them.
 
     Args:
         awaited: the requests: of each kind how many there are. Most have nothing yet.
         acceptance: the chance that a token is accepted if those before it are.
-        price: of verifying them.
+        price: of verifying a token, in tokens; one whose chance is below that is not verified.
     """
     longest = max((request.missing for request in awaited), default=0)
     result: list[float] = []
-    total, chance = -price.first, 1.0
+    total, chance = 0.0, 1.0
     for more in range(1, longest + 1):
         chance *= acceptance
         for (reached, missing), count in awaited.items():
             if more <= missing:
-                total += count * max(0.0, reached * chance - price.each)
+                total += count * max(0.0, reached * chance - price)
         result.append(total)
     return result
 
@@ -106,38 +91,3 @@ class Delay:
         weight = max(weight, 1.0 / (self._seen + 1))
         self._seconds += weight * (seconds - self._seconds)
         self._seen += 1
-
-    def too_long(self) -> None:
-        """It was not worth waiting for."""
-        self._seconds *= _FADING
-
-
-class Acceptance:
-    """How often a token is accepted if those before it are, learned as they are verified.
-
-    Args:
-        prior: what is assumed at first.
-    """
-
-    def __init__(self, prior: float = 0.5) -> None:
-        self._prior = prior
-        self._seen = self._right = 0.0
-
-    @property
-    def chance(self) -> float:
-        """The share that is accepted."""
-        return (self._right + _PRIOR * self._prior) / (self._seen + _PRIOR)
-
-    def observe(self, accepted: int, rejected: int) -> None:
-        """Take in how many tokens of a verification were accepted, and how many were rejected."""
-        self._fade((1.0 - 1.0 / _MEMORY) ** (accepted + rejected))
-        self._seen += accepted + rejected
-        self._right += accepted
-
-    def not_tried(self) -> None:
-        """Too few were accepted for it to be used; what is assumed at first counts for more."""
-        self._fade(_FADING)
-
-    def _fade(self, share: float) -> None:
-        self._seen *= share
-        self._right *= share

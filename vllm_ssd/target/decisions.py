@@ -10,19 +10,22 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from vllm_ssd.core.lengths import Lengths
+from vllm_ssd.core.credit import Credit
+from vllm_ssd.core.lengths import Lengths, Verified
 from vllm_ssd.core.stats import Stats
-from vllm_ssd.core.step_times import Forecast
 from vllm_ssd.core.switch import Switch, Switches
 from vllm_ssd.target.lookup import Batch, LookUp
 from vllm_ssd.target.pace import Pace, Step
 from vllm_ssd.target.requests import RequestTable
 
-_LEARNS_MORE = 256
-"""Every so many rounds all that was found is verified, to learn what that takes."""
-_MANY = 4
+_TRIALS_SHARE = 0.002
+"""Of the time, what it may cost to verify other numbers of tokens; with probes and waits below
+1 %."""
+_TRIES_EVERY = 32
+"""Rounds from one of these trials to the next at least, so that usual rounds stay the rule."""
 _LEARNS_EVERY = 8
-"""With more requests than ``_MANY``, one round in so many is enough to learn from."""
+"""One round in so many is learned from with ``_MANY`` requests: that takes microseconds each."""
+_MANY = 5
 
 
 class _Round(NamedTuple):
@@ -30,6 +33,8 @@ class _Round(NamedTuple):
 
     step: Step
     switch: Switch
+    size: int
+    """The batch size that the switch compares for."""
     on: bool
     """Whether it speculated."""
     tokens: int
@@ -38,21 +43,15 @@ class _Round(NamedTuple):
     """Without look-ups and waits."""
 
 
-class _Chosen(NamedTuple):
-    """Tokens to verify."""
-
-    tokens: int
-    expected: float
-    """How many of them will be accepted."""
-
-
 class _Watched(NamedTuple):
     """A proposal to learn from."""
 
+    lengths: Lengths
+    """What has chosen its length."""
     stated: Sequence[float]
-    """The chance that each token is accepted if those before it are."""
-    known: int
-    """For so many of them the draft states it; for the others it is what is usual."""
+    """What the draft stated for its tokens."""
+    chosen: int
+    """How many of them would have been verified if that had not been a trial."""
 
 
 class Decisions:
@@ -69,31 +68,30 @@ class Decisions:
         self._pace = pace
         self._stats = stats
         self._switches = Switches()
-        self._lengths = {False: Lengths(), True: Lengths()}
+        self.lengths = {False: Lengths(), True: Lengths()}
         """For greedy batches and for those with a temperature."""
         self._switch: Switch | None = None
         """That of the round under way."""
         self._on = True
         """Whether the round under way speculates."""
-        self._sampled = False
+        self.sampled = False
         """Whether most requests of the batch have a temperature."""
-        self._any_sampled = False
-        """Whether any request of it has one: drafts may be sampled."""
-        self._batch = 1
-        """Requests of the round under way."""
         self._began: float | None = None
-        """When it began."""
+        """When the round under way began."""
         self._ended: _Round | None = None
         """The round before it, not taken in yet."""
         self._watched: dict[int, _Watched] = {}
         """Proposals of the round under way, by the request's handle."""
-        self._verified: list[tuple[_Watched, int, int]] = []
-        """Such proposals, how many of their tokens were verified and how many accepted."""
-        self._forecast, self._forecast_for = Forecast(0.0, 0.0, 0.0), 0
-        """What the next step takes, with so many requests."""
-        self._before = _Chosen(0, 0.0)
-        """What has been chosen for other requests of this round."""
-        self._rounds = 0
+        self._verified: list[tuple[Lengths, Verified]] = []
+        """Such proposals, verified, and what has chosen their lengths."""
+        self._verifies = False
+        """Whether anything is verified in the round under way."""
+        self._credit = Credit(_TRIALS_SHARE)
+        self._full = self._half = False
+        """Whether this round tries all tokens, or half as many."""
+        self._cost = 0.0
+        """Seconds that trying all tokens takes longer."""
+        self._rounds = self._tried_at = self._trials = 0
 
     # ---- on or off
 
@@ -112,12 +110,15 @@ class Decisions:
             pass  # the first round, one with prefill, or without a draft
         elif step.requests == requests:
             seconds, step_seconds = began - self._began, began - proposed_at
-            self._ended = _Round(step, before, self._on, tokens, seconds, step_seconds)
-        self._began, self._batch = began, max(1, requests)
-        with_temperature = self._requests.count_sampled(batch.req_ids)
-        self._sampled = 2 * with_temperature > requests
-        self._any_sampled = with_temperature > 0
-        switch = self._switches.of(self._batch, self._sampled)
+            size = self._switches.size
+            self._ended = _Round(step, before, size, self._on, tokens, seconds, step_seconds)
+        self._began = began
+        if requests and requests != self._pace.requests:
+            self._pace.expect(requests)
+        # A majority that hardly is one does not change sides with every request.
+        majority = 0.4 if self.sampled else 0.6
+        self.sampled = self._requests.count_sampled(batch.req_ids) > majority * requests
+        switch = self._switches.of(max(1, requests), self.sampled)
         if switch is not before:
             if before is not None:
                 before.leave()
@@ -143,100 +144,112 @@ class Decisions:
         ended, self._ended = self._ended, None
         if ended is not None:
             self._take_round(ended)
-            self._forecast_for = ended.step.requests
-            self._forecast = self._pace.forecast(self._forecast_for)
         verified, self._verified = self._verified, []
         if verified:
-            self._learn(self._lengths[self._sampled], verified)
+            for lengths in self.lengths.values():
+                if its := [proposal for chosen_by, proposal in verified if chosen_by is lengths]:
+                    lengths.observe(its)
 
     def _take_round(self, ended: _Round) -> None:
-        pace, switch = self._pace, ended.switch
+        pace, times, switch = self._pace, self._pace.times, ended.switch
         requests, seconds = ended.step.requests, ended.seconds
         pace.observe(ended.tokens, seconds)
         if ended.on:
-            pace.observe_step(ended.step, ended.step_seconds, seconds)
+            times.observe(requests, ended.step.drafted, ended.step_seconds)
         elif not ended.step.drafted:
-            pace.times.observe_quiet(requests, ended.step_seconds)
+            times.observe_quiet(requests, ended.step_seconds)
         if ended.on != switch.usually:
             self._stats.rounds_probing += 1
             self._stats.probe_seconds += seconds
-        # Compared per request, by the time that a step of so many takes: the batch may change.
-        usual = pace.times.usual(requests) or 1.0
-        plain = pace.times.plain(requests)
-        switch.observe(ended.tokens / requests * usual, seconds, usual / plain if plain else 0.0)
+        # As if the batch always had the same size. What such steps take differs between the two
+        # ways, so only the ratio of two of these times counts.
+        usual = times.usual(ended.size)
+        shape = times.usual(requests) / usual if usual else 1.0
+        plain = times.plain(requests)
+        switch.observe(ended.tokens / requests * shape, seconds, shape / plain if plain else 0.0)
+        pace.expect(requests)
 
     # ---- how many tokens
 
     def begin(self, look_ups: Sequence[LookUp]) -> None:
         """A round that speculates: note how the last proposals ended."""
-        if self._watched:
-            self._note_accepted(look_ups)
-        self._before = _Chosen(0, 0.0)
+        pace = self._pace
+        gained = self._note_accepted(look_ups) if self._watched else 0
+        again = False
+        if self._full and pace.rate:
+            lost = self._cost - gained / pace.rate
+            again = lost < 0.0  # perhaps the draft has become better
+            self._credit.spend(pace.clock, max(0.0, lost))
+        self._verifies = self._full = self._half = False
+        self._cost = 0.0
         self._rounds += 1
+        # By what is known before the round: no chance of a token has a part in it.
+        due = again or self._rounds - self._tried_at >= _TRIES_EVERY
+        vague = pace.times.vague(pace.requests)
+        if (due or vague) and pace.rate and self._credit.ready(pace.clock):
+            if due:
+                self._tried_at = self._rounds
+                self._trials += not again
+                self._full = again or bool(self._trials % 2)
+            self._half = not self._full
+            self._stats.rounds_full += self._full
 
     def choose(self, look_ups: Sequence[LookUp]) -> None:
         """Set how many of the tokens found are verified, for each request.
 
         Args:
-            look_ups: all of the batch; or first some, later others, which come on top of those.
+            look_ups: all of the batch; or first some, then those that were waited for.
         """
-        lengths, pace = self._lengths[self._sampled], self._pace
-        stated: list[Sequence[float]] = []
-        for each in look_ups:
-            chances, count, wanted = each.below.chances, len(each.below.drafted), each.wanted
-            if len(chances) < count:
-                chances = chances + [lengths.usual] * (count - len(chances))
-            stated.append(chances if count <= wanted else chances[: max(0, wanted)])
-        batch = max(self._batch, len(look_ups))
-        if self._forecast_for != batch:
-            self._forecast_for, self._forecast = batch, pace.forecast(batch)
-        before, forecast = self._before, self._forecast
-        if before.tokens:
-            shifted = forecast.of(before.tokens)
-            forecast = Forecast(shifted, shifted, forecast.each)
-        # Nothing below may depend on which tokens were sampled (core/lengths.py): of the chances
-        # of this round only those before a token decide whether it is verified.
-        depth = max(each.wanted for each in look_ups) if look_ups else 0
-        sampled = depth if self._any_sampled else 0
-        chosen = lengths.choose(batch + before.expected, stated, forecast, pace.besides, sampled)
-        counts, rate, found = chosen.counts, chosen.rate, sum(map(len, stated))
-        if self._rounds % _LEARNS_MORE == 0:
-            counts, rate = [len(of) for of in stated], chosen.rate_of_all
-            self._stats.rounds_full += 1
-        elif self._rounds % 2 and pace.times.vague(batch):
-            counts = [min(count, (depth + 1) // 2) for count in counts]
+        lengths, pace = self.lengths[self.sampled], self._pace
+        stated = [each.below.chances[: max(0, each.wanted)] for each in look_ups]
+        depth = max([each.wanted for each in look_ups], default=0)
+        switch = self._switch
+        # A probe tries to verify: else it would say nothing of speculation.
+        free = self._verifies or switch is None or switch.on != switch.usually
+        chosen = lengths.choose(stated, pace.price, 0.0 if free else pace.once, depth)
+        counts = chosen
+        if self._full:
+            counts = [len(of) for of in stated]
+            if more := sum(counts) - sum(chosen):
+                nothing_else = not self._verifies and not any(chosen)
+                before = pace.forecast.plain if nothing_else else pace.forecast.base
+                self._cost += pace.forecast.of(more) - before
+        elif self._half:
+            most = (depth + 1) // 2
+            counts = [
+                count if each.before is not None else min(count, most)
+                for each, count in zip(look_ups, chosen, strict=True)
+            ]  # those that were waited for are not wasted
+            if fewer := sum(chosen) - sum(counts):
+                self._credit.spend(pace.clock, fewer * lengths.onward.chance / pace.rate)
         total = sum(counts)
-        expected = rate * (forecast.of(total) + pace.besides) - batch
-        self._before = _Chosen(before.tokens + total, max(0.0, expected))
+        self._verifies = self._verifies or total > 0
         for each, count in zip(look_ups, counts, strict=True):
             each.chosen = count
-        self._stats.tokens_found += found
+        self._stats.tokens_found += sum(map(len, stated))
         self._stats.tokens_chosen += total
-        if len(look_ups) <= _MANY or self._rounds % _LEARNS_EVERY == 0:
-            for each, of, count in zip(look_ups, stated, counts, strict=True):
+        if len(look_ups) < _MANY or self._full or self._rounds % _LEARNS_EVERY == 0:
+            for each, of, count, usual in zip(look_ups, stated, counts, chosen, strict=True):
                 if count:
-                    watched = _Watched(of[:count], len(each.below.chances))
-                    self._watched[each.request.handle] = watched
+                    self._watched[each.request.handle] = _Watched(lengths, of[:count], usual)
 
-    def _note_accepted(self, look_ups: Sequence[LookUp]) -> None:
-        """Keep what was accepted of the last proposals."""
+    def _note_accepted(self, look_ups: Sequence[LookUp]) -> int:
+        """Keep what was accepted of the last proposals.
+
+        Returns:
+            How many of the tokens accepted were verified only because that was a trial.
+        """
+        gained = 0
         for each in look_ups:
             watched = self._watched.get(each.request.handle)
             verified, right = each.request.verifying, len(each.confirmed) - 1
-            if watched is not None and 0 <= right <= verified <= len(watched.stated):
-                self._verified.append((watched, verified, right))
+            if watched is not None and 0 <= right <= verified:
+                stated = watched.stated[:verified]  # without tokens from the text
+                right = min(right, len(stated))
+                self._verified.append((watched.lengths, Verified(stated, right)))
+                gained += max(0, right - watched.chosen)
         self._watched = {}
-
-    def _learn(self, lengths: Lengths, verified: Sequence[tuple[_Watched, int, int]]) -> None:
-        stated: list[Sequence[float]] = []
-        accepted: list[int] = []
-        for watched, count, right in verified:
-            known = min(count, watched.known)
-            stated.append(watched.stated[:known])
-            accepted.append(min(right, known))
-            if count > known <= right:
-                lengths.observe_unstated(right - known + (right < count), right - known)
-        lengths.observe(stated, accepted)
+        return gained
 
     # ---- for people
 
@@ -246,12 +259,12 @@ class Decisions:
         for (sampled, level), switch in sorted(self._switches.by_level.items()):
             size = 1 << level
             name = f"{size}_sampled" if sampled else f"{size}"
-            forecast = self._pace.forecast(size)
+            forecast = self._pace.times.forecast(size)
             result[f"speculates_at_{name}"] = float(switch.usually)
             result[f"gain_at_{name}"] = math.exp(switch.belief.mean) - 1.0
             result[f"gain_error_at_{name}"] = math.sqrt(switch.belief.variance)
-            result[f"probes_at_{name}"] = switch.counts.probes
-            result[f"changes_at_{name}"] = switch.counts.changes
+            result[f"probes_at_{name}"] = switch.probes
+            result[f"changes_at_{name}"] = switch.changes
             result[f"plain_seconds_at_{size}"] = forecast.plain
             result[f"verify_seconds_at_{size}"] = forecast.base
             result[f"seconds_per_drafted_token_at_{size}"] = forecast.each

@@ -202,6 +202,7 @@ def _count_backup(origin: Origin, verified: int, accepted: int, stats: Stats) ->
     waited = min(max(0, verified - origin.found), origin.waited)
     stats.waited_tokens += waited
     stats.waited_accepted += min(max(0, accepted - origin.found), waited)
+    stats.waited_rejections += origin.found <= accepted < origin.found + waited
     if not origin.ngram:
         return
     ours = origin.found + origin.waited

@@ -10,9 +10,9 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
 
 _SMOOTHING = 0.1
-"""Weight of the newest step."""
+"""Weight of the newest round: requests differ more than the load does within ten rounds."""
 _LONGEST = 4.0
-"""A step that takes more than so many usual ones counts as that."""
+"""A round that takes more than so many usual ones was a pause, and counts as that."""
 
 
 class Step(NamedTuple):
@@ -24,21 +24,38 @@ class Step(NamedTuple):
 
 
 class Pace:
-    """The measured speed of the target's steps."""
+    """The measured speed of the target's steps, and what time costs: tokens not made meanwhile."""
 
     def __init__(self) -> None:
         self.times = StepTimes()
-        self.besides = 0.0
-        """Seconds of a round besides its step: look-ups, waits."""
+        self.clock = 0.0
+        """Seconds of all rounds taken in."""
+        self.requests = 0
+        """Requests of the steps to come ..."""
+        self.forecast = Forecast(0.0, 0.0, 0.0)
+        """... and what such a step takes; zeros if that is not known."""
         self._tokens = self._seconds = 0.0
         self._step: Step | None = None
-        self._forecast = Forecast(0.0, 0.0, 0.0)
-        """The newest one."""
 
     @property
     def rate(self) -> float:
         """Tokens per second that the engine makes at the moment; 0.0 if that is not known."""
         return self._tokens / self._seconds if self._seconds else 0.0
+
+    @property
+    def price(self) -> float:
+        """What verifying one more drafted token costs, in tokens; 0.0 if that is not known."""
+        return self.rate * self.forecast.each
+
+    @property
+    def once(self) -> float:
+        """What verifying any drafted token costs besides, in tokens."""
+        return self.rate * (self.forecast.base - self.forecast.plain)
+
+    @property
+    def round_seconds(self) -> float:
+        """What a round takes, waits included; 0.0 if that is not known."""
+        return self._seconds
 
     def scheduled(self, step: SchedulerOutput) -> None:
         """A step begins. One with prefill tokens is not measured."""
@@ -53,7 +70,7 @@ class Pace:
         return step
 
     def observe(self, tokens: int, seconds: float) -> None:
-        """Take in a step.
+        """Take in a round.
 
         Args:
             tokens: what it yielded, over all requests.
@@ -62,28 +79,11 @@ class Pace:
         first = not self._seconds
         weight = 1.0 if first else _SMOOTHING
         if not first:
-            seconds = min(seconds, _LONGEST * self._seconds)  # a pause is no step
+            seconds = min(seconds, _LONGEST * self._seconds)
+        self.clock += seconds
         self._tokens += weight * (tokens - self._tokens)
         self._seconds += weight * (seconds - self._seconds)
 
-    @property
-    def seconds_per_token(self) -> float:
-        """What verifying one more token takes now; 0.0 if that is not known."""
-        return self._forecast.each
-
-    def observe_step(self, step: Step, seconds: float, round_seconds: float) -> None:
-        """Take in the times of a step while the draft was at work.
-
-        Args:
-            step: what it computed.
-            seconds: from the proposal's end to the step's result.
-            round_seconds: from the proposal's beginning.
-        """
-        self.times.observe(step.requests, step.drafted, seconds)
-        besides = min(round_seconds - seconds, seconds)
-        self.besides += _SMOOTHING * (besides - self.besides)
-
-    def forecast(self, requests: int) -> Forecast:
-        """What the next step takes by the drafted tokens it verifies; zeros if that is unknown."""
-        self._forecast = self.times.forecast(requests)
-        return self._forecast
+    def expect(self, requests: int) -> None:
+        """The steps to come have so many requests."""
+        self.requests, self.forecast = requests, self.times.forecast(requests)

@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from vllm_ssd.config import SSDConfig
+from vllm_ssd.core.acceptance import Acceptance
+from vllm_ssd.core.credit import Credit
 from vllm_ssd.core.stats import Stats
 from vllm_ssd.core.tree import Where
-from vllm_ssd.core.waiting import Acceptance, Awaited, Delay, Price, gains, patience
+from vllm_ssd.core.waiting import Awaited, Delay, gains, patience
 from vllm_ssd.target.lookup import Batch, LookUp, growing, lacking, look_up
 from vllm_ssd.target.ngram import prolong
 from vllm_ssd.target.pace import Pace
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
 
 LONGEST = 1.0
 """Seconds; with ``max_wait_ms`` ``"auto"`` no wait takes longer, whatever it would be worth."""
+_TRIALS_SHARE = 0.001
+"""Of the time, what waits that do not seem to pay may cost, and as much for n-grams: see that of
+:mod:`vllm_ssd.target.decisions`."""
 
 
 class Waiting:
@@ -51,8 +56,11 @@ class Waiting:
         self.first, self.following = Delay(), Delay()
         """How long the first token of a wait takes, and each one after it."""
         self._acceptance, self._ngram_acceptance = Acceptance(), Acceptance()
+        """Of tokens that were waited for: the draft has not foreseen what they follow, and is wrong
+        more often than usual. And of those from the text."""
         self._counted = (0, 0, 0, 0)
         """The counters when these two were last brought up to date."""
+        self._credit, self._ngram_credit = Credit(_TRIALS_SHARE), Credit(_TRIALS_SHARE)
         self._silent_at = -1
         """How many frames of the draft there were when it did not answer within a wait."""
 
@@ -107,7 +115,7 @@ class Waiting:
         chosen = [
             each for each in short if _can_grow(each, published) and _is_ready(each, published)
         ]
-        if self._while_it_pays and not self._pays(self._worth(chosen), self.first):
+        if not self._patience(chosen, self.first)[1]:
             return []
         for each in chosen:
             each.before = each.below
@@ -132,10 +140,10 @@ class Waiting:
         self._stats.waits += 1
         self._stats.wait_seconds -= now
         while missing:
-            worth = self._worth(missing)
-            if not self._pays(worth, delay):
+            worth, patience = self._patience(missing, delay)
+            if not patience:
                 break
-            last = min(since + worth, deadline)
+            last = min(since + patience, deadline)
             more = False
             while missing and not more and now < last:
                 client.poll(min(last - now, 60.0))
@@ -146,6 +154,9 @@ class Waiting:
                 more = sum(len(each.below.drafted) for each in missing) > held
                 missing = [each for each in missing if _can_grow(each, client.published)]
                 now = time.perf_counter()
+            if patience > worth:
+                # A trial: what comes in time after all costs nothing.
+                self._credit.spend(self._pace.clock, now - since - worth * more)
             if not more:
                 if missing:
                     delay.missed(now - since)
@@ -163,28 +174,36 @@ class Waiting:
         if client.received == received:
             self._silent_at = received
 
-    def _pays(self, worth: float, delay: Delay) -> bool:
-        """Whether a token comes soon enough, if it is worth waiting so many seconds for it."""
+    def _patience(self, short: Sequence[LookUp], delay: Delay) -> tuple[float, float]:
+        """For how many seconds the next token of these requests is worth waiting for.
+
+        Returns:
+            That, and for how long to wait: 0.0 if it will come later, longer if that is tried.
+        """
+        if not self._while_it_pays:
+            return math.inf, math.inf
+        worth = self._worth(short)
         if worth > delay.seconds:
-            return True
-        if worth > 0.0:
-            delay.too_long()
-        return False
+            return worth, worth
+        if short and self._credit.ready(self._pace.clock):
+            return worth, max(worth, min(delay.seconds, self._pace.round_seconds))
+        return worth, 0.0
 
     def _worth(self, short: Sequence[LookUp]) -> float:
-        """For how many seconds it is worth waiting for the next token of these requests."""
-        if not self._while_it_pays:
-            return math.inf
-        rate = self._pace.rate
-        if not rate or not short:
+        pace = self._pace
+        if not pace.rate or not short:
             return 0.0
         self._learn()
         awaited = Counter(
             Awaited(math.prod(each.below.chances), each.wanted - len(each.below.drafted))
             for each in short
         )
-        gained = gains(awaited, self._acceptance.chance, self._price())
-        return patience(gained, rate, self.following.seconds)
+        gained = gains(awaited, self._acceptance.chance, pace.price)
+        worth = patience(gained, pace.rate, self.following.seconds)
+        if len(short) == pace.requests and not any(each.below.drafted for each in short):
+            # Without these tokens the step is a plain one.
+            worth -= pace.forecast.base - pace.forecast.plain
+        return max(0.0, worth)
 
     # ---- the text
 
@@ -211,47 +230,42 @@ class Waiting:
         if any(counts):
             chosen = [each for each, count in zip(open_ended, counts, strict=True) if count]
             prolong(chosen, [count for count in counts if count], batch, self._stats)
-        else:
-            self._ngram_acceptance.not_tried()
 
-    def _worth_prolonging(self, look_ups: Sequence[LookUp], counts: list[int]) -> list[int]:
-        """By how many tokens of its text to prolong each proposal, ``counts`` at most."""
+    def _worth_prolonging(self, look_ups: Sequence[LookUp], most: list[int]) -> list[int]:
+        """By how many tokens of its text to prolong each proposal, ``most`` at most."""
         self._learn()
-        chance, price = self._ngram_acceptance.chance, self._price().each
-        if not price:
-            return counts
-        worth = []
-        for each, count in zip(look_ups, counts, strict=True):
+        chance, pace = self._ngram_acceptance.chance, self._pace
+        if not pace.price:
+            return most
+        counts = []
+        for each, count in zip(look_ups, most, strict=True):
             # The chance falls by that factor with every token.
-            reached = math.prod(each.below.chances) * chance
-            longest = 1 + math.log(reached / price) / -math.log(chance) if reached > price else 0
-            worth.append(min(count, int(longest)))
-        return worth
+            above = math.prod(each.below.chances) * chance / pace.price
+            longest = 1 + math.log(above) / -math.log(chance) if above > 1.0 else 0
+            counts.append(min(count, int(longest)))
+        if not any(counts) and self._ngram_credit.ready(pace.clock):
+            counts = [min(count, 1) for count in most]
+            self._ngram_credit.spend(pace.clock, pace.forecast.each * sum(counts))
+        return counts
 
     # ---- what is learned
-
-    def _price(self) -> Price:
-        """What verifying one more token costs now."""
-        return Price(self._pace.rate * self._pace.seconds_per_token)
 
     def _learn(self) -> None:
         """Bring the acceptances up to date with the counters."""
         stats = self._stats
         now = (
-            stats.tokens_accepted,
-            stats.rejections,
+            stats.waited_accepted,
+            stats.waited_rejections,
             stats.ngram_accepted,
             stats.ngram_rejections,
         )
-        if now == self._counted:
-            return
-        accepted, rejected, of_text, not_of_text = (
-            after - before for after, before in zip(now, self._counted, strict=True)
-        )
-        self._acceptance.observe(accepted - of_text, rejected - not_of_text)
-        if of_text + not_of_text:
+        if now != self._counted:
+            waited, in_vain, of_text, not_of_text = (
+                after - before for after, before in zip(now, self._counted, strict=True)
+            )
+            self._acceptance.observe(waited, in_vain)
             self._ngram_acceptance.observe(of_text, not_of_text)
-        self._counted = now
+            self._counted = now
 
 
 def _can_grow(each: LookUp, published: PublishedTrees) -> bool:
