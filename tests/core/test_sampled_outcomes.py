@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -204,7 +206,7 @@ def test_greedy_requests_have_the_numbers_of_their_own_model() -> None:
         mixed = i % 2 and world.verify(3)
         if mixed:
             others, their_ends = mixed
-            both = zip(greedy, others, strict=True)
+            both: Any = zip(greedy, others, strict=True)
             greedy = Verifications._make(np.concatenate(pair) for pair in both)
             both = zip(ends, their_ends, strict=True)
             ends = Ends._make(np.concatenate(pair) for pair in both)
