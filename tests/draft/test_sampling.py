@@ -109,6 +109,7 @@ def dense(
     if top_p < 1.0:
         before = np.cumsum(q) - q
         q[before >= top_p] = 0.0
+        q /= q.sum()
     for i, token in enumerate(tokens):
         if token in ends:
             q[i] = 0.0
@@ -244,7 +245,9 @@ def test_garbage_in_the_logits_is_no_sample(library: Library) -> None:
     for some in (sampling(4), sampling(4, top_k=2, top_p=0.9, ends=(9,), weighed=1, weight=0.5)):
         q = q_of(logits, [[4, 5, 6]] * 4, some, library)
         assert q.tolist() == [[1.0, 0.0, 0.0]] * 4
-    stated = requested(*as_arrays(library, np.array(logits, np.float32)), parameters(some, library))
+    stated = requested(
+        as_arrays(library, np.array(logits, np.float32))[0], parameters(some, library)
+    )
     assert np.isfinite(np.asarray(shares(stated, 2))).all()
 
 
@@ -253,7 +256,7 @@ def test_stated_probabilities_are_those_of_the_requests_own_sampling(library: Li
     some = sampling(3, temperature=0.5, top_k=3)
     some.temperature[1] = 0.0  # greedy: as the draft states them
     some.top_p[2] = 0.5
-    q = requested(*as_arrays(library, logits), parameters(some, library))
+    q = requested(as_arrays(library, logits)[0], parameters(some, library))
     found = shares(q, 4)
     hot = torch.tensor([4.0, 2.0, 0.0]).softmax(0).tolist()
     assert found[0].tolist() == pytest.approx([*hot, 0.0])

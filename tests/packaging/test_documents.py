@@ -10,7 +10,7 @@ import pytest
 
 from vllm_ssd.config import SSDConfig
 from vllm_ssd.core.stats import Stats
-from vllm_ssd.draft.engine import COUNTERS
+from vllm_ssd.draft.tally import COUNTERS
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

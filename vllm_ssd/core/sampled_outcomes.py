@@ -211,15 +211,16 @@ class SampledOutcomes:
 
 def _of_own(values: BoolArray | Float64Array | Float32Array, choice: Int64Array) -> Any:
     """``[..., C]`` at the trunk's own choice, ``[...]``; 0 where it is none of them."""
-    own = np.take_along_axis(values, np.maximum(choice, 0)[..., None], axis=-1)[..., 0]
-    return np.where(choice >= 0, own, np.zeros((), values.dtype))
+    flat, at = values.reshape(-1, values.shape[-1]), choice.ravel()
+    own = flat[np.arange(len(flat)), at]
+    own[at < 0] = 0
+    return own.reshape(choice.shape)
 
 
 def _clear_own(chances: Float64Array, choice: Int64Array) -> None:
     """Set the chances of the trunk's own choices to 0."""
-    at = np.maximum(choice, 0)[..., None]
-    kept = np.where(choice[..., None] >= 0, 0.0, np.take_along_axis(chances, at, axis=-1))
-    np.put_along_axis(chances, at, kept, axis=-1)
+    among = np.nonzero(choice >= 0)
+    chances[(*among, choice[among])] = 0.0
 
 
 def _shares(stated: Float32Array, choice: Int64Array) -> Float32Array:

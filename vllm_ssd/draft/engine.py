@@ -26,6 +26,7 @@ from vllm_ssd.draft.pipeline import Pipeline, Taken
 from vllm_ssd.draft.request import Request
 from vllm_ssd.draft.rounds import Rounds, chances_of
 from vllm_ssd.draft.rows import Rows
+from vllm_ssd.draft.tally import Tally
 from vllm_ssd.draft.trees import Trees
 from vllm_ssd.wire.messages import (
     MAX_STOP_TOKENS,
@@ -36,22 +37,6 @@ from vllm_ssd.wire.messages import (
     Trimmed,
     Verified,
     unpack,
-)
-
-COUNTERS = (
-    "draft_steps",
-    "draft_step_seconds",
-    "draft_python_seconds",
-    "draft_rows",
-    "draft_plan_seconds",
-    "draft_rounds",
-    "draft_rounds_cut",
-    "draft_round_seconds",
-    "draft_forks",
-    "draft_given_up",
-    "draft_prefill_tokens",
-    "draft_narrowed",
-    "draft_evictions",
 )
 
 
@@ -82,13 +67,14 @@ class DraftEngine:
         prefill_chunk_idle: int,
         interrupted: Callable[[], bool] = lambda: False,
     ) -> None:
-        self.counters: dict[str, float] = dict.fromkeys(COUNTERS, 0.0)
         depth = policy.num_speculative_tokens
         self.model = model
+        self._tally = Tally()
+        counters = self.counters = self._tally.counters
         self.trees = Trees(len(rows.start), row_width(depth))
-        self.allocator = Allocator(rows, blocks, self.trees, self.counters)
+        self.allocator = Allocator(rows, blocks, self.trees, counters)
         self._times = RoundTimes(depth, model.lookahead)
-        self._drafting = Drafting(rows.sampled, policy.arms, depth, self.counters)
+        self._drafting = Drafting(rows.sampled, policy.arms, depth, counters)
         outcomes = SettingOutcomes(rows.choices.shape[-1], self._drafting.settings)
         self._outcomes = outcomes
         self._learning = Learning(rows, self.trees.cache, depth, outcomes)
@@ -97,9 +83,6 @@ class DraftEngine:
         self._pipeline = Pipeline(
             model, self.allocator, prefill_chunk, prefill_chunk_idle, interrupted
         )
-        self._counted = 0.0
-        """When the newest step was counted."""
-        self._round_began: float | None = None
         self._resting = False
         """Nothing is proposed: no branches are drafted, only the texts are kept."""
 
@@ -109,7 +92,7 @@ class DraftEngine:
         """Forget all requests; the KV of verified prefixes stays in the cache."""
         self._pipeline.abandon()
         self.allocator.reset()
-        self._round_began = None
+        self._tally.reset()
         self._resting = False
 
     def start(self, message: Start) -> None:
@@ -165,7 +148,7 @@ class DraftEngine:
             OutOfStepError: the text does not continue what is known of the request.
         """
         self._settle()
-        self._cut_round()
+        self._tally.cut_round()
         began = time.perf_counter()
         requests, confirmed, proposed = self._unpack(message)
         # A verification without drafts, since speculation is off, says nothing of how to draft.
@@ -186,9 +169,9 @@ class DraftEngine:
         self._forking.fork(requests)
         seconds = time.perf_counter() - began
         self._times.observe_plan(seconds)
-        self.counters["draft_plan_seconds"] += seconds
+        self._tally.plan(seconds)
         if self.has_work:
-            self._round_began = began
+            self._tally.begin_round(began)
 
     def proposed(self, message: Proposed) -> None:
         """The target has decided what it verifies of the requests that it waited for.
@@ -209,7 +192,7 @@ class DraftEngine:
             at += count
         self._rounds.propose([awaited[handle] for handle in handles], proposed)
         self._forking.fork(self.allocator.requests.values())
-        self.counters["draft_plan_seconds"] += time.perf_counter() - began
+        self._tally.plan(time.perf_counter() - began)
         self._end_idle_round()
 
     def _unpack(
@@ -274,40 +257,12 @@ class DraftEngine:
         """Grow the trees by a step; fork where it made choices known."""
         self.trees.step(taken.grown, chances_of(self._outcomes, taken.grown))
         self._forking.fork(self.allocator.requests.values())
-        self._count(taken)
-
-    def _count(self, taken: Taken) -> None:
-        now = time.perf_counter()
-        # A step launched ahead has the device to itself only after the one before.
-        seconds = now - max(taken.began, self._counted)
-        self._counted = now
+        seconds = self._tally.step(taken, self._pipeline.model_seconds)
         if not taken.prefilled:
             self._times.steps.observe(taken.decoded, seconds)
-        counters = self.counters
-        counters["draft_steps"] += 1
-        counters["draft_rows"] += taken.decoded
-        counters["draft_prefill_tokens"] += taken.prefilled
-        counters["draft_step_seconds"] += seconds
-        counters["draft_python_seconds"] = (
-            counters["draft_step_seconds"] - self._pipeline.model_seconds
-        )
-        if not self.has_work:
-            self._end_round(now)
+        self._end_idle_round()
 
     def _end_idle_round(self) -> None:
         """End a round that has lost its last branch, so that idle time is not counted."""
         if not self.has_work:
-            self._end_round(time.perf_counter())
-
-    def _cut_round(self) -> None:
-        """End a round that is still being drafted when the next outcomes arrive."""
-        if self._round_began is not None:
-            self.counters["draft_rounds_cut"] += 1
-            self._end_round(time.perf_counter())
-
-    def _end_round(self, now: float) -> None:
-        """Count a round: it ends with its last branch, or when the next outcomes arrive."""
-        if self._round_began is not None:
-            self.counters["draft_rounds"] += 1
-            self.counters["draft_round_seconds"] += now - self._round_began
-            self._round_began = None
+            self._tally.end_round()

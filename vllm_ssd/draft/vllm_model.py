@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -19,11 +19,11 @@ from vllm_ssd import compat
 from vllm_ssd.core.arrays import Int32Array
 from vllm_ssd.draft.buffers import Buffers, HostBuffers, fill_on_host, runner_buffers
 from vllm_ssd.draft.choosing import Chooser
+from vllm_ssd.draft.forward import Forward, attention_metadata, last_hidden_states
 from vllm_ssd.draft.graphs import Padded, capture_sizes, pad
 from vllm_ssd.draft.head import select_head_rows
 from vllm_ssd.draft.inputs import (
     DeviceInputs,
-    HostInputs,
     after_last_step,
     fill_slots,
     host_inputs,
@@ -141,9 +141,9 @@ class VllmDraftModel:
             if len(changes.sources):
                 copy_kv_blocks(self._runner.kv_caches, self.num_blocks, *changes[:2])
             forward = self._prepare(changes, sequences)
-        hidden = self._forward(forward)
+        hidden = last_hidden_states(forward, self._runner.model, self.config)
         logits = self._runner.model.compute_logits(hidden)[:, : self._num_logits]
-        if self._host is not None:
+        if not self.lookahead:
             return Done(self._chooser.on_host(logits, sequences.sampling))
         chosen = self._chooser.on_device(logits, sequences.sampling)
         self._next_tokens[forward.rows] = chosen.next_tokens
@@ -165,7 +165,7 @@ class VllmDraftModel:
         finally:
             self._inputs_copied.record()
 
-    def _prepare(self, changes: BlockChanges, sequences: Sequences) -> _Forward:
+    def _prepare(self, changes: BlockChanges, sequences: Sequences) -> Forward:
         """Bring a step's inputs to the device and build the attention's metadata."""
         if self._host is not None:
             return self._prepare_on_host(self._host, changes, sequences)
@@ -187,19 +187,19 @@ class VllmDraftModel:
             tables[inputs.changed_rows, inputs.changed_columns] = inputs.changed_blocks
         used = int(host.lens.max() - 1) // self.block_size + 1
         buffers = self._fill(inputs, padded, used)
-        return _Forward(
+        return Forward(
             mode,
             descriptor,
             padded,
             buffers,
-            self._attention_metadata(buffers, host, padded, max_query),
+            attention_metadata(self._runner, buffers, host, padded, max_query),
             inputs.rows,
             buffers.starts[1 : count + 1] - 1 if total > count else slice(count),
         )
 
     def _prepare_on_host(
         self, host: HostBuffers, changes: BlockChanges, sequences: Sequences
-    ) -> _Forward:
+    ) -> Forward:
         """As :meth:`_prepare` on CPU, where there are no graphs and nothing is padded."""
         from vllm.config import CUDAGraphMode
         from vllm.forward_context import BatchDescriptor
@@ -209,12 +209,12 @@ class VllmDraftModel:
         padded = Padded(total, count, total)
         buffers = self._buffers.cut(padded)
         max_query = int(sequences.query_lens.max())
-        return _Forward(
+        return Forward(
             CUDAGraphMode.NONE,
             BatchDescriptor(total),
             padded,
             buffers,
-            self._attention_metadata(buffers, filled, padded, max_query),
+            attention_metadata(self._runner, buffers, filled, padded, max_query),
             torch.from_numpy(sequences.rows),
             buffers.starts[1:] - 1 if total > count else slice(count),
         )
@@ -250,63 +250,6 @@ class VllmDraftModel:
             buffers.slots[total:] = PAD_SLOT_ID  # padding writes no KV
         return buffers
 
-    def _attention_metadata(
-        self, buffers: Buffers, host: HostInputs, padded: Padded, max_query: int
-    ) -> dict[str, Any]:
-        """The metadata of each attention layer, by its name."""
-        from vllm.v1.attention.backend import CommonAttentionMetadata
-
-        common = CommonAttentionMetadata(
-            query_start_loc=buffers.starts,
-            query_start_loc_cpu=torch.from_numpy(host.starts),
-            seq_lens=buffers.lens,
-            seq_lens_cpu_upper_bound=torch.from_numpy(host.lens),
-            num_reqs=padded.sequences,
-            num_actual_tokens=padded.attended,
-            max_query_len=max_query,
-            max_seq_len=int(host.lens.max()),
-            block_table_tensor=buffers.tables,
-            slot_mapping=buffers.slots,
-            causal=True,
-            positions=buffers.positions[: padded.attended],
-        )
-        per_layer: dict[str, Any] = {}
-        for group in self._runner.attn_groups[0]:
-            per_layer.update(dict.fromkeys(group.layer_names, group.build_metadata(common)))
-        return per_layer
-
-    def _forward(self, forward: _Forward) -> torch.Tensor:
-        """Hidden states of each sequence's last query token, ``[n, width]``."""
-        from vllm.forward_context import set_forward_context
-
-        buffers = forward.buffers
-        with set_forward_context(
-            forward.metadata,
-            self.config,
-            num_tokens=forward.padded.tokens,
-            cudagraph_runtime_mode=forward.mode,
-            batch_descriptor=forward.descriptor,
-            slot_mapping=dict.fromkeys(forward.metadata, buffers.slots),
-        ):
-            hidden = self._runner.model(input_ids=buffers.ids, positions=buffers.positions)
-        last: torch.Tensor = hidden[forward.last]
-        return last
-
     def shutdown(self) -> None:
         """Release the worker."""
         self._worker.shutdown()
-
-
-class _Forward(NamedTuple):
-    """A forward that is ready to run."""
-
-    mode: Any
-    """Which kind of CUDA graph it replays."""
-    descriptor: Any
-    """Which one."""
-    padded: Padded
-    buffers: Buffers
-    metadata: dict[str, Any]
-    rows: torch.Tensor
-    last: torch.Tensor | slice
-    """Where each sequence's last query token is."""

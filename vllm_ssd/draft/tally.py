@@ -1,0 +1,80 @@
+"""The draft's counters: its steps, its rounds, and what they took."""
+
+from __future__ import annotations
+
+import time
+
+from vllm_ssd.draft.pipeline import Taken
+
+COUNTERS = (
+    "draft_steps",
+    "draft_step_seconds",
+    "draft_python_seconds",
+    "draft_rows",
+    "draft_plan_seconds",
+    "draft_rounds",
+    "draft_rounds_cut",
+    "draft_round_seconds",
+    "draft_forks",
+    "draft_given_up",
+    "draft_prefill_tokens",
+    "draft_narrowed",
+    "draft_evictions",
+)
+
+
+class Tally:
+    """Counts steps and rounds. A round ends with its last branch, or when it is cut."""
+
+    def __init__(self) -> None:
+        self.counters: dict[str, float] = dict.fromkeys(COUNTERS, 0.0)
+        self._counted = 0.0
+        """When the newest step was counted."""
+        self._round_began: float | None = None
+
+    def reset(self) -> None:
+        """The round under way is not counted."""
+        self._round_began = None
+
+    def plan(self, seconds: float) -> None:
+        """What it took to follow outcomes and to plan and fork the next trees."""
+        self.counters["draft_plan_seconds"] += seconds
+
+    def step(self, taken: Taken, model_seconds: float) -> float:
+        """Count a step.
+
+        Args:
+            taken: the step.
+            model_seconds: what launches and waits have taken since the start.
+
+        Returns:
+            The seconds it took.
+        """
+        now = time.perf_counter()
+        # A step launched ahead has the device to itself only after the one before.
+        seconds = now - max(taken.began, self._counted)
+        self._counted = now
+        counters = self.counters
+        counters["draft_steps"] += 1
+        counters["draft_rows"] += taken.decoded
+        counters["draft_prefill_tokens"] += taken.prefilled
+        counters["draft_step_seconds"] += seconds
+        counters["draft_python_seconds"] = counters["draft_step_seconds"] - model_seconds
+        return seconds
+
+    def begin_round(self, began: float) -> None:
+        """A round has begun, at this time of ``time.perf_counter``."""
+        self._round_began = began
+
+    def cut_round(self) -> None:
+        """End a round that is still being drafted when the next outcomes arrive."""
+        if self._round_began is not None:
+            self.counters["draft_rounds_cut"] += 1
+            self.end_round()
+
+    def end_round(self) -> None:
+        """Count the round under way, if there is one."""
+        if self._round_began is not None:
+            self.counters["draft_rounds"] += 1
+            self.counters["draft_round_seconds"] += time.perf_counter() - self._round_began
+            self._round_began = None
