@@ -23,6 +23,9 @@ _TRIALS_SHARE = 0.002
 1 %."""
 _TRIES_EVERY = 32
 """Rounds from one of these trials to the next at least, so that usual rounds stay the rule."""
+_MAY_TRY_EVERY = 8
+"""The same while little is known. Not in the next round: what a trial has cost depends on tokens
+that may be found again then."""
 _LEARNS_EVERY = 8
 """One round in so many is learned from with ``_MANY`` requests: that takes microseconds each."""
 _MANY = 5
@@ -191,7 +194,7 @@ class Decisions:
         self._rounds += 1
         # By what is known before the round: no chance of a token has a part in it.
         due = again or self._rounds - self._tried_at >= _TRIES_EVERY
-        vague = pace.times.vague(pace.requests)
+        vague = self._rounds % _MAY_TRY_EVERY == 0 and pace.times.vague(pace.requests)
         if (due or vague) and pace.rate and self._credit.ready(pace.clock):
             if due:
                 self._tried_at = self._rounds
@@ -237,8 +240,8 @@ class Decisions:
             counts = [
                 count if its else min(count, half) for count, its in zip(chosen, late, strict=True)
             ]
-            lost = (self._depth - half) * len(look_ups) * lengths.onward.chance
-            self._credit.spend(pace.clock, lost / pace.rate)
+            if fewer := sum(chosen) - sum(counts):
+                self._credit.spend(pace.clock, fewer * lengths.onward.chance / pace.rate)
         total = sum(counts)
         for each, count in zip(look_ups, counts, strict=True):
             each.chosen = count
