@@ -25,6 +25,16 @@ def yielded(chances: Sequence[Sequence[float]], counts: Sequence[int]) -> float:
     return len(chances) + sum(sum(accumulate(of[:count], mul)) for of, count in pairs)
 
 
+def choose(
+    lengths: Lengths, stated: Sequence[Sequence[float]], price: float, once: float, depth: int
+) -> list[int]:
+    """Both rules."""
+    firsts = [of[0] for of in stated if of]
+    if not lengths.pays(firsts, price, once, depth):
+        return [0] * len(stated)
+    return lengths.choose(stated, price)
+
+
 @settings(max_examples=200)
 @given(
     st.lists(a_request, min_size=1, max_size=4),
@@ -39,7 +49,7 @@ def test_repeated_it_leads_to_the_best_choice(
 
     lengths, now = Lengths(), rate([0] * len(stated))
     for _ in range(20):
-        now = rate(lengths.choose(stated, now * each, 0.0, K))
+        now = rate(lengths.choose(stated, now * each))
     every = product(*(range(len(of) + 1) for of in stated))
     assert now == pytest.approx(max(map(rate, every)))
 
@@ -70,7 +80,7 @@ def test_it_gets_within_a_hundredth_of_the_best_cut(
     for number, stated in enumerate(rounds):
         now = tokens / seconds if seconds else 0.0
         once = now * (forecast.base - forecast.plain)
-        counts = lengths.choose(stated, now * each, once, K)
+        counts = choose(lengths, stated, now * each, once, K)
         one, of = yielded(stated, counts), took(counts)
         tokens += 0.1 * (one - tokens)
         seconds += 0.1 * (of - seconds)
@@ -81,13 +91,13 @@ def test_it_gets_within_a_hundredth_of_the_best_cut(
 
 
 def test_nothing_is_verified_where_a_plain_step_yields_more() -> None:
-    assert Lengths().choose([[0.3, 0.1]], 0.05, 0.6, 2) == [0]
-    assert Lengths().choose([[0.9, 0.8]], 0.05, 0.6, 2) == [2]
-    assert Lengths().choose([[0.9, 0.8], [0.1], []], 0.2, 0.6, 2) == [2, 0, 0]
+    assert choose(Lengths(), [[0.3, 0.1]], 0.05, 0.6, 2) == [0]
+    assert choose(Lengths(), [[0.9, 0.8]], 0.05, 0.6, 2) == [2]
+    assert choose(Lengths(), [[0.9, 0.8], [0.1], []], 0.2, 0.6, 2) == [2, 0, 0]
 
 
 def test_everything_is_verified_while_the_price_is_not_known() -> None:
-    assert Lengths().choose([[0.5] * 6, [], [0.01]], 0.0, 0.0, 6) == [6, 0, 1]
+    assert choose(Lengths(), [[0.5] * 6, [], [0.01]], 0.0, 0.0, 6) == [6, 0, 1]
 
 
 @settings(max_examples=500)
@@ -107,7 +117,7 @@ def test_what_follows_a_sampled_token_does_not_decide_whether_it_is_verified(
     at = data.draw(st.integers(0, len(stated[request]) - 1))
     changed = [list(of) for of in stated]
     changed[request][at + 1 :] = others
-    before, after = (Lengths().choose(of, price, once, K) for of in (stated, changed))
+    before, after = (choose(Lengths(), of, price, once, K) for of in (stated, changed))
     assert (before[request] > at) == (after[request] > at)
     # Nor does it decide about other requests.
     assert before[:request] + before[request + 1 :] == after[:request] + after[request + 1 :]
@@ -120,8 +130,8 @@ def test_what_usually_follows_a_first_token_is_learned() -> None:
         bad.observe([Verified([0.8, 0.5, 0.5], 1)])
     assert good.onward.chance > 0.9
     assert bad.onward.chance < 0.1
-    assert good.choose([[0.8, 0.5, 0.5]], 0.1, 1.2, 3) == [3]
-    assert bad.choose([[0.8, 0.5, 0.5]], 0.1, 1.2, 3) == [0]
+    assert choose(good, [[0.8, 0.5, 0.5]], 0.1, 1.2, 3) == [3]
+    assert choose(bad, [[0.8, 0.5, 0.5]], 0.1, 1.2, 3) == [0]
 
 
 @pytest.mark.parametrize("chance", [float("nan"), float("inf"), -1.0, 2.0])
@@ -131,5 +141,5 @@ def test_no_chance_breaks_the_choice(chance: float) -> None:
         stated = [0.5] * 3
         stated[at] = chance
         for once in (0.0, 1.0):
-            assert 0 <= lengths.choose([stated], 0.1, once, 3)[0] <= 3
+            assert 0 <= choose(lengths, [stated], 0.1, once, 3)[0] <= 3
     lengths.observe([Verified([chance, 0.5], 1)])

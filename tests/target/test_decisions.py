@@ -243,6 +243,27 @@ def test_tokens_from_the_text_do_not_keep_a_proposal_from_being_learned_from() -
     assert engine.decisions.lengths[False].correction.of(0.9) < 0.4
 
 
+@pytest.mark.parametrize("once", [0.0, 0.02])
+def test_waiting_does_not_decide_whether_what_was_found_before_is_verified(once: float) -> None:
+    """Whether the target waits depends on later chances, and these on which token was sampled."""
+    engine = Engine(3, 0.030, 0.030 + once, 0.001)
+    for number in range(400):
+        engine.step()
+        look_ups = [
+            LookUp(row, request, [0], 20, DEPTH, engine._below())
+            for row, request in enumerate(engine.requests)
+        ]
+        look_ups[1].below = Below(Where.FOUND, 0, [], False, [])
+        engine.decisions.begin(look_ups)
+        engine.decisions.choose([look_ups[0], look_ups[2]])
+        at_once = look_ups[0].chosen
+        for each in look_ups[:2]:
+            each.before = each.below
+        look_ups[1].below = engine._below()
+        engine.decisions.choose(look_ups[:2])
+        assert look_ups[0].chosen == at_once, number
+
+
 class AlwaysOn(Decisions):
     def decide(self, switch: Switch) -> bool:
         return True

@@ -41,19 +41,13 @@ class Lengths:
         self.onward = Acceptance()
         """Of the tokens after a request's first."""
 
-    def choose(
-        self, stated: Sequence[Sequence[float]], price: float, once: float, depth: int
-    ) -> list[int]:
-        """How many of each request's drafted tokens to verify.
+    def choose(self, stated: Sequence[Sequence[float]], price: float) -> list[int]:
+        """How many of each request's drafted tokens to verify, if any are verified at all.
 
         Args:
             stated: for each request the chances of its tokens, as in :class:`Verified`.
             price: of verifying one more token, in tokens; 0.0 if it is not known.
-            once: what a verification costs besides, in tokens.
-            depth: K.
         """
-        if once > 0.0 and not self._pays(stated, price, once, depth):
-            return [0] * len(stated)
         least = self.correction.least(price)
         counts: list[int] = []
         for chances in stated:
@@ -66,13 +60,20 @@ class Lengths:
             counts.append(count)
         return counts
 
-    def _pays(
-        self, stated: Sequence[Sequence[float]], price: float, once: float, depth: int
-    ) -> bool:
-        """Whether a verification usually brings ``once`` where first tokens have such chances."""
-        onward, correct, surplus = self.onward.chance, self.correction.of, 0.0
-        for chances in stated:
-            reached = correct(chances[0]) if chances else 0.0
+    def pays(self, firsts: Sequence[float], price: float, once: float, depth: int) -> bool:
+        """Whether a verification usually brings what it costs beyond the price of its tokens.
+
+        Args:
+            firsts: for each request with drafted tokens the chance of the first one.
+            price: as above.
+            once: what a verification costs besides, in tokens.
+            depth: K.
+        """
+        if once <= 0.0:
+            return True
+        onward, surplus = self.onward.chance, 0.0
+        for first in firsts:
+            reached = self.correction.of(first)
             for _ in range(depth):
                 if not reached > price:
                     break

@@ -23,6 +23,9 @@ _TRIALS_SHARE = 0.002
 1 %."""
 _TRIES_EVERY = 32
 """Rounds from one of these trials to the next at least, so that usual rounds stay the rule."""
+_MAY_TRY_EVERY = 8
+"""The same while little is known. Not in the next round: what a trial has cost depends on tokens
+that may be found again then."""
 _LEARNS_EVERY = 8
 """One round in so many is learned from with ``_MANY`` requests: that takes microseconds each."""
 _MANY = 5
@@ -84,8 +87,10 @@ class Decisions:
         """Proposals of the round under way, by the request's handle."""
         self._verified: list[tuple[Lengths, Verified]] = []
         """Such proposals, verified, and what has chosen their lengths."""
-        self._verifies = False
-        """Whether anything is verified in the round under way."""
+        self._verifies = True
+        """Whether tokens found at once are verified in the round under way."""
+        self._depth = 0
+        """The most tokens that a request can use in that round."""
         self._credit = Credit(_TRIALS_SHARE)
         self._full = self._half = False
         """Whether this round tries all tokens, or half as many."""
@@ -172,7 +177,11 @@ class Decisions:
     # ---- how many tokens
 
     def begin(self, look_ups: Sequence[LookUp]) -> None:
-        """A round that speculates: note how the last proposals ended."""
+        """A round that speculates: note how the last proposals ended, decide what all depends on.
+
+        Args:
+            look_ups: all of the batch, looked up.
+        """
         pace = self._pace
         gained = self._note_accepted(look_ups) if self._watched else 0
         again = False
@@ -180,12 +189,12 @@ class Decisions:
             lost = self._cost - gained / pace.rate
             again = lost < 0.0  # perhaps the draft has become better
             self._credit.spend(pace.clock, max(0.0, lost))
-        self._verifies = self._full = self._half = False
+        self._full = self._half = False
         self._cost = 0.0
         self._rounds += 1
         # By what is known before the round: no chance of a token has a part in it.
         due = again or self._rounds - self._tried_at >= _TRIES_EVERY
-        vague = pace.times.vague(pace.requests)
+        vague = self._rounds % _MAY_TRY_EVERY == 0 and pace.times.vague(pace.requests)
         if (due or vague) and pace.rate and self._credit.ready(pace.clock):
             if due:
                 self._tried_at = self._rounds
@@ -193,6 +202,17 @@ class Decisions:
                 self._full = again or bool(self._trials % 2)
             self._half = not self._full
             self._stats.rounds_full += self._full
+        switch = self._switch
+        # A probe tries to verify: else it would say nothing of speculation.
+        probes = switch is None or switch.on != switch.usually
+        self._depth = max([each.wanted for each in look_ups], default=0)
+        self._verifies = probes or self._pays([each.below.chances for each in look_ups])
+
+    def _pays(self, stated: Sequence[Sequence[float]]) -> bool:
+        """Whether a verification of tokens with such chances usually pays."""
+        lengths, pace = self.lengths[self.sampled], self._pace
+        firsts = [chances[0] for chances in stated if chances]
+        return lengths.pays(firsts, pace.price, pace.once, self._depth)
 
     def choose(self, look_ups: Sequence[LookUp]) -> None:
         """Set how many of the tokens found are verified, for each request.
@@ -202,28 +222,27 @@ class Decisions:
         """
         lengths, pace = self.lengths[self.sampled], self._pace
         stated = [each.below.chances[: max(0, each.wanted)] for each in look_ups]
-        depth = max([each.wanted for each in look_ups], default=0)
-        switch = self._switch
-        # A probe tries to verify: else it would say nothing of speculation.
-        free = self._verifies or switch is None or switch.on != switch.usually
-        chosen = lengths.choose(stated, pace.price, 0.0 if free else pace.once, depth)
+        chosen = lengths.choose(stated, pace.price)
+        # Whether a request was waited for may depend on the chances of all its tokens, so it must
+        # not decide about the tokens found before.
+        late = [each.before is not None and not each.before.drafted for each in look_ups]
+        if not self._verifies:
+            pays = self._pays([of for of, its in zip(stated, late, strict=True) if its])
+            chosen = [count * (its and pays) for count, its in zip(chosen, late, strict=True)]
         counts = chosen
         if self._full:
             counts = [len(of) for of in stated]
             if more := sum(counts) - sum(chosen):
-                nothing_else = not self._verifies and not any(chosen)
-                before = pace.forecast.plain if nothing_else else pace.forecast.base
+                before = pace.forecast.base if any(chosen) else pace.forecast.plain
                 self._cost += pace.forecast.of(more) - before
         elif self._half:
-            most = (depth + 1) // 2
+            half = (self._depth + 1) // 2
             counts = [
-                count if each.before is not None else min(count, most)
-                for each, count in zip(look_ups, chosen, strict=True)
-            ]  # those that were waited for are not wasted
+                count if its else min(count, half) for count, its in zip(chosen, late, strict=True)
+            ]
             if fewer := sum(chosen) - sum(counts):
                 self._credit.spend(pace.clock, fewer * lengths.onward.chance / pace.rate)
         total = sum(counts)
-        self._verifies = self._verifies or total > 0
         for each, count in zip(look_ups, counts, strict=True):
             each.chosen = count
         self._stats.tokens_found += sum(map(len, stated))

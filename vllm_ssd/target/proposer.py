@@ -211,14 +211,12 @@ class SSDProposer:
         messages = self._announce_again(unknown, batch)
 
         look_up(look_ups, batch, client.published)
-        self.decisions.begin(look_ups)
         short = lacking(look_ups)
-        waited: list[LookUp] = []
-        if short:
-            if not self._waiting.for_branches(look_ups, batch, client, began):
-                stats.missed("resync", len(look_ups))
-                return ()
-            waited = self._waiting.begin(short, client)
+        if short and not self._waiting.for_branches(look_ups, batch, client, began):
+            stats.missed("resync", len(look_ups))
+            return ()
+        self.decisions.begin(look_ups)
+        waited = self._waiting.begin(short, client) if short else []
         at_once = [each for each in look_ups if each.before is None] if waited else look_ups
         self._answer(at_once)
         if short:

@@ -156,7 +156,7 @@ class Waiting:
                 now = time.perf_counter()
             if patience > worth:
                 # A trial: what comes in time after all costs nothing.
-                self._credit.spend(self._pace.clock, now - since - worth * more)
+                self._credit.spend(self._pace.clock, max(0.0, now - since - worth * more))
             if not more:
                 if missing:
                     delay.missed(now - since)
