@@ -196,6 +196,8 @@ class Pipeline:
 
     def _next_chunks(self, decoding: int) -> list[tuple[Request, int]]:
         """Which requests catch up with their text in this step, and by how many tokens."""
+        if not self._allocator.catching_up:
+            return []
         waiting = list(self._allocator.catching_up.values())
         if self._allocator.awaited:
             first = self._awaited_prompts()

@@ -40,6 +40,9 @@ class Grown(NamedTuple):
     """``[sampled, N]``, ... and its probabilities, q'."""
 
 
+_NO_CHANGES = BlockChanges.of_tables(np.zeros(0, np.int32), np.zeros((0, 0), np.int32))
+
+
 class TableChanges:
     """Changes of the rows' block tables that the model does not have yet."""
 
@@ -74,6 +77,8 @@ class TableChanges:
 
     def take(self) -> BlockChanges:
         """All of them, without copies of blocks; nothing is left afterwards."""
+        if not self._entries and not self._trunks:
+            return _NO_CHANGES
         latest = {
             (row, column): block
             for row, changes in self._entries.items()
