@@ -144,6 +144,9 @@ def check_trees_agree(sim: Simulation) -> None:
         assert paths(ours, copy) == paths(theirs, tree)
         for row in [tree.trunk, *sim.engine.allocator.requests[handle].forks]:
             assert ours.ended[row] == theirs.ended[row]
+            first, length = int(row != tree.trunk), int(theirs.length[row])
+            chances = [cache.chance[row, first:length].tolist() for cache in (ours, theirs)]
+            assert chances[0] == chances[1]
 
 
 def check_rows(sim: Simulation) -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -56,7 +57,8 @@ def test_a_stopped_draft_costs_one_wait_until_it_answers(
         decoding.steps(12)
         after = stats(waiting_engine)
     finally:
-        os.kill(pid, signal.SIGCONT)
+        with suppress(ProcessLookupError):  # on a busy machine it may have been replaced by now
+            os.kill(pid, signal.SIGCONT)
     # What it had sent before may still end one wait.
     assert after["waits"] - before["waits"] <= 2
     assert after["waits_in_vain"] - before["waits_in_vain"] <= 1
