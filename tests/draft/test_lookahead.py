@@ -34,7 +34,7 @@ def test_trees_are_exact_and_resources_balance_with_steps_launched_ahead() -> No
     run_state_machine_as_test(
         LookingAhead,
         settings=settings(
-            max_examples=60,
+            max_examples=25,
             stateful_step_count=40,
             report_multiple_bugs=False,
             suppress_health_check=list(HealthCheck),
