@@ -137,7 +137,7 @@ def test_long_texts_are_announced_in_turn(pair: Pair, monkeypatch: pytest.Monkey
         assert stats["hits"] > len(MIXED_LENGTHS)
 
 
-@pytest.mark.parametrize("hook", ["_notices.scheduled", "_wait", "_notices.verified"])
+@pytest.mark.parametrize("hook", ["_notices.scheduled", "_answer", "_notices.verified"])
 def test_errors_of_the_plugin_cost_hits_and_one_line_of_the_log(
     pair: Pair, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, hook: str
 ) -> None:
