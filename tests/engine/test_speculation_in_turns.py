@@ -10,7 +10,7 @@ from tests.engine.harness import Job, Pair, Spec, assert_identical, difference, 
 
 
 def test_text_is_plain_vllms_while_speculation_goes_off_and_on(
-    start_pair: Callable[[Spec], Pair],
+    start_pair: Callable[[Spec], Pair], stop_pair: Callable[[], None]
 ) -> None:
     pair = start_pair(SPECS["near"])
     jobs = [Job(prompt(10 + 9 * i, i), greedy(120), arrives=4 * i) for i in range(16)]
@@ -25,6 +25,7 @@ def test_text_is_plain_vllms_while_speculation_goes_off_and_on(
     finally:
         drafter.decisions = usual
     grown = difference(pair.ssd.stats(), before)
+    stop_pair()  # it is the last test of its folder
     assert_identical(jobs, expected, found)
     assert grown["rounds_off"] > 50
     assert grown["tokens_accepted"] > 20
