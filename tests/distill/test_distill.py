@@ -130,6 +130,7 @@ def test_more_passes_go_on_from_the_last_step(distillation: Distillation, said: 
     assert distillation.curve()[-1]["step"] > steps
 
 
+@pytest.mark.slow
 def test_a_draft_is_trained_further(distillation: Distillation, said: str, tmp_path: Path) -> None:
     texts = tmp_path / "texts.jsonl"  # alone, without the labels that were beside it
     shutil.copy(distillation.out / "work" / "answers-prompts.jsonl", texts)

@@ -136,10 +136,10 @@ SIZES = Sizes(vocab_size=VOCABULARY, max_rows=200, num_blocks=800, sampled_from=
     [
         (1.0, "probabilistic", 1.0, False),
         (0.6, "probabilistic", 1.0, True),
-        (0.5, "probabilistic", 0.3, True),
-        (1.5, "probabilistic", 0.0, False),
+        pytest.param(0.5, "probabilistic", 0.3, True, marks=pytest.mark.slow),
+        pytest.param(1.5, "probabilistic", 0.0, False, marks=pytest.mark.slow),
         (0.7, "auto", -1.0, True),
-        (1.0, "greedy", 1.0, False),
+        pytest.param(1.0, "greedy", 1.0, False, marks=pytest.mark.slow),
     ],
 )
 def test_answers_are_distributed_as_the_targets_own(

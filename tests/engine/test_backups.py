@@ -28,7 +28,7 @@ def check(
     return pair.check_identical(jobs)
 
 
-@pytest.mark.parametrize("draft", ["near", "random"])
+@pytest.mark.parametrize("draft", ["near", pytest.param("random", marks=pytest.mark.slow)])
 def test_waiting_for_the_draft(start_pair: Callable[[Spec], Pair], draft: str) -> None:
     stats = check(start_pair, draft, backup="draft", max_wait_ms=LONG_WAIT_MS)
     assert stats["waits"] > 20
@@ -59,6 +59,7 @@ def test_nothing(start_pair: Callable[[Spec], Pair]) -> None:
     assert stats["waits"] == stats["ngram_proposals"] == 0
 
 
+@pytest.mark.slow
 def test_a_bound_holds_what_pays(start_pair: Callable[[Spec], Pair]) -> None:
     stats = check(start_pair, backup="draft", max_wait_ms=1.0, draft="itself")
     assert stats["waits"] > 0

@@ -21,7 +21,7 @@ from tests.tiny_models import TinyModels
 BOUND_SECONDS = 3.0
 
 
-@pytest.fixture(scope="module", params=["draft", "auto"])
+@pytest.fixture(scope="module", params=["draft", pytest.param("auto", marks=pytest.mark.slow)])
 def waiting_engine(
     request: pytest.FixtureRequest, tiny_pair: TinyModels, plain_answers: list[list[int]]
 ) -> Iterator[LLM]:
