@@ -63,9 +63,9 @@ def words(*token_ids: int) -> str:
 def _make(folder: Path) -> None:
     import torch
 
-    target = _random_llama(layers=4, seed=0)
+    target = random_llama(layers=4, seed=0)
     target.save_pretrained(folder / "target")
-    _random_llama(layers=2, seed=1).save_pretrained(folder / "draft")
+    random_llama(layers=2, seed=1).save_pretrained(folder / "draft")
 
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
@@ -79,20 +79,23 @@ def _make(folder: Path) -> None:
         tokenizer.save_pretrained(folder / name)
 
 
-def _random_llama(layers: int, seed: int) -> Any:
+def random_llama(
+    layers: int, seed: int, vocab_size: int = VOCABULARY, max_positions: int = MAX_POSITIONS
+) -> Any:
+    """A Llama with random weights, float32."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=vocab_size,
         hidden_size=HIDDEN,
         intermediate_size=2 * HIDDEN,
         num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=2,
         head_dim=HIDDEN // 2,
-        max_position_embeddings=MAX_POSITIONS,
+        max_position_embeddings=max_positions,
         bos_token_id=BOS,
         eos_token_id=EOS,
         pad_token_id=0,

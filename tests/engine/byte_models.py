@@ -28,14 +28,21 @@ def byte_models(models: TinyModels, folder: Path) -> TinyModels:
 
 def byte_tokenizer() -> Any:
     """All bytes, then pairs of letters up to the models' vocabulary."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+    from tokenizers import pre_tokenizers
 
     pairs = (a + b for a, b in itertools.product(string.ascii_lowercase, repeat=2))
     pieces = itertools.chain(sorted(pre_tokenizers.ByteLevel.alphabet()), pairs)
     vocabulary = {"<unk>": 0, "<s>": BOS, "</s>": EOS}
     vocabulary |= {p: i for i, p in zip(range(3, VOCABULARY), pieces, strict=False)}
     merges = [(p[0], p[1]) for p in vocabulary if len(p) == 2]
+    return of_bytes(vocabulary, merges)
+
+
+def of_bytes(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> Any:
+    """A tokenizer of bytes, some pairs of which are tokens of their own."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

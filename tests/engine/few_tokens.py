@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from tests.tiny_models import BOS, EOS, NOISE, TinyModels
+from tests.engine.byte_models import of_bytes
+from tests.tiny_models import BOS, EOS, NOISE, TinyModels, random_llama
 
 TOKENS = 24
-HIDDEN = 64
 LETTERS = string.ascii_lowercase[: TOKENS - 3]
 """The tokens from 3 on."""
 
@@ -34,40 +34,10 @@ def few_token_models(folder: Path) -> TinyModels:
 
 
 def _random_llama(layers: int, seed: int) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=TOKENS,
-        hidden_size=HIDDEN,
-        intermediate_size=2 * HIDDEN,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=HIDDEN // 2,
-        max_position_embeddings=128,
-        bos_token_id=BOS,
-        eos_token_id=EOS,
-        pad_token_id=0,
-        tie_word_embeddings=False,
-        initializer_range=0.2,
-    )
-    return LlamaForCausalLM(config).to(torch.float32)
+    return random_llama(layers, seed, vocab_size=TOKENS, max_positions=128)
 
 
 def _letter_tokenizer() -> Any:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
     vocabulary = {"<unk>": 0, "<s>": BOS, "</s>": EOS}
     vocabulary |= {letter: 3 + i for i, letter in enumerate(LETTERS)}
-    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        clean_up_tokenization_spaces=False,
-    )
+    return of_bytes(vocabulary, [])
