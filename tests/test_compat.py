@@ -344,7 +344,7 @@ def test_the_core_knows_nothing_of_vllm() -> None:
         "runner.execute_model_state",
         "self._runner.input_batch.num_reqs",
         "self._runner.input_batch.block_table[0].num_blocks_per_row",
-        "self.model_runner.speculative_config",
+        "self.model_runner.encoder_cache",
         "self._pool.reset_prefix_cache()",
         "self.vllm_config.lora_config",
         "def f(parallel: ParallelConfig):\n    parallel.node_rank",

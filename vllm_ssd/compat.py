@@ -99,18 +99,24 @@ TARGET: Names = {
         "_get_spec_decode_draft_probs(self spec_decode_metadata) "
         "propose_draft_token_ids(self scheduler_output)"
     ),
+    "vllm.v1.sample": "rejection_sampler",
+    "vllm.v1.sample.rejection_sampler": "RejectionSampler",
+    "vllm.v1.sample.rejection_sampler:RejectionSampler": (
+        "__init__(self sampler spec_config device) "
+        "forward(self metadata draft_probs logits sampling_metadata)"
+    ),
 }
 
 TARGET_ON_CPU: Names = {
     "vllm.utils.cpu_resource_utils": "parse_id_list(raw_str)",
     "vllm.v1.worker.cpu_worker": "CPUWorker",
-    "vllm.v1.sample": "rejection_sampler",
     "vllm.v1.sample.rejection_sampler": (
-        "_rejection_random_sample apply_sampling_constraints(logits cu_num_draft_tokens "
-        "sampling_metadata) expand_batch_to_tokens(x cu_num_tokens num_tokens replace_from "
-        "replace_to)"
+        "GREEDY_TEMPERATURE expand_batch_to_tokens(x cu_num_tokens num_tokens replace_from "
+        "replace_to) generate_uniform_probs(num_tokens num_draft_tokens generators device) "
+        "rejection_sample(draft_token_ids num_draft_tokens max_spec_len cu_num_draft_tokens "
+        "draft_probs target_logits bonus_token_ids sampling_metadata synthetic_mode "
+        "synthetic_conditional_rates use_fp64_gumbel)"
     ),
-    "vllm.v1.sample.rejection_sampler:_rejection_random_sample": "register_warmup",
 }
 
 WORKER = (
@@ -121,7 +127,10 @@ WORKER = (
     "model_runner.effective_drafter_max_model_len",
     "model_runner.input_batch.all_greedy",
     "model_runner.input_batch.req_ids",
+    "model_runner.rejection_sampler",
     "model_runner.requests",
+    "model_runner.sampler",
+    "model_runner.speculative_config",
     "parallel_config",
     "rank",
     "vllm_config",

@@ -17,7 +17,7 @@ from vllm_ssd.target.draft_setup import DraftPlan, plan_draft
 from vllm_ssd.target.handover import HandOver, most_bytes
 from vllm_ssd.target.memory import target_kv_bytes_per_token
 from vllm_ssd.target.proposer import SSDProposer
-from vllm_ssd.target.rejection import fix_cpu_rejection_sampler
+from vllm_ssd.target.rejection import RejectionSampler, fix_cpu_rejection_sampler
 
 if TYPE_CHECKING or not current_platform.is_cpu():
     from vllm.v1.worker.gpu_worker import Worker as PlatformWorker
@@ -70,6 +70,10 @@ class SSDWorker(PlatformWorker):
         compat.check_worker(self)
         if current_platform.is_cpu():
             fix_cpu_rejection_sampler()
+        runner = self.model_runner
+        runner.rejection_sampler = RejectionSampler(
+            runner.sampler, runner.speculative_config, runner.device
+        )
         proposer = self._proposer
         # Our draft model is elsewhere: vLLM need not keep K positions free for one in this process.
         self.model_runner.effective_drafter_max_model_len += proposer.depth
