@@ -166,3 +166,18 @@ def test_a_load_that_slows_all_arms_down_does_not_change_the_choice_for_long() -
         play(best, 60, lambda _: (3.0, 2.5), seed + 100)
         later = play(best, 300, lambda _: (3.0, 2.5), seed + 200)
         assert later.count(0) > 0.85 * len(later)
+
+
+def test_tokens_that_cost_more_than_they_bring_make_an_arm_worse() -> None:
+    def best(price: float) -> int:
+        best = BestArm(2, "seed")
+        for arm, tokens, drafted in ((0, 2, 1), (1, 3, 4)) * 20:
+            played = Block(arm)
+            for _ in range(BLOCK):
+                played.observe(tokens, drafted, 0.1, price)
+            best.observe(played)
+        chosen = [best.choose() for _ in range(20)]
+        return max(set(chosen), key=chosen.count)
+
+    assert best(0.0) == 1
+    assert best(0.5) == 0

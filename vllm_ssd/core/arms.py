@@ -99,7 +99,16 @@ class Block:
         skipped: how many of them do not count.
     """
 
-    __slots__ = ("_skipped", "arm", "counted", "drafted", "seconds", "tokens", "verifications")
+    __slots__ = (
+        "_skipped",
+        "arm",
+        "counted",
+        "drafted",
+        "gained",
+        "seconds",
+        "tokens",
+        "verifications",
+    )
 
     def __init__(self, arm: int, skipped: int = 0) -> None:
         self.arm = arm
@@ -109,7 +118,9 @@ class Block:
         self.counted = 0
         """Those that count."""
         self.tokens = 0
-        """What these have yielded ..."""
+        """What these have yielded, ..."""
+        self.gained = 0.0
+        """... less what it cost to verify their drafted tokens, ..."""
         self.seconds = 0.0
         """... and how long they took."""
         self.drafted = 0
@@ -124,24 +135,27 @@ class Block:
         """The block after this one."""
         return Block(arm, _SKIPPED if arm != self.arm else 0)
 
-    def observe(self, tokens: int, drafted: int, seconds: float) -> None:
+    def observe(self, tokens: int, drafted: int, seconds: float, price: float = 0.0) -> None:
         """Take in a verification.
 
         Args:
             tokens: what it yielded.
             drafted: how many drafted tokens it was of.
-            seconds: how long it took; 0.0 if that is not known: then it does not count.
+            seconds: how long it took; 0.0 if that is not known: then it does not count. Requests
+                verified together take it together, however many tokens are of each.
+            price: of verifying a drafted token, in tokens: what this request's cost the others.
         """
         self.verifications += 1
         if self.verifications > self._skipped and seconds:
             self.counted += 1
             self.tokens += tokens
+            self.gained += max(tokens - price * drafted, 0.1 * tokens)
             self.drafted += drafted
             self.seconds += seconds
 
 
 class BestArm:
-    """Learns which arm yields most tokens per second, at one level.
+    """Learns which arm yields most tokens per second, less what they cost, at one level.
 
     Args:
         arms: how many there are.
@@ -153,7 +167,7 @@ class BestArm:
         self._weight = [0.0] * arms
         """Blocks observed with each arm; older ones have faded."""
         self._rate = [0.0] * arms
-        """The mean of their tokens per second."""
+        """The mean of what they gained per second."""
         self._turn = 0
         self._in_turn = arms > 1
         """Until each arm has had its first blocks."""
@@ -166,7 +180,7 @@ class BestArm:
         if not block.drafted:
             return
         share = block.counted / BLOCK
-        rate, arm = block.tokens / block.seconds, block.arm
+        rate, arm = block.gained / block.seconds, block.arm
         fades = math.exp(-share / _MEMORY)
         self._weight = [weight * fades for weight in self._weight]
         before = self._weight[arm]

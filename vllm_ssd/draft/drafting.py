@@ -81,7 +81,11 @@ class Drafting:
         rows.weigh[trunk] = np.maximum(1, np.rint(self._forks[request.setting]))
 
     def observe(
-        self, requests: Sequence[Request], confirmed: Sequence[list[int]], seconds: float
+        self,
+        requests: Sequence[Request],
+        confirmed: Sequence[list[int]],
+        seconds: float,
+        price: float,
     ) -> None:
         """Take in verifications, before their outcomes are followed.
 
@@ -89,6 +93,7 @@ class Drafting:
             requests: those verified.
             confirmed: the new tokens of each.
             seconds: how long the verification took; 0.0 if that is not known.
+            price: of verifying one more token, in tokens.
         """
         for request, tokens in zip(requests, confirmed, strict=True):
             block = request.block
@@ -96,7 +101,7 @@ class Drafting:
                 continue
             if self._weighs and request.trunk != DORMANT:
                 self._count_forks(request)
-            block.observe(len(tokens), request.verified, seconds)
+            block.observe(len(tokens), request.verified, seconds, price)
             if block.full:
                 self._end(request, block)
                 self.begin(request)

@@ -153,7 +153,7 @@ class DraftEngine:
         requests, confirmed, proposed = self._unpack(message)
         # A verification without drafts, since speculation is off, says nothing of how to draft.
         verify_seconds = 0.0 if self._resting else message.verify_us * 1e-6
-        self._drafting.observe(requests, confirmed, verify_seconds)
+        self._drafting.observe(requests, confirmed, verify_seconds, message.price)
         self._learning.read(requests, confirmed)
         if not message.speculate:
             self._rounds.follow(requests, confirmed)

@@ -53,6 +53,8 @@ def check(message: ToDraft, bounds: Bounds) -> None:
             in_all = sum(confirmed.tolist()) + sum(max(0, count) for count in proposed.tolist())
             if in_all != len(tokens):
                 raise ValueError("counts that do not add up")
+            if not 0.0 <= message.price < math.inf:
+                raise ValueError(f"price {message.price}")
         case Proposed():
             counts, tokens = unpack(message.counts), unpack(message.tokens)
             _check_tokens(tokens, bounds)

@@ -94,7 +94,11 @@ class Notices:
         return messages
 
     def verified(
-        self, look_ups: Sequence[LookUp], verify_us: int, speculate: bool = True
+        self,
+        look_ups: Sequence[LookUp],
+        verify_us: int,
+        speculate: bool = True,
+        price: float = 0.0,
     ) -> Verified:
         """The message of a verification: what was confirmed, and what is proposed now.
 
@@ -123,6 +127,7 @@ class Notices:
             pack(tokens),
             verify_us,
             speculate,
+            price,
         )
 
     def proposed(self, look_ups: Sequence[LookUp]) -> Proposed:

@@ -222,7 +222,9 @@ class SSDProposer:
         if short:
             self._waiting.prolong([each for each in short if each.before is None], batch)
         if look_ups:
-            messages.append(notices.verified(look_ups, verify_us))
+            # Padding is verified as well: a token more costs nothing then.
+            price = 0.0 if self._pads else self.pace.price
+            messages.append(notices.verified(look_ups, verify_us, price=price))
         client.send(messages)
         if waited and not self._propose_later(waited, batch, began):
             stats.missed("resync", len(waited))

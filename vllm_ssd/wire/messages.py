@@ -146,6 +146,8 @@ class Verified(Message, frozen=True):
     """How long the last verification took (from one proposal to the next outcome); 0: unknown."""
     speculate: bool = True
     """False: nothing will be proposed after this verification; only the texts are kept."""
+    price: float = 0.0
+    """What verifying one more token costs the target, in tokens; 0.0 if that is not known."""
 
 
 class Proposed(Message, frozen=True):
