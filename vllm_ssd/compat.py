@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from typing import Any
 
@@ -47,8 +47,8 @@ TARGET: Names = {
         "get_num_experts(self) get_sliding_window(self) get_total_num_hidden_layers(self) "
         "get_total_num_kv_heads(self) get_vocab_size(self) hf_text_config hf_token "
         "is_attention_free is_encoder_decoder is_hybrid is_multimodal_model max_model_len model "
-        "original_max_model_len runner_type tokenizer tokenizer_revision trust_remote_code "
-        "try_get_generation_config(self) use_mla uses_mrope"
+        "original_max_model_len runner_type served_model_name tokenizer tokenizer_revision "
+        "trust_remote_code try_get_generation_config(self) use_mla uses_mrope"
     ),
     "vllm.config:ParallelConfig": (
         "assigned_physical_gpu_ids data_parallel_size distributed_executor_backend "
@@ -99,12 +99,20 @@ TARGET: Names = {
         "_get_spec_decode_draft_probs(self spec_decode_metadata) "
         "propose_draft_token_ids(self scheduler_output)"
     ),
+    "vllm.v1.metrics.loggers": "StatLoggerBase",
+    "vllm.v1.metrics.loggers:StatLoggerBase": (
+        "__init__(self vllm_config engine_index) log(self) log_engine_initialized(self) "
+        "record(self)"
+    ),
     "vllm.v1.sample": "rejection_sampler",
+    "vllm.v1.sample.metadata:SamplingMetadata": "all_greedy generators temperature",
     "vllm.v1.sample.rejection_sampler": "RejectionSampler",
     "vllm.v1.sample.rejection_sampler:RejectionSampler": (
         "__init__(self sampler spec_config device) "
         "forward(self metadata draft_probs logits sampling_metadata)"
     ),
+    "vllm.v1.sample.sampler:Sampler": "forward(self logits sampling_metadata predict_bonus_token)",
+    "vllm.v1.spec_decode.metadata:SpecDecodeMetadata": "max_spec_len",
 }
 
 TARGET_ON_CPU: Names = {
@@ -293,9 +301,17 @@ def check_worker(worker: Any) -> None:
 def check_draft() -> None:
     """Check what the draft process uses of vLLM. Raises as above."""
     _check(DRAFT)
-    moved = [_first_moved(names) for names in DRAFT_PLANNING]
-    if all(moved):
+    moved = _moved_planning()
+    if moved:
         raise _moved(moved[0])
+
+
+def all_moved() -> list[str]:
+    """Everything that vLLM has moved or changed, of what target and draft use."""
+    from vllm.platforms import current_platform
+
+    lists = [TARGET, DRAFT, *([TARGET_ON_CPU] if current_platform.is_cpu() else [])]
+    return [name for names in lists for name in _find_moved(names)] + _moved_planning()
 
 
 def check_draft_runner(runner: Any) -> None:
@@ -304,13 +320,18 @@ def check_draft_runner(runner: Any) -> None:
 
 
 def _check(names: Names) -> None:
-    moved = _first_moved(names)
-    if moved is not None:
+    for moved in _find_moved(names):
         raise _moved(moved)
 
 
-def _first_moved(names: Names) -> str | None:
-    """The first name that is not as listed, with its parameters if those differ; else None."""
+def _moved_planning() -> list[str]:
+    """What is missing of the first way to plan a KV cache; nothing if there is any way."""
+    ways = [list(_find_moved(names)) for names in DRAFT_PLANNING]
+    return ways[0] if all(ways) else []
+
+
+def _find_moved(names: Names) -> Iterator[str]:
+    """The names that are not as listed, with their parameters if those differ."""
     for place, listed in names.items():
         module_name, _, object_name = place.partition(":")
         try:
@@ -318,22 +339,23 @@ def _first_moved(names: Names) -> str | None:
         except ModuleNotFoundError as error:
             if error.name is None or not module_name.startswith(error.name):
                 raise  # what is missing is another package
-            return module_name
+            yield module_name
+            continue
         if object_name:
             owner = getattr(owner, object_name, None)
             if owner is None:
-                return f"{module_name}.{object_name}"
+                yield f"{module_name}.{object_name}"
+                continue
         for member, parameters in members(listed):
             name = f"{place.replace(':', '.')}.{member}"
             if not _has(owner, member):
-                return name
-            if parameters:
+                yield name
+            elif parameters:
                 found = list(inspect.signature(getattr(owner, member)).parameters)
                 first, _, by_name = parameters.partition("|")
                 wanted = first.split()
                 if found[: len(wanted)] != wanted or not set(by_name.split()) <= set(found):
-                    return f"{name}({', '.join(found)})"
-    return None
+                    yield f"{name}({', '.join(found)})"
 
 
 def members(listed: str) -> list[tuple[str, str]]:

@@ -86,7 +86,7 @@ def check(
     count = None if on_cpu or parallel.use_ray else current_platform.device_count()
     check_device(config.draft_device, current_platform.device_name, count)
     _check_parallelism(parallel)
-    _check_runner(async_scheduling)
+    check_runner(async_scheduling)
     draft = draft_model_config(config, target)
     check_load_format(config.draft_load_format, draft)
     check_draft(draft)
@@ -140,7 +140,15 @@ def _check_parallelism(parallel: ParallelConfig) -> None:
         )
 
 
-def _check_runner(async_scheduling: bool | None) -> None:
+def check_runner(async_scheduling: bool | None) -> None:
+    """Refuse settings of vLLM's with which it has no custom proposers.
+
+    Args:
+        async_scheduling: vLLM's option; None if it is not set.
+
+    Raises:
+        ValueError: names the setting.
+    """
     from vllm import envs
 
     if async_scheduling:

@@ -51,6 +51,28 @@ def serve(context: typer.Context) -> None:
 
 
 @app.command()
+def doctor(
+    target: Annotated[
+        str | None, typer.Argument(metavar="[MODEL", help="Folder or hub name of the target.")
+    ] = None,
+    draft: Annotated[
+        str | None, typer.Argument(metavar="DRAFT]", help="Folder or hub name of the draft.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Check the installation, the machine and, if given, a pair of models; load neither.
+
+    The exit status is 1 if SSD would refuse to start.
+    """
+    if (target is None) != (draft is None):
+        raise typer.BadParameter("name both models, or none", param_hint="MODEL DRAFT")
+    from vllm_ssd.cli.doctor import run
+
+    if not run(target, draft, as_json):
+        raise typer.Exit(1)
+
+
+@app.command()
 def models() -> None:
     """Print the folders of the demonstration's target and draft, after fetching what is missing."""
     from vllm_ssd.cli.models import demo_models
