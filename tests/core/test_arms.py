@@ -181,3 +181,16 @@ def test_tokens_that_cost_more_than_they_bring_make_an_arm_worse() -> None:
 
     assert best(0.0) == 1
     assert best(0.5) == 0
+
+
+def test_what_a_rejected_proposal_cost_counts_in_full() -> None:
+    # One or seven tokens of six drafted, or always three of two: 1.9 and 2.3 at a price of 0.35.
+    best = BestArm(2, "seed")
+    for _ in range(20):
+        risky, safe = Block(0), Block(1)
+        for turn in range(BLOCK):
+            risky.observe(1 + 6 * (turn % 2), 6, 0.1, 0.35)
+            safe.observe(3, 2, 0.1, 0.35)
+        best.observe(risky)
+        best.observe(safe)
+    assert [best.choose() for _ in range(20)].count(1) > 15

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.decisions import AtAPrice, InTurns
 from tests.engine.all_texts import AllTexts
 from tests.engine.few_tokens import LETTERS, TOKENS, few_token_models
 from tests.engine.harness import Engine
@@ -31,6 +32,8 @@ from tests.engine.sampled_runs import (
 )
 from tests.engine.wrong_draft import drafts_with
 from tests.tiny_models import EOS, TinyModels
+from vllm_ssd.target.decisions import Decisions
+from vllm_ssd.target.pace import Pace
 from vllm_ssd.target.waiting import Waiting
 
 FEW = 4_000
@@ -100,6 +103,15 @@ def test_what_vllm_refuses_with_speculation_is_refused_and_the_engine_lives_on(
     found = Sampled(weighing, 200, temperature=1.0)
     found.assert_sampled()
     assert min(exact.p_values(found.texts, found.params)) > SURELY_WRONG
+
+
+def test_custom_logits_processors_get_vllms_own_error(few: TinyModels) -> None:
+    processors = ["vllm.v1.sample.logits_processor.builtin:MinPLogitsProcessor"]
+    with (
+        pytest.raises(ValueError, match="not supported when speculative decoding is enabled"),
+        sampling_engine(few, "near", {"logits_processors": processors}),
+    ):
+        pass
 
 
 def test_first_choices_are_drafted_where_end_tokens_could_not_all_be_left_out(
@@ -182,12 +194,27 @@ def test_the_distribution_with_waits_that_pay_now_and_then(
     few: TinyModels, exact: AllTexts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # By what is measured they never would beside so small a target.
-    pays = itertools.cycle([True, True, True, True, False])
-    monkeypatch.setattr(Waiting, "_pays", lambda *_: next(pays))
-    monkeypatch.setattr(Waiting, "_worth", lambda *_: 0.3)
+    patience = itertools.cycle([0.3, 0.3, 0.3, 0.3, 0.0])
+    monkeypatch.setattr(Waiting, "_patience", lambda *_: (0.3, next(patience)))
     with sampling_engine(few, "near", {"max_num_seqs": 24}, backup="auto") as engine:
         stats = check(engine, exact, temperature=1.0).stats
         assert min(stats["waited_tokens"], stats["tokens_with_probabilities"]) > 200
+
+
+@slow
+@pytest.mark.parametrize("kind", [AtAPrice, InTurns])
+def test_the_distribution_where_it_is_decided_how_much_is_verified(
+    few: TinyModels, exact: AllTexts, monkeypatch: pytest.MonkeyPatch, kind: type[Decisions]
+) -> None:
+    # By what is measured nothing would ever be verified beside so small a target.
+    monkeypatch.setattr(Pace, "price", 0.35)
+    monkeypatch.setattr(Pace, "once", 0.5)
+    with sampling_engine(few, "near", saguaro_c=0.3) as engine:
+        drafter = engine.drafter
+        drafter.decisions = kind(drafter.requests, drafter.pace, drafter.stats)
+        found = check(engine, exact, temperature=1.0)
+        found.assert_sampled()
+        assert 0.1 < found.stats["tokens_chosen"] / found.stats["tokens_found"] < 0.9
 
 
 @slow

@@ -138,6 +138,24 @@ def test_a_placeholder_is_rejected(q: torch.Tensor | None) -> None:
 
 @needs_the_fix
 @pytest.mark.usefixtures("_in_a_worker")
+def test_a_token_that_cannot_have_been_sampled_is_rejected() -> None:
+    # An error of the hand-over: it costs a token, the text stays the target's.
+    assert verify([[3, 3], [3]], CERTAIN, torch.zeros(5)) == [[3], [3]]
+
+
+@needs_the_fix
+@pytest.mark.usefixtures("_in_a_worker")
+def test_ranks_that_reject_different_tokens_draw_as_many_numbers() -> None:
+    following = []
+    for drafts in ([[3, 3], [3]], [[0, 3], [0]]):
+        torch.manual_seed(1)
+        verify(drafts, CERTAIN)
+        following.append(torch.rand(1).item())
+    assert following[0] == following[1]
+
+
+@needs_the_fix
+@pytest.mark.usefixtures("_in_a_worker")
 def test_greedy_requests_of_a_mixed_batch_follow_the_likeliest_token() -> None:
     drafts = [[2, 2, 1], [2], [1], []]
     greedy = verify([*drafts, [3]], P, temperatures=[0.0, 0.0, 0.0, 0.0, 1.0])[:-1]
@@ -192,7 +210,11 @@ class CountingSampler(torch.nn.Module):
 
     logprobs_mode = "raw_logprobs"
 
-    def forward(self, logits: torch.Tensor, sampling_metadata: Any) -> Any:
+    def forward(
+        self, logits: torch.Tensor, sampling_metadata: Any, predict_bonus_token: bool = False
+    ) -> Any:
+        # Else a thinking budget, which counts drafted tokens, looks at the wrong row.
+        assert predict_bonus_token
         return logits, sampling_metadata
 
 

@@ -143,13 +143,13 @@ class Block:
             drafted: how many drafted tokens it was of.
             seconds: how long it took; 0.0 if that is not known: then it does not count. Requests
                 verified together take it together, however many tokens are of each.
-            price: of verifying a drafted token, in tokens: what this request's cost the others.
+            price: of verifying a drafted token, in tokens that the others do not get meanwhile.
         """
         self.verifications += 1
         if self.verifications > self._skipped and seconds:
             self.counted += 1
             self.tokens += tokens
-            self.gained += max(tokens - price * drafted, 0.1 * tokens)
+            self.gained += tokens - price * drafted
             self.drafted += drafted
             self.seconds += seconds
 
@@ -180,7 +180,8 @@ class BestArm:
         if not block.drafted:
             return
         share = block.counted / BLOCK
-        rate, arm = block.gained / block.seconds, block.arm
+        # A rate stays above 0, whatever the price.
+        rate, arm = max(block.gained, 0.1 * block.tokens) / block.seconds, block.arm
         fades = math.exp(-share / _MEMORY)
         self._weight = [weight * fades for weight in self._weight]
         before = self._weight[arm]

@@ -112,6 +112,8 @@ class Switch:
     usually: bool = True
     """Whether to speculate, probes aside."""
     belief: Belief = field(default_factory=Belief)
+    size: int = 1
+    """The largest batch of the level: the more requests, the more alike are the rounds."""
     probes: int = 0
     """How many there were."""
     changes: int = 0
@@ -124,7 +126,7 @@ class Switch:
 
     def __post_init__(self) -> None:
         # Requests differ in how many tokens are accepted; plain rounds only in time.
-        self._speeds = {True: _Speed(0.25), False: _Speed(0.01)}
+        self._speeds = {True: _Speed(0.25 / self.size + 0.01), False: _Speed(0.01)}
         self._credit = Credit(_SHARE)
         self._clock = 0.0
         """Seconds of its rounds."""
@@ -170,9 +172,14 @@ class Switch:
             ratio = math.log(max(usual.rate, 1e-9) / expected)
             self.belief = self.belief.after(ratio, _EXPECTED + usual.variance)
         ready = self._credit.ready(self._clock, self._cost())
-        if ready or self.belief.variance >= 0.9 * _UNKNOWN:
+        if ready or (not self.probes and self._is_open):
             self._probe = _Probe(self._speeds[not self.usually].again())
             self.probes += 1
+
+    @property
+    def _is_open(self) -> bool:
+        """Whether either way may be the faster one, as far as is known."""
+        return abs(self.belief.mean) < _CLEAR * math.sqrt(self.belief.variance)
 
     def _loss(self) -> float:
         """What a second of the other way is believed to lose, as a share; negative if it gains."""
@@ -260,8 +267,8 @@ class Switches:
             if kind == sampled and switch.belief.variance < 0.5 * _UNKNOWN
         ]
         if not known:
-            return Switch()
+            return Switch(size=1 << level)
         distance, at, nearest = min(known, key=lambda near: near[:2])
         belief = Belief(nearest.belief.mean, nearest.belief.variance + _EXPECTED * distance)
         # The larger the batch, the less there is to gain.
-        return Switch(nearest.usually or at > level, belief)
+        return Switch(nearest.usually or at > level, belief, 1 << level)

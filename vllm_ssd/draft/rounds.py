@@ -147,6 +147,7 @@ class Rounds:
     def _prepare(self, request: Request, proposed: list[int] | None) -> bool:
         """Give a trunk what it needs to grow; False if nothing can be drafted now."""
         allocator, rows = self._allocator, self._rows
+        request.verified = 0 if proposed is None else len(proposed)
         if proposed is None:
             allocator.awaited[request.handle] = request
         if request.length >= request.limit - 1:
@@ -155,7 +156,6 @@ class Rounds:
             return False
         if proposed is not None:
             return self._go_on(request, proposed)
-        request.verified = 0
         # Whatever it grows by may be proposed: the guess that came true is its last verified token.
         self._drafting.set_row(request, request.length - 1)
         grow_to = min(self._depth, request.limit - request.length)

@@ -45,7 +45,7 @@ class Pace:
     @property
     def price(self) -> float:
         """What verifying one more drafted token costs, in tokens; 0.0 if that is not known."""
-        return self.rate * self.forecast.each
+        return max(0.0, self.rate * self.forecast.each)
 
     @property
     def once(self) -> float:

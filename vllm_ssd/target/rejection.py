@@ -40,7 +40,7 @@ class RejectionSampler(rejection_sampler.RejectionSampler):
     ) -> SamplerOutput:
         """Sample what follows each request's text; see vLLM's."""
         if not metadata.max_spec_len:
-            return self.sampler(logits=logits, sampling_metadata=sampling_metadata)
+            return self.sampler(logits, sampling_metadata, predict_bonus_token=True)
         return super().forward(metadata, draft_probs, logits, sampling_metadata)
 
 
@@ -99,18 +99,22 @@ def rejection_sample(
             synthetic_conditional_rates,
             use_fp64_gumbel,
         )
-    generators = sampling_metadata.generators
     drafts = draft_token_ids.to(torch.int64)
-    rows, columns = torch.arange(len(drafts)), drafts.clamp(min=0)
+    generators, device = sampling_metadata.generators, target_logits.device
+    draw = rejection_sampler.generate_uniform_probs
+    uniform = draw(len(drafts), num_draft_tokens, generators, device)
+    # As many of all requests, whatever is rejected: every rank draws the same.
+    with_drafts = [min(count, 1) for count in num_draft_tokens]
+    uniform_after = draw(sum(with_drafts), with_drafts, generators, device)
     # A token is accepted with probability p / q'.
-    log_total = target_logits.logsumexp(dim=-1)
-    chances = (target_logits[rows, columns] - log_total).exp().double()
-    if draft_probs is not None:
-        chances /= draft_probs[rows, columns]  # 0 / 0 compares as false: rejected
-    uniform = rejection_sampler.generate_uniform_probs(
-        len(drafts), num_draft_tokens, generators, target_logits.device
-    )
-    accepted = (uniform < chances) & (drafts >= 0)
+    p = target_logits.softmax(dim=-1)
+    place = torch.arange(len(drafts)), drafts.clamp(min=0)
+    accepted = drafts >= 0
+    if draft_probs is None:
+        accepted &= uniform < p[place]
+    else:
+        q = draft_probs[place]
+        accepted &= (q > 0.0) & (uniform * q < p[place])
     greedy = sampling_metadata.temperature == rejection_sampler.GREEDY_TEMPERATURE
     is_greedy = greedy.tolist()
     best: dict[int, int] = {}
@@ -121,8 +125,8 @@ def rejection_sample(
         best = dict(zip(chosen.tolist(), likeliest.tolist(), strict=True))
 
     output: list[list[int]] = []
-    rejected: list[tuple[int, int, int]] = []
-    first, yes, tokens = 0, accepted.tolist(), drafts.tolist()
+    rejected: list[tuple[int, int, int, int]] = []
+    first, drawn, yes, tokens = 0, 0, accepted.tolist(), drafts.tolist()
     for request, (count, bonus) in enumerate(
         zip(num_draft_tokens, bonus_token_ids[:, 0].tolist(), strict=True)
     ):
@@ -132,20 +136,16 @@ def rejection_sample(
             if is_greedy[request]:
                 text[-1] = best[first + right]
             else:
-                rejected.append((request, right, first + right))
+                rejected.append((request, right, first + right, drawn))
         output.append(text + [-1] * (max_spec_len + 1 - len(text)))
         first += count
+        drawn += with_drafts[request]
     result = torch.tensor(output, dtype=torch.int32)
     if rejected:
-        requests, positions, where = map(list, zip(*rejected, strict=True))
-        # Requests that have their own generator use that.
-        own = {i: generators[at] for i, at in enumerate(requests) if at in generators}
-        uniform = rejection_sampler.generate_uniform_probs(
-            len(rejected), [1] * len(rejected), own, target_logits.device
-        )
-        probabilities = target_logits[where].softmax(dim=-1)
-        q = None if draft_probs is None else draft_probs[where]
-        result[requests, positions] = recovered(probabilities, drafts[where], q, uniform)
+        requests, positions, where, numbers = map(list, zip(*rejected, strict=True))
+        theirs = None if draft_probs is None else draft_probs[where]
+        found = recovered(p[where], drafts[where], theirs, uniform_after[numbers])
+        result[requests, positions] = found
     return result
 
 
