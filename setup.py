@@ -48,6 +48,7 @@ setup(
     },
     entry_points={
         "vllm.general_plugins": ["ssd = vllm_ssd.plugin:register"],
+        "vllm.stat_logger_plugins": ["ssd = vllm_ssd.metrics:SSDStatLogger"],
         "console_scripts": ["vllm-ssd = vllm_ssd.cli.main:app"],
     },
     classifiers=[

@@ -22,6 +22,7 @@ def register() -> None:
     from vllm.engine.arg_utils import EngineArgs
 
     from vllm_ssd.compile_key import keep_compile_key
+    from vllm_ssd.stats_file import name_engine
 
     original = EngineArgs.create_speculative_config
     if getattr(original, "_vllm_ssd", False):
@@ -38,6 +39,7 @@ def register() -> None:
             if (self.speculative_config or {}).get("model") == PROPOSER:
                 _use_our_worker(target_parallel_config)
                 keep_compile_key(self)
+                name_engine()
         return original(self, target_model_config, target_parallel_config)
 
     create_speculative_config._vllm_ssd = True  # type: ignore[attr-defined]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
+from vllm_ssd import metrics
 from vllm_ssd.config import SSDConfig
-from vllm_ssd.core.stats import Stats
+from vllm_ssd.core.stats import COUNTERS as COUNTERS_OF_THE_TARGET
 from vllm_ssd.draft.tally import COUNTERS
 
 ROOT = Path(__file__).parents[2]
@@ -25,7 +26,7 @@ def test_readme_lists_exactly_the_options_there_are() -> None:
 def test_operations_explains_every_counter() -> None:
     """The counters of both processes."""
     text = (ROOT / "docs" / "operations.md").read_text()
-    names = [field.name for field in fields(Stats)]
+    names = list(COUNTERS_OF_THE_TARGET)
     names += [name for name in COUNTERS if f"mean_{name}" not in text]
     assert [name for name in names if f"`{name}`" not in text] == []
 
@@ -36,3 +37,23 @@ def test_links_lead_somewhere(document: Path) -> None:
     targets = re.findall(r"\]\(([^)#]+)[^)]*\)", document.read_text())
     local = [target for target in targets if "://" not in target]
     assert [target for target in local if not (document.parent / target).exists()] == []
+
+
+def test_the_dashboard_shows_metrics_that_there_are() -> None:
+    """Every metric of ours in its queries."""
+    named = {f"{name}_total" for name in (*metrics.COUNTERS, "ssd_misses")}
+    named |= {f"ssd_{what}_tokens_total" for what in ("draft", "accepted")} | {"ssd_draft_up"}
+    for name, _ in metrics.HISTOGRAMS.values():
+        named |= {f"{name}_{part}" for part in ("bucket", "sum", "count")}
+    text = (ROOT / "examples" / "monitoring" / "grafana.json").read_text()
+    used = set(re.findall(r"vllm:(ssd_\w+)", text))
+    assert len(used) > 10
+    assert used <= named
+    assert json.loads(text)["panels"]
+
+
+def test_operations_explains_every_metric() -> None:
+    """The table under "Metrics"."""
+    text = (ROOT / "docs" / "operations.md").read_text()
+    names = [*metrics.COUNTERS, *(name for name, _ in metrics.HISTOGRAMS.values())]
+    assert [name for name in names if f"`vllm:{name}" not in text] == []

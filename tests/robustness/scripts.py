@@ -66,6 +66,11 @@ class Script:
                 with contextlib.suppress(json.JSONDecodeError):
                     return json.loads(line)
 
+    def has_said(self, text: str) -> bool:
+        """Whether a line of what it has printed since the last call has this text."""
+        lines = [self._lines.get() for _ in range(self._lines.qsize())]
+        return any(text in line for line in lines)
+
     def forget_answers(self) -> None:
         """Discard what it has printed so far."""
         while not self._lines.empty():

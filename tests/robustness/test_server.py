@@ -6,7 +6,9 @@ import json
 import os
 import signal
 import socket
+import time
 import urllib.request
+from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,11 +16,13 @@ from typing import Any
 
 import openai
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.robustness import harness
 from tests.robustness.conftest import MAX_TOKENS, TEXTS
 from tests.robustness.scripts import START_SECONDS, Script
 from tests.tiny_models import TinyModels, words
+from vllm_ssd import metrics, stats_file
 
 pytestmark = pytest.mark.slow
 
@@ -29,9 +33,10 @@ class Server(Script):
     Args:
         models: target and draft.
         folder: its directory for temporary files.
+        **more: of the server's options.
     """
 
-    def __init__(self, models: TinyModels, folder: Path) -> None:
+    def __init__(self, models: TinyModels, folder: Path, **more: object) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -43,11 +48,17 @@ class Server(Script):
             "max-model-len": harness.ENGINE["max_model_len"],
             "max-num-seqs": harness.ENGINE["max_num_seqs"],
             "speculative-config": json.dumps(harness.ssd_options(models.near)),
+            **{name.replace("_", "-"): value for name, value in more.items()},
         }
         command = ["-m", "vllm_ssd.cli.main", "serve", str(models.target), "--enforce-eager"]
         for name, value in arguments.items():
             command += [f"--{name}", str(value)]
-        super().__init__(command, folder, {"VLLM_SERVER_DEV_MODE": "1"})
+        environment = {
+            "VLLM_SERVER_DEV_MODE": "1",
+            "VLLM_LOGGING_LEVEL": "INFO",
+            "VLLM_LOG_STATS_INTERVAL": "2",
+        }
+        super().__init__(command, folder, environment)
         self.url = f"http://127.0.0.1:{port}"
         self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
 
@@ -61,9 +72,13 @@ class Server(Script):
 
     def metric(self, name: str) -> float:
         """The value of one of vLLM's Prometheus counters."""
+        return sum(value for one, _, value in self.metrics() if one == name)
+
+    def metrics(self) -> list[tuple[str, dict[str, str], float]]:
+        """Everything on its ``/metrics``: name, labels, value."""
         with urllib.request.urlopen(f"{self.url}/metrics", timeout=60) as answer:
-            lines = answer.read().decode().splitlines()
-        return sum(float(line.split()[-1]) for line in lines if line.startswith(f"{name}{{"))
+            families = list(text_string_to_metric_families(answer.read().decode()))
+        return [(one.name, one.labels, one.value) for family in families for one in family.samples]
 
     def complete(self, text: list[int], stream: bool) -> list[int]:
         """The tokens it answers with, checked against the text that comes along."""
@@ -115,7 +130,8 @@ def test_metrics_count_drafts(server: Server, expected: list[list[int]]) -> None
     assert 0 < accepted <= server.metric("vllm:spec_decode_num_draft_tokens_total")
 
 
-def test_counters_are_read_over_http(server: Server) -> None:
+def stats_of(server: Server) -> dict[str, float]:
+    """Ours, over the development endpoint."""
     request = urllib.request.Request(
         f"{server.url}/collective_rpc",
         json.dumps({"method": "ssd_stats"}).encode(),
@@ -124,7 +140,54 @@ def test_counters_are_read_over_http(server: Server) -> None:
     with urllib.request.urlopen(request, timeout=60) as answer:
         said = json.loads(answer.read())
     (stats,) = said["results"]
-    assert stats["hits"] > 0
+    return dict(stats)
+
+
+def assert_metrics_are_right(server: Server) -> None:
+    """Compare ``/metrics`` with our counters, after a short answer has brought them up to date."""
+    time.sleep(2 * metrics.SECONDS)
+    server.client.completions.create(model="tiny", prompt=TEXTS[0], max_tokens=2)
+    stats, found = stats_of(server), server.metrics()
+    ours = [one for one in found if one[0].startswith("vllm:ssd_")]
+    assert {one[1]["model_name"] for one in ours} == {"tiny"}
+    assert {one[1]["engine"] for one in ours} == {"0"}
+    value: dict[str, float] = defaultdict(float)
+    for name, _, number in ours:
+        value[name] += number
+    for name, (counter, _) in metrics.COUNTERS.items():
+        # What the last steps added may be missing.
+        assert value[f"vllm:{name}_total"] == pytest.approx(stats[counter], rel=0.01, abs=3), name
+    assert value["vllm:ssd_hits_total"] > 10
+    drafted, accepted = (
+        value["vllm:ssd_draft_tokens_total"],
+        value["vllm:ssd_accepted_tokens_total"],
+    )
+    assert 0 < accepted <= drafted <= stats["tokens_drafted"]
+    assert value["vllm:ssd_draft_up"] == 1.0
+    for name, _ in metrics.HISTOGRAMS.values():
+        if "wait" not in name:
+            assert value[f"vllm:{name}_count"] > 10, name
+    depth = value["vllm:ssd_depth_at_hit_sum"] / value["vllm:ssd_depth_at_hit_count"]
+    assert depth == pytest.approx(stats["mean_depth_at_hit"], rel=0.01)
+    assert value["vllm:ssd_verification_time_seconds_sum"] <= 1.01 * stats["verify_seconds"]
+
+
+def test_metrics_are_those_of_the_counters(server: Server) -> None:
+    for text in TEXTS[:3]:
+        server.complete(text, stream=False)
+    assert_metrics_are_right(server)
+
+
+def test_the_log_has_a_line_of_the_speculation(server: Server) -> None:
+    def said() -> bool:
+        server.complete(TEXTS[0], stream=False)
+        return server.has_said("SSD metrics: Hit rate:")
+
+    harness.wait_for(said, 30.0, "a line of the speculation in the log")
+
+
+def test_counters_are_read_over_http(server: Server) -> None:
+    assert stats_of(server)["hits"] > 0
 
 
 def test_client_that_goes_away_disturbs_no_other_request(
@@ -163,9 +226,31 @@ def test_server_answers_on_while_its_draft_is_replaced(
 
 def test_server_stopped_by_a_signal_leaves_nothing(server: Server) -> None:
     assert len(server.drafts()) == 1
+    assert stats_files()
     server.signal(signal.SIGTERM)
     assert server.wait(START_SECONDS) == 0
     server.assert_nothing_left()
+    assert not stats_files()
+
+
+def stats_files() -> list[Path]:
+    """The files in which workers leave their counters for servers."""
+    return list(stats_file.path().parent.glob(f"{stats_file._prefix()}*"))
+
+
+def test_several_api_servers_tell_the_same_metrics(tiny_pair: TinyModels, tmp_path: Path) -> None:
+    running = Server(tiny_pair, tmp_path, api_server_count=2)
+    try:
+        harness.wait_for(running.is_healthy, START_SECONDS, "a healthy server")
+        with ThreadPoolExecutor(4) as threads:
+            list(threads.map(lambda text: running.complete(text, stream=False), TEXTS * 2))
+        for _ in range(4):  # whichever of the two answers
+            assert_metrics_are_right(running)
+        running.signal(signal.SIGTERM)
+        running.wait(START_SECONDS)
+        assert not stats_files()
+    finally:
+        running.end()
 
 
 def test_server_interrupted_while_it_starts_leaves_nothing(

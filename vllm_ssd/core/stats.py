@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, fields
 from typing import Literal
+
+from vllm_ssd.core.recent import Recent
+
+MEASURED = ("verify_seconds", "wait_seconds", "draft_step_seconds", "depth_at_hit")
+"""What histograms are made of: values of a verification, a wait, a draft step, a hit."""
 
 
 @dataclass(slots=True)
@@ -85,6 +90,8 @@ class Stats:
     resyncs: int = 0
     restarts: int = 0
     errors: int = 0
+    recent: dict[str, Recent] = field(default_factory=lambda: {name: Recent() for name in MEASURED})
+    """The newest values of ``MEASURED``, for histograms."""
 
     def missed(self, why: Literal["draft_down", "resync"], look_ups: int) -> None:
         """Count look-ups that were not possible."""
@@ -96,7 +103,7 @@ class Stats:
 
     def as_dict(self) -> dict[str, float]:
         """All counters, and ratios of them (absent while they would divide by zero)."""
-        result: dict[str, float] = asdict(self)
+        result: dict[str, float] = {name: getattr(self, name) for name in COUNTERS}
         _ratio(result, "hit_rate", self.hits, self.look_ups)
         _ratio(result, "mean_depth_at_hit", self.depth_at_hit, self.hits)
         _ratio(result, "mean_wait_seconds", self.wait_seconds, self.waits)
@@ -104,6 +111,10 @@ class Stats:
         _ratio(result, "mean_notice_seconds", self.notice_seconds, self.notices)
         _ratio(result, "mean_verify_seconds", self.verify_seconds, self.verify_intervals)
         return result
+
+
+COUNTERS = tuple(one.name for one in fields(Stats) if one.name != "recent")
+"""The names of the counters."""
 
 
 def add_draft_ratios(counters: dict[str, float]) -> dict[str, float]:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from vllm_ssd.core.arrays import Float32Array
 from vllm_ssd.core.budget import RoundTimes
 from vllm_ssd.core.setting_outcomes import SettingOutcomes
 from vllm_ssd.core.tree import row_width
@@ -87,6 +88,10 @@ class DraftEngine:
         """Nothing is proposed: no branches are drafted, only the texts are kept."""
 
     # ---- messages from the target
+
+    def take_step_seconds(self) -> Float32Array:
+        """The times of the decode steps since the last call."""
+        return self._tally.take_step_seconds()
 
     def reset(self) -> None:
         """Forget all requests; the KV of verified prefixes stays in the cache."""

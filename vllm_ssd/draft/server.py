@@ -171,7 +171,8 @@ class DraftServer:
         self._unreported = False
         if self._engine is not None:
             self._last_report = time.monotonic()
-            self._send([Report(dict(self._engine.counters))])
+            steps = self._engine.take_step_seconds().tobytes()
+            self._send([Report(dict(self._engine.counters), steps)])
 
     # ---- messages
 

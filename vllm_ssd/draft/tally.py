@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import time
 
+import numpy as np
+
+from vllm_ssd.core.arrays import Float32Array
+from vllm_ssd.core.recent import Recent
 from vllm_ssd.draft.pipeline import Taken
 
 COUNTERS = (
@@ -28,6 +32,9 @@ class Tally:
 
     def __init__(self) -> None:
         self.counters: dict[str, float] = dict.fromkeys(COUNTERS, 0.0)
+        self._steps = Recent()
+        self._reported = 0
+        """How many of the steps' times."""
         self._counted = 0.0
         """When the newest step was counted."""
         self._round_began: float | None = None
@@ -59,8 +66,14 @@ class Tally:
         counters["draft_rows"] += taken.decoded
         counters["draft_prefill_tokens"] += taken.prefilled
         counters["draft_step_seconds"] += seconds
+        self._steps.add(seconds)
         counters["draft_python_seconds"] = counters["draft_step_seconds"] - model_seconds
         return seconds
+
+    def take_step_seconds(self) -> Float32Array:
+        """The times of the steps since the last call."""
+        since, self._reported = self._reported, self._steps.count
+        return np.array(self._steps.since(since), np.float32)
 
     def begin_round(self, began: float) -> None:
         """A round has begun, at this time of ``time.perf_counter``."""

@@ -11,6 +11,8 @@ import logging
 import time
 from collections.abc import Callable
 
+import numpy as np
+
 from vllm_ssd.core.stats import Stats
 from vllm_ssd.target.process import DraftProcess
 from vllm_ssd.target.published import PublishedTrees
@@ -361,6 +363,8 @@ class DraftClient:
                 self.draft_counters = {
                     name: count + before.get(name, 0.0) for name, count in message.counters.items()
                 }
+                steps = np.frombuffer(message.step_seconds, np.float32)
+                self._stats.recent["draft_step_seconds"].extend(steps.tolist())
             case Lost():
                 self.resync("the draft missed a frame")
             case Ready():

@@ -222,14 +222,18 @@ class SSDProposer:
         if short:
             self._waiting.prolong([each for each in short if each.before is None], batch)
         if look_ups:
-            # Padding is verified as well: a token more costs nothing then.
-            price = 0.0 if self._pads else self.pace.price
-            messages.append(notices.verified(look_ups, verify_us, price=price))
+            messages.append(notices.verified(look_ups, verify_us, price=self._price_for_others()))
         client.send(messages)
         if waited and not self._propose_later(waited, batch, began):
             stats.missed("resync", len(waited))
             return ()
         return look_ups
+
+    def _price_for_others(self) -> float:
+        """What a request's drafted token costs the other requests of the batch, in tokens."""
+        if self._pads or not self.pace.requests:
+            return 0.0  # padding is verified as well: a token more costs nothing
+        return self.pace.price * (1.0 - 1.0 / self.pace.requests)
 
     def _answer(self, look_ups: Sequence[LookUp]) -> None:
         """Decide what is proposed of what was found."""
@@ -285,6 +289,7 @@ class SSDProposer:
         seconds = now - self._proposed_at
         self.stats.verify_seconds += seconds
         self.stats.verify_intervals += 1
+        self.stats.recent["verify_seconds"].add(seconds)
         return int(seconds * 1e6)
 
     def _announce_again(self, rows: list[int], batch: Batch) -> list[ToDraft]:

@@ -87,8 +87,7 @@ class Waiting:
             return True
         deadline = began + self._bound
         epoch, received, now = client.epoch, client.received, time.perf_counter()
-        self._stats.waits += 1
-        self._stats.wait_seconds -= now
+        since = now
         while waiting and client.epoch == epoch and now < deadline:
             client.poll(deadline - now)
             look_up(waiting, batch, client.published)
@@ -96,7 +95,7 @@ class Waiting:
             now = time.perf_counter()
         # What arrived meanwhile may have changed the other requests' trees as well.
         look_up(look_ups, batch, client.published)
-        self._stats.wait_seconds += now
+        self._count_wait(now - since)
         self._note_silence(client, received)
         return client.epoch == epoch
 
@@ -136,9 +135,7 @@ class Waiting:
         epoch, received = client.epoch, client.received
         deadline = began + self._bound
         delay, missing = self.first, waited
-        now = since = time.perf_counter()
-        self._stats.waits += 1
-        self._stats.wait_seconds -= now
+        now = since = began_waiting = time.perf_counter()
         while missing:
             worth, patience = self._patience(missing, delay)
             if not patience:
@@ -165,9 +162,14 @@ class Waiting:
             delay.came(now - since)
             since, delay = now, self.following
             missing = lacking(missing)
-        self._stats.wait_seconds += time.perf_counter()
+        self._count_wait(time.perf_counter() - began_waiting)
         self._note_silence(client, received)
         return client.epoch == epoch
+
+    def _count_wait(self, seconds: float) -> None:
+        self._stats.waits += 1
+        self._stats.wait_seconds += seconds
+        self._stats.recent["wait_seconds"].add(seconds)
 
     def _note_silence(self, client: DraftClient, received: int) -> None:
         """A draft that sent nothing during a wait is not waited for until it does."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import math
+import time
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +14,7 @@ from vllm.platforms import current_platform
 from vllm_ssd import affinity, compat
 from vllm_ssd.core.stats import add_draft_ratios
 from vllm_ssd.preflight import check_engine, engine_options
+from vllm_ssd.stats_file import Snapshot, Writer
 from vllm_ssd.target.client import DraftClient
 from vllm_ssd.target.cores import bind_target, split_cores
 from vllm_ssd.target.draft_setup import DraftPlan, plan_draft
@@ -23,6 +27,10 @@ if TYPE_CHECKING or not current_platform.is_cpu():
     from vllm.v1.worker.gpu_worker import Worker as PlatformWorker
 else:
     from vllm.v1.worker.cpu_worker import CPUWorker as PlatformWorker
+
+SNAPSHOT_SECONDS = 0.25
+"""From one writing of the counters to the next at least."""
+logger = logging.getLogger("vllm.vllm_ssd")
 
 SLEEP_TAGS = ("weights", "kv_cache")
 """What vLLM puts to sleep (``vllm/v1/executor/abstract.py``) and may wake one at a time."""
@@ -51,6 +59,9 @@ class SSDWorker(PlatformWorker):
         self._notifies_first = current_platform.is_cpu()
         self._probability_bytes = 0
         """What the draft's probabilities take of the target's device."""
+        self._stats_file = Writer()
+        self._next_snapshot = 0.0
+        """When the counters are written next, if a server wants them."""
         self._asleep: set[str] = set()
         """What vLLM has put to sleep, by its tags."""
 
@@ -160,7 +171,22 @@ class SSDWorker(PlatformWorker):
         output = super().execute_model(scheduler_output)
         if not self._notifies_first:
             self._proposer.scheduled(scheduler_output)
+        if self._client is not None and time.monotonic() >= self._next_snapshot:
+            self._next_snapshot = time.monotonic() + SNAPSHOT_SECONDS
+            self._write_snapshot()
         return output
+
+    def _write_snapshot(self) -> None:
+        """Write the counters, if a server has asked for them."""
+        recent = self._proposer.stats.recent
+        try:
+            if self._stats_file.wanted:
+                counts = {kind: values.count for kind, values in recent.items()}
+                values = {kind: values.since(0) for kind, values in recent.items()}
+                self._stats_file.write(Snapshot(self.ssd_stats(), counts, values))
+        except OSError as error:
+            self._next_snapshot = math.inf
+            logger.warning("ssd: no metrics any more: %s", error)
 
     def sleep(self, level: int = 1) -> None:
         """Free the target's memory as vLLM does, and all of the draft's."""
@@ -192,12 +218,14 @@ class SSDWorker(PlatformWorker):
             **self._proposer.stats.as_dict(),
             **self._proposer.decisions.as_dict(),
             **add_draft_ratios(self._client.draft_counters),
+            "draft_up": float(self._client.up),
         }
 
     def shutdown(self) -> None:
         """End the draft process, undo the binding to cores made in-process, end the worker."""
         if self._client is not None:
             self._client.close()
+            self._stats_file.remove()
         if self._unbind is not None:
             self._unbind()
         super().shutdown()

@@ -147,7 +147,8 @@ class Verified(Message, frozen=True):
     speculate: bool = True
     """False: nothing will be proposed after this verification; only the texts are kept."""
     price: float = 0.0
-    """What verifying one more token costs the target, in tokens; 0.0 if that is not known."""
+    """What verifying one more token of a request costs the others of its batch, in tokens; 0.0 if
+    that is not known."""
 
 
 class Proposed(Message, frozen=True):
@@ -248,6 +249,8 @@ class Report(Message, frozen=True):
     """Counters of the draft process since it started."""
 
     counters: dict[str, float]
+    step_seconds: bytes = b""
+    """float32, of the decode steps since the last report, the newest 1,024 at most."""
 
 
 class Alive(Message, frozen=True):
