@@ -30,6 +30,7 @@ overridden, has its first parameters in parentheses, after "|" those that are pa
 
 TARGET: Names = {
     "vllm.engine.arg_utils:EngineArgs": (
+        "_api_process_count _api_process_rank "
         "create_speculative_config(self target_model_config target_parallel_config) "
         "additional_config async_scheduling create_load_config(self) gdn_prefill_backend "
         "kda_decode_backend kda_prefill_backend spec_method spec_model spec_tokens "
@@ -75,7 +76,8 @@ TARGET: Names = {
         "async_tensor_h2d(data | device) kv_cache_dtype_str_to_dtype resolve_kv_cache_dtype_string"
     ),
     "vllm.v1.core.sched.output:SchedulerOutput": (
-        "finished_req_ids num_scheduled_tokens scheduled_new_reqs scheduled_spec_decode_tokens"
+        "finished_req_ids num_scheduled_tokens scheduled_new_reqs scheduled_spec_decode_tokens "
+        "total_num_scheduled_tokens"
     ),
     "vllm.v1.core.sched.output:NewRequestData": (
         "lora_request mm_features prompt_embeds prompt_token_ids req_id sampling_params"
@@ -308,10 +310,14 @@ def check_draft() -> None:
 
 def all_moved() -> list[str]:
     """Everything that vLLM has moved or changed, of what target and draft use."""
+    return [name for names in lists_here() for name in _find_moved(names)] + _moved_planning()
+
+
+def lists_here() -> list[Names]:
+    """The names that are used on this platform."""
     from vllm.platforms import current_platform
 
-    lists = [TARGET, DRAFT, *([TARGET_ON_CPU] if current_platform.is_cpu() else [])]
-    return [name for names in lists for name in _find_moved(names)] + _moved_planning()
+    return [TARGET, DRAFT, *([TARGET_ON_CPU] if current_platform.is_cpu() else [])]
 
 
 def check_draft_runner(runner: Any) -> None:

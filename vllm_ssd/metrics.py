@@ -1,22 +1,24 @@
 """SSD's metrics on the server's ``/metrics``, and a line in its log, beside vLLM's own.
 
 A stat logger of vLLM (entry point ``vllm.stat_logger_plugins``), made in the process of each API
-server. It takes what the worker has written (:mod:`vllm_ssd.stats_file`) and adds the difference to
-``prometheus_client``'s metrics, so vLLM's own way of gathering them serves one API server and
-several alike. Names and labels are as vLLM's.
+server. One of them takes what the worker has written (:mod:`vllm_ssd.stats_file`) and adds the
+difference to ``prometheus_client``'s metrics, so vLLM's own way of gathering them serves one API
+server and several alike. Names and labels are as vLLM's.
 """
 
 from __future__ import annotations
 
 import logging
+import threading
 import time
+import weakref
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import Counter, Gauge, Histogram
 from vllm.v1.metrics.loggers import StatLoggerBase
 
 from vllm_ssd.config import ADDITIONAL_CONFIG_KEY
-from vllm_ssd.core.stats import MEASURED
 from vllm_ssd.stats_file import Reader, Snapshot
 
 if TYPE_CHECKING:
@@ -49,16 +51,20 @@ MISSES = {
 SOURCES = ("branch", "just_in_time", "ngram")
 """Where drafted tokens come from: found at once, waited for, from the text."""
 _TIMES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0)
-HISTOGRAMS: dict[str, tuple[str, str]] = {
+TIMES = {
     "verify_seconds": ("ssd_verification_time_seconds", "From one proposal to the next outcome."),
     "wait_seconds": ("ssd_wait_time_seconds", "How long a proposal waited for the draft."),
     "draft_step_seconds": ("ssd_draft_step_time_seconds", "A decode step of the draft."),
-    "depth_at_hit": ("ssd_depth_at_hit", "Drafted tokens found at a hit."),
 }
+"""By what is measured: the histogram's name, and what it shows."""
+DEPTH = "ssd_depth_at_hit"
 
 
 class SSDStatLogger(StatLoggerBase):
     """vLLM's interface; does nothing for engines without SSD.
+
+    A thread of its own reads: vLLM calls :meth:`record` only for answers of this API server, on its
+    event loop, and an error there would end the server.
 
     Args:
         vllm_config: the engine's.
@@ -67,51 +73,47 @@ class SSDStatLogger(StatLoggerBase):
 
     def __init__(self, vllm_config: VllmConfig, engine_index: int = 0) -> None:
         self._reader: Reader | None = None
-        self._metrics: _Metrics | None = None
         self._labels = {
             "model_name": vllm_config.model_config.served_model_name,
             "engine": str(engine_index),
         }
-        self._depth = 0
-        self._next = 0.0
+        self._newest: dict[str, float] = {}
         self._logged: dict[str, float] = {}
-        speculative = vllm_config.speculative_config
-        if speculative is None or ADDITIONAL_CONFIG_KEY not in (
-            vllm_config.additional_config or {}
-        ):
+        self._depth = 0
+        speculative, options = vllm_config.speculative_config, vllm_config.additional_config
+        if speculative is None or not isinstance(options, Mapping):
+            return
+        if ADDITIONAL_CONFIG_KEY not in options:
             return
         self._depth = speculative.num_speculative_tokens
         try:
             self._reader = Reader()
         except FileExistsError:
-            pass  # another API server tells the metrics of all
+            logger.debug("ssd: another API server tells the metrics")
         except OSError as error:
             logger.warning("ssd: no metrics: %s", error)
 
     def log_engine_initialized(self) -> None:
-        """Nothing to tell."""
+        """vLLM's own metrics are registered now, those of engines before it dropped: add ours."""
+        if self._reader is not None:
+            metrics = _Metrics(self._labels, self._depth)
+            threading.Thread(
+                target=_follow,
+                args=(weakref.ref(self), self._reader, metrics),
+                name="vllm-ssd-metrics",
+                daemon=True,
+            ).start()
+
+    def take(self, counters: dict[str, float]) -> None:
+        """Keep the newest counters for the log."""
+        self._newest = counters
 
     def record(self, *_: Any, **__: Any) -> None:
-        """A step has ended: bring the metrics up to date, if they are old."""
-        if self._reader is not None and time.monotonic() >= self._next:
-            self._next = time.monotonic() + SECONDS
-            self._take()
-
-    def _take(self) -> Snapshot | None:
-        snapshot = None if self._reader is None else self._reader.read()
-        if snapshot is not None:
-            if self._metrics is None:
-                # Not before: vLLM's own logger, made after us, first drops all that begins "vllm:".
-                self._metrics = _Metrics(self._labels, self._depth)
-            self._metrics.update(snapshot)
-        return snapshot
+        """Nothing: see above."""
 
     def log(self) -> None:
         """One line, at vLLM's interval."""
-        snapshot = self._take()
-        if snapshot is None:
-            return
-        now, before = snapshot.counters, self._logged
+        now, before = self._newest, self._logged
         self._logged = now
 
         def new(name: str) -> float:
@@ -134,12 +136,27 @@ class SSDStatLogger(StatLoggerBase):
         )
 
 
+def _follow(owner: weakref.ref[SSDStatLogger], reader: Reader, metrics: _Metrics) -> None:
+    """Bring the metrics up to date while the stat logger lives."""
+    try:
+        while (stat_logger := owner()) is not None:
+            snapshot = reader.read()
+            if snapshot is not None:
+                metrics.update(snapshot)
+                stat_logger.take(snapshot.counters)
+            del stat_logger
+            time.sleep(SECONDS)
+    except Exception:
+        logger.exception("ssd: no metrics any more")
+
+
 class _Metrics:
     """The metrics of one engine."""
 
     def __init__(self, labels: dict[str, str], depth: int) -> None:
         self._seen: dict[str, float] = {}
         self._counts: dict[str, int] = {}
+        self._depths = [0] * (depth + 1)
         names = list(labels)
         self._counters: dict[str, Counter] = {
             counter: Counter(f"vllm:{name}", text, names).labels(**labels)
@@ -154,29 +171,37 @@ class _Metrics:
         for source in SOURCES:
             self._counters[f"drafted_{source}"] = drafted.labels(**labels, source=source)
             self._counters[f"accepted_{source}"] = accepted.labels(**labels, source=source)
-        up = Gauge("vllm:ssd_draft_up", "1 while the draft is up.", names, multiprocess_mode="max")
+        up = Gauge(
+            "vllm:ssd_draft_up", "1 while the draft is up.", names, multiprocess_mode="mostrecent"
+        )
         self._up = up.labels(**labels)
-        self._histograms: dict[str, Histogram] = {}
-        for kind in MEASURED:
-            name, text = HISTOGRAMS[kind]
-            buckets = _TIMES if kind != "depth_at_hit" else tuple(map(float, range(depth + 1)))
-            histogram = Histogram(f"vllm:{name}", text, names, buckets=buckets)
-            self._histograms[kind] = histogram.labels(**labels)
+        self._times = {
+            kind: Histogram(f"vllm:{name}", text, names, buckets=_TIMES).labels(**labels)
+            for kind, (name, text) in TIMES.items()
+        }
+        buckets = tuple(map(float, range(depth + 1)))
+        text = "Drafted tokens found at a hit."
+        self._depth = Histogram(f"vllm:{DEPTH}", text, names, buckets=buckets).labels(**labels)
 
     def update(self, snapshot: Snapshot) -> None:
         """Add what is new."""
         counters = {**snapshot.counters, **by_source(snapshot.counters)}
         for name, metric in self._counters.items():
-            value = counters.get(name, 0.0)
-            metric.inc(max(0.0, value - self._seen.get(name, 0.0)))
-            self._seen[name] = value
+            value, seen = counters.get(name, 0.0), self._seen.get(name, 0.0)
+            if value > seen:
+                metric.inc(value - seen)
+                self._seen[name] = value
         self._up.set(counters.get("draft_up", 0.0))
-        for kind, histogram in self._histograms.items():
+        for kind, histogram in self._times.items():
             count, values = snapshot.counts.get(kind, 0), snapshot.recent.get(kind, [])
             new = min(count - self._counts.get(kind, 0), len(values))
             for value in values[len(values) - new :]:
                 histogram.observe(value)
             self._counts[kind] = count
+        for depth, (hits, seen) in enumerate(zip(snapshot.depths, self._depths, strict=False)):
+            for _ in range(hits - seen):
+                self._depth.observe(depth)
+            self._depths[depth] = hits
 
 
 def by_source(counters: dict[str, float]) -> dict[str, float]:

@@ -39,7 +39,8 @@ def register() -> None:
             if (self.speculative_config or {}).get("model") == PROPOSER:
                 _use_our_worker(target_parallel_config)
                 keep_compile_key(self)
-                name_engine()
+                of_several = self._api_process_count > 1 and self._api_process_rank >= 0
+                name_engine(inherits=of_several)
         return original(self, target_model_config, target_parallel_config)
 
     create_speculative_config._vllm_ssd = True  # type: ignore[attr-defined]

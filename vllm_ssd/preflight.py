@@ -260,14 +260,17 @@ def check_draft(draft: ModelConfig) -> None:
             )
 
 
-def check_vocabulary(config: SSDConfig, target: ModelConfig, draft: ModelConfig) -> None:
+def check_vocabulary(config: SSDConfig, target: ModelConfig, draft: ModelConfig) -> bool:
     """Refuse a draft with another tokenizer. Padded vocabularies of one tokenizer are fine.
+
+    Returns:
+        Whether the tokenizers were compared; else only the sizes of the vocabularies.
 
     Raises:
         ValueError: names a token on which they differ.
     """
     if _same_tokenizer_file(target.tokenizer, draft.model):
-        return
+        return True
     from transformers import AutoTokenizer
 
     try:
@@ -281,7 +284,7 @@ def check_vocabulary(config: SSDConfig, target: ModelConfig, draft: ModelConfig)
     except Exception as error:  # transformers and its tokenizers each raise their own
         # A folder of weights alone: nothing to compare but the size.
         if target.get_vocab_size() == draft.get_vocab_size():
-            return
+            return False
         raise ValueError(
             f"ssd: option 'model' = {draft.model!r}: it has no tokenizer and another vocabulary "
             f"size ({draft.get_vocab_size()}) than the target ({target.get_vocab_size()}); "
@@ -301,6 +304,7 @@ def check_vocabulary(config: SSDConfig, target: ModelConfig, draft: ModelConfig)
             f"ssd: option 'model' = {draft.model!r}: its tokenizer shares only {shared} of "
             f"{len(ours)} tokens with the target's; choose a draft with the target's tokenizer"
         )
+    return True
 
 
 def _same_tokenizer_file(one: str, other: str) -> bool:

@@ -9,9 +9,11 @@ tells the metrics of all.
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
+import errno
+import fcntl
 import os
 import secrets
+import stat
 import tempfile
 import weakref
 import zlib
@@ -19,13 +21,13 @@ from pathlib import Path
 
 import msgspec
 
-_HEADER = 12
-"""Bytes before the content: its length and its checksum, against half of an update; the reader's
-process id."""
+_HEADER = 8
+"""Bytes before the content: its length and its checksum, against half of an update."""
+_LARGEST = 1 << 20
 _IN_MEMORY = Path("/dev/shm")
-_ENVIRONMENT = "VLLM_SSD_INSTANCE"
+_ENVIRONMENT = "SSD_VLLM_INSTANCE"
 """Names the engine in all its processes. Not vLLM's ``instance_id``: each of several API servers
-makes another one."""
+makes another one. Nor a name of vLLM's kind: it refuses those that it does not know."""
 
 
 class Snapshot(msgspec.Struct, array_like=True, frozen=True):
@@ -37,28 +39,33 @@ class Snapshot(msgspec.Struct, array_like=True, frozen=True):
     """Of each kind of values, how many there were since the start ..."""
     recent: dict[str, list[float]]
     """... and the newest of them."""
+    depths: list[int]
+    """How many hits found 0, 1, 2, ... tokens."""
 
 
 _DECODER = msgspec.msgpack.Decoder(Snapshot)
 
 
-def name_engine() -> None:
+def name_engine(inherits: bool) -> None:
     """Name the engine that is configured now, for the processes that this one will start.
 
-    One that vLLM has started keeps the name it was given.
+    Args:
+        inherits: this is one of several API servers: the engine has its name already.
     """
-    if multiprocessing.parent_process() is None or _ENVIRONMENT not in os.environ:
+    if not inherits or _ENVIRONMENT not in os.environ:
         os.environ[_ENVIRONMENT] = secrets.token_hex(8)
 
 
-def _prefix() -> str:
-    return f"vllm-ssd-{os.getuid()}-"
-
-
-def path() -> Path:
+def path() -> Path | None:
     """The file of the engine that was named last."""
+    name = os.environ.get(_ENVIRONMENT)
     folder = _IN_MEMORY if _IN_MEMORY.is_dir() else Path(tempfile.gettempdir())
-    return folder / f"{_prefix()}{os.environ.get(_ENVIRONMENT, 'unnamed')}"
+    return folder / f"{prefix()}{name}" if name else None
+
+
+def prefix() -> str:
+    """What the names of this user's files begin with."""
+    return f"vllm-ssd-{os.getuid()}-"
 
 
 class Reader:
@@ -71,8 +78,12 @@ class Reader:
 
     def __init__(self) -> None:
         its_path = path()
+        if its_path is None:
+            raise OSError("the engine has no name in this process")
         _sweep(its_path.parent)
         self._file = os.open(its_path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        # For as long as this process lives, whatever namespace others are in.
+        fcntl.flock(self._file, fcntl.LOCK_EX)
         os.pwrite(self._file, _pack(b""), 0)
         self.close = weakref.finalize(self, _remove, its_path, self._file, os.getpid())
 
@@ -80,8 +91,10 @@ class Reader:
         """The newest counters; None before there are any, or while they are being written."""
         header = os.pread(self._file, _HEADER, 0)
         size, checksum = (int.from_bytes(header[at : at + 4], "little") for at in (0, 4))
+        if not 0 < size <= _LARGEST:
+            return None
         content = os.pread(self._file, size, _HEADER)
-        if not size or len(content) < size or zlib.crc32(content) != checksum:
+        if len(content) < size or zlib.crc32(content) != checksum:
             return None
         return _DECODER.decode(content)
 
@@ -95,43 +108,59 @@ class Writer:
     @property
     def wanted(self) -> bool:
         """Whether a server's process has made the file."""
-        return self._path.exists()
+        return self._path is not None and self._path.exists()
 
     def write(self, snapshot: Snapshot) -> None:
         """Overwrite it; one that is gone by now is not made again.
 
         Raises:
-            OSError: there is no room.
+            OSError: there is no room, or the file is another user's.
         """
+        if self._path is None:
+            return
         with contextlib.suppress(FileNotFoundError):
-            file = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
+            file = _open(self._path)
             try:
-                reader = os.pread(file, _HEADER, 0)[8:]
-                os.pwrite(file, _pack(msgspec.msgpack.encode(snapshot), reader), 0)
+                os.pwrite(file, _pack(msgspec.msgpack.encode(snapshot)), 0)
             finally:
                 os.close(file)
 
     def remove(self) -> None:
         """Remove it: the engine ends."""
-        self._path.unlink(missing_ok=True)
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
 
 
-def _pack(content: bytes, reader: bytes | None = None) -> bytes:
+def _pack(content: bytes) -> bytes:
     numbers = len(content), zlib.crc32(content)
-    header = b"".join(number.to_bytes(4, "little") for number in numbers)
-    return header + (reader or os.getpid().to_bytes(4, "little")) + content
+    return b"".join(number.to_bytes(4, "little") for number in numbers) + content
 
 
-def _remove(file_path: Path, file: int, process: int) -> None:
+def _open(its_path: Path) -> int:
+    """Open a file of ours; others may put what they like into a folder of all users."""
+    file = os.open(its_path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    about = os.fstat(file)
+    if not stat.S_ISREG(about.st_mode) or about.st_uid != os.getuid():
+        os.close(file)
+        raise PermissionError(errno.EPERM, "not a file of this user", str(its_path))
+    return file
+
+
+def _remove(its_path: Path, file: int, process: int) -> None:
     os.close(file)
     if os.getpid() == process:  # not a fork of it
-        file_path.unlink(missing_ok=True)
+        its_path.unlink(missing_ok=True)
 
 
 def _sweep(folder: Path) -> None:
-    """Remove files of readers that were killed."""
-    for one in folder.glob(f"{_prefix()}*"):
+    """Remove the files of readers that were killed: nobody holds their locks."""
+    for one in folder.glob(f"{prefix()}*"):
         with contextlib.suppress(OSError):
-            reader = int.from_bytes(one.read_bytes()[8:_HEADER], "little")
-            if reader and not Path("/proc", str(reader)).exists():
-                one.unlink(missing_ok=True)
+            file = _open(one)
+            try:
+                # An empty one is being made just now.
+                if os.fstat(file).st_size:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    one.unlink(missing_ok=True)
+            finally:
+                os.close(file)

@@ -62,7 +62,7 @@ def run(target: str | None, draft: str | None, as_json: bool) -> bool:
     """
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     with contextlib.redirect_stdout(sys.stderr):  # vLLM logs there
-        findings = list(_examine(target, draft))
+        findings = list(_all_findings(target, draft))
     if as_json:
         print(json.dumps([finding._asdict() for finding in findings], indent=2))
     else:
@@ -77,6 +77,15 @@ def _print(findings: list[Finding]) -> None:
     for check, status, found, mend in findings:
         table.add_row(check, f"[{_STYLES[status]}]{status}[/]", escape(found), escape(mend))
     Console().print(table)
+
+
+def _all_findings(target: str | None, draft: str | None) -> Iterator[Finding]:
+    """The findings; what a check did not expect ends them, as the last one."""
+    try:
+        yield from _examine(target, draft)
+    except Exception as error:  # of vLLM, transformers, the hub: what was found so far still counts
+        said = f"{type(error).__name__}: {error}"
+        yield Finding("doctor", Status.ERROR, said, "report this, with the findings above")
 
 
 def _examine(target: str | None, draft: str | None) -> Iterator[Finding]:
@@ -107,21 +116,29 @@ def _versions() -> Iterator[Finding]:
 
     build, version = vllm_version()
     yield _checked("vLLM", check_vllm_version, f"{build} {version}")
-    packages = [f"{name} {metadata.version(name)}" for name in ("vllm-ssd", "torch")]
+    packages = [f"{name} {_version(name)}" for name in ("vllm-ssd", "torch")]
     python = f"Python {platform.python_version()}"
     yield Finding("versions", Status.OK, ", ".join([python, *packages]))
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "(not installed)"
 
 
 def _plugin() -> Finding:
     from vllm import envs
 
-    points = metadata.entry_points(group="vllm.general_plugins", name=_PLUGIN)
-    if not points:
+    groups = ("vllm.general_plugins", "vllm.stat_logger_plugins")
+    points, metrics = (metadata.entry_points(group=group, name=_PLUGIN) for group in groups)
+    if not points or not metrics:
         return Finding(
             "plugin",
             Status.ERROR,
-            "no entry point: vLLM does not find it",
-            "install vllm-ssd into vLLM's environment (pip install)",
+            "entry points are missing: vLLM does not find it",
+            "install vllm-ssd anew, into vLLM's environment (pip install)",
         )
     allowed = envs.VLLM_PLUGINS
     if allowed is not None and _PLUGIN not in allowed:
@@ -145,9 +162,10 @@ def _hooks() -> Finding:
             f"moved or changed in vLLM: {', '.join(moved)}",
             "install a vLLM that vllm-ssd supports, or another vllm-ssd",
         )
-    lists = (compat.TARGET, compat.TARGET_ON_CPU, compat.DRAFT)
+    lists = compat.lists_here()
     count = sum(len(compat.members(names)) for each in lists for names in each.values())
-    return Finding("hooks", Status.OK, f"{count} names of vLLM are where they should be")
+    found = f"{count} names of vLLM are where they should be; instances are checked at the start"
+    return Finding("hooks", Status.OK, found)
 
 
 def _settings() -> Iterator[Finding]:
@@ -267,7 +285,10 @@ def _pair(target_name: str, draft_name: str) -> Iterator[Finding]:
     try:
         target = EngineArgs(model=target_name).create_model_config()
     except Exception as error:  # vLLM, transformers and hub clients each raise their own
-        mend = "give the folder or the hub name of a model that this vLLM supports"
+        mend = (
+            "give the folder or the hub name of a model that this vLLM supports; with options of "
+            "its own (--trust-remote-code, --hf-token) only the server itself can tell"
+        )
         yield Finding("target", Status.ERROR, f"{target_name}: {first_line(error)}", mend)
         return
     yield Finding("target", Status.OK, f"{target.model}, {target.max_model_len} tokens")
@@ -285,9 +306,12 @@ def _pair(target_name: str, draft_name: str) -> Iterator[Finding]:
         f"{draft.model}, {longest} tokens" + (f", fewer than the target's {length}" * short),
         "longer texts are decoded plainly; choose another draft, or lower --max-model-len" * short,
     )
-    yield _checked("attention", lambda: check_draft(draft), "full, so its branches can be forked")
-    found = f"{draft.get_vocab_size()} tokens, the target's {target.get_vocab_size()}"
-    yield _checked("vocabulary", lambda: check_vocabulary(config, target, draft), found)
+    attention = _checked("attention", lambda: check_draft(draft), "full: it can be forked")
+    yield attention
+    if attention.status == Status.ERROR:
+        return
+    sizes = f"{draft.get_vocab_size()} tokens, the target's {target.get_vocab_size()}"
+    yield _vocabulary(sizes, lambda: check_vocabulary(config, target, draft))
     try:
         head = select_draft_vocab(config, target, draft)
     except ValueError as error:
@@ -296,6 +320,21 @@ def _pair(target_name: str, draft_name: str) -> Iterator[Finding]:
     rows = None if head is None else len(head)
     yield Finding("head", Status.OK, "all tokens" if rows is None else f"{rows} tokens")
     yield _draft_memory(config, draft, rows)
+
+
+def _vocabulary(sizes: str, check: Callable[[], bool]) -> Finding:
+    try:
+        compared = check()
+    except ValueError as error:
+        return _refused("vocabulary", error)
+    if compared:
+        return Finding("vocabulary", Status.OK, sizes)
+    return Finding(
+        "vocabulary",
+        Status.WARNING,
+        f"{sizes}; the tokenizers could not be read, so they were not compared",
+        "see that both models have the same tokenizer",
+    )
 
 
 def _draft_memory(config: SSDConfig, draft: ModelConfig, head_rows: int | None) -> Finding:

@@ -62,7 +62,7 @@ def doctor(
 ) -> None:
     """Check the installation, the machine and, if given, a pair of models; load neither.
 
-    The exit status is 1 if SSD would refuse to start.
+    The exit status is 1 if a check fails.
     """
     if (target is None) != (draft is None):
         raise typer.BadParameter("name both models, or none", param_hint="MODEL DRAFT")

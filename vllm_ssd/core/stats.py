@@ -7,8 +7,8 @@ from typing import Literal
 
 from vllm_ssd.core.recent import Recent
 
-MEASURED = ("verify_seconds", "wait_seconds", "draft_step_seconds", "depth_at_hit")
-"""What histograms are made of: values of a verification, a wait, a draft step, a hit."""
+MEASURED = ("verify_seconds", "wait_seconds", "draft_step_seconds")
+"""What histograms are made of: values of a verification, a wait, a draft step."""
 
 
 @dataclass(slots=True)
@@ -92,6 +92,8 @@ class Stats:
     errors: int = 0
     recent: dict[str, Recent] = field(default_factory=lambda: {name: Recent() for name in MEASURED})
     """The newest values of ``MEASURED``, for histograms."""
+    depths: list[int] = field(default_factory=list)
+    """How many hits found 0, 1, 2, ... tokens."""
 
     def missed(self, why: Literal["draft_down", "resync"], look_ups: int) -> None:
         """Count look-ups that were not possible."""
@@ -100,6 +102,14 @@ class Stats:
             self.misses_draft_down += look_ups
         else:
             self.misses_resync += look_ups
+
+    def hit(self, depth: int) -> None:
+        """Count a hit, and the tokens found at it."""
+        self.hits += 1
+        self.depth_at_hit += depth
+        while depth >= len(self.depths):
+            self.depths.append(0)
+        self.depths[depth] += 1
 
     def as_dict(self) -> dict[str, float]:
         """All counters, and ratios of them (absent while they would divide by zero)."""
@@ -113,7 +123,7 @@ class Stats:
         return result
 
 
-COUNTERS = tuple(one.name for one in fields(Stats) if one.name != "recent")
+COUNTERS = tuple(one.name for one in fields(Stats) if one.name not in ("recent", "depths"))
 """The names of the counters."""
 
 

@@ -130,6 +130,8 @@ class Switch:
         self._credit = Credit(_SHARE)
         self._clock = 0.0
         """Seconds of its rounds."""
+        self._tried = False
+        """Whether a probe has come to its end."""
 
     @property
     def on(self) -> bool:
@@ -172,7 +174,7 @@ class Switch:
             ratio = math.log(max(usual.rate, 1e-9) / expected)
             self.belief = self.belief.after(ratio, _EXPECTED + usual.variance)
         ready = self._credit.ready(self._clock, self._cost())
-        if ready or (not self.probes and self._is_open):
+        if ready or (not self._tried and self._is_open):
             self._probe = _Probe(self._speeds[not self.usually].again())
             self.probes += 1
 
@@ -212,7 +214,7 @@ class Switch:
         unclear = 0.0 < ahead < _CLEAR * error
         if unclear and measured < _LONGEST_PROBE:
             return
-        self.belief = belief
+        self.belief, self._tried = belief, True
         self._end_probe(probe)
         if ahead > 0.0 and not unclear:
             self.usually = not self.usually

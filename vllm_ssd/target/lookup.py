@@ -167,7 +167,7 @@ def answer(look_ups: Sequence[LookUp], stats: Stats) -> None:
     without that, as its bonus token. And it would count as computed, which matters when more input
     is streamed to the request: vLLM goes on from what is computed.
     """
-    depths: list[int] = []
+    hits = 0
     for each in look_ups:
         request, below = each.request, each.below
         request.look_ups += 1
@@ -182,7 +182,8 @@ def answer(look_ups: Sequence[LookUp], stats: Stats) -> None:
                 ended = True
                 del found[next(at for at, token in enumerate(found) if token in request.ends) :]
             if found and each.before is None and request.look_ups > 1:
-                depths.append(len(found))
+                hits += 1
+                stats.hit(len(found))
             else:
                 _count(each, len(found), bool(found) or ended, stats)
             del found[each.chosen :]
@@ -191,10 +192,7 @@ def answer(look_ups: Sequence[LookUp], stats: Stats) -> None:
         if each.before is not None:
             at_once = min(len(each.before.drafted), len(found))
             request.origin = Origin(at_once, len(found) - at_once, 0)
-    stats.look_ups += len(depths)
-    stats.hits += len(depths)
-    stats.depth_at_hit += sum(depths)
-    stats.recent["depth_at_hit"].extend(depths)
+    stats.look_ups += hits
 
 
 def _count_backup(origin: Origin, verified: int, accepted: int, stats: Stats) -> None:
@@ -223,9 +221,7 @@ def _count(each: LookUp, depth: int, hit: bool, stats: Stats) -> None:
         stats.first_look_ups += 1
         stats.first_hits += hit
     if hit:
-        stats.hits += 1
-        stats.depth_at_hit += depth
-        stats.recent["depth_at_hit"].add(depth)
+        stats.hit(depth)
     elif below.where is Where.OFF:
         stats.misses_no_branch += 1
     elif request.look_ups == 1 and request.resynced:

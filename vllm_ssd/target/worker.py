@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 import weakref
 from typing import TYPE_CHECKING, Any
@@ -30,6 +29,7 @@ else:
 
 SNAPSHOT_SECONDS = 0.25
 """From one writing of the counters to the next at least."""
+AFTER_AN_ERROR_SECONDS = 60.0
 logger = logging.getLogger("vllm.vllm_ssd")
 
 SLEEP_TAGS = ("weights", "kv_cache")
@@ -171,22 +171,26 @@ class SSDWorker(PlatformWorker):
         output = super().execute_model(scheduler_output)
         if not self._notifies_first:
             self._proposer.scheduled(scheduler_output)
-        if self._client is not None and time.monotonic() >= self._next_snapshot:
-            self._next_snapshot = time.monotonic() + SNAPSHOT_SECONDS
-            self._write_snapshot()
+        # vLLM runs an empty step once the last request has ended: what is written then stays.
+        last = not scheduler_output.total_num_scheduled_tokens
+        if self._client is not None and (last or time.monotonic() >= self._next_snapshot):
+            self._write_snapshot(self._client)
         return output
 
-    def _write_snapshot(self) -> None:
+    def _write_snapshot(self, client: DraftClient) -> None:
         """Write the counters, if a server has asked for them."""
-        recent = self._proposer.stats.recent
+        self._next_snapshot = time.monotonic() + SNAPSHOT_SECONDS
+        if not self._stats_file.wanted:
+            return
+        stats = self._proposer.stats
+        counters = {name: float(value) for name, value in self._counters(client).items()}
+        counts = {kind: values.count for kind, values in stats.recent.items()}
+        values = {kind: values.since(0) for kind, values in stats.recent.items()}
         try:
-            if self._stats_file.wanted:
-                counts = {kind: values.count for kind, values in recent.items()}
-                values = {kind: values.since(0) for kind, values in recent.items()}
-                self._stats_file.write(Snapshot(self.ssd_stats(), counts, values))
+            self._stats_file.write(Snapshot(counters, counts, values, stats.depths))
         except OSError as error:
-            self._next_snapshot = math.inf
-            logger.warning("ssd: no metrics any more: %s", error)
+            self._next_snapshot += AFTER_AN_ERROR_SECONDS
+            logger.warning("ssd: the metrics could not be written: %s", error)
 
     def sleep(self, level: int = 1) -> None:
         """Free the target's memory as vLLM does, and all of the draft's."""
@@ -214,11 +218,14 @@ class SSDWorker(PlatformWorker):
         if self._client is None:
             return {}
         self._client.poll()
+        return self._counters(self._client)
+
+    def _counters(self, client: DraftClient) -> dict[str, float]:
         return {
             **self._proposer.stats.as_dict(),
             **self._proposer.decisions.as_dict(),
-            **add_draft_ratios(self._client.draft_counters),
-            "draft_up": float(self._client.up),
+            **add_draft_ratios(client.draft_counters),
+            "draft_up": float(client.up),
         }
 
     def shutdown(self) -> None:
