@@ -45,9 +45,8 @@ COUNTERS = {
     "ssd_draft_evictions": ("draft_evictions", "Requests that the draft had no room for."),
 }
 """By name: the counter in ``get_stats``, and what it counts."""
-MISSES = {
-    reason: f"misses_{reason}" for reason in ("no_branch", "not_ready", "resync", "draft_down")
-}
+MISSES = ("no_branch", "not_ready", "resync", "draft_down")
+"""Why a look-up found nothing; counted as ``misses_...``."""
 SOURCES = ("branch", "just_in_time", "ngram")
 """Where drafted tokens come from: found at once, waited for, from the text."""
 _TIMES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0)

@@ -205,7 +205,7 @@ def test_a_request_with_a_seed_gets_the_same_tokens_again() -> None:
     assert run(1) == run(1) != run(2)
 
 
-class CountingSampler(torch.nn.Module):
+class EchoingSampler(torch.nn.Module):
     """Yields what it was called with."""
 
     logprobs_mode = "raw_logprobs"
@@ -219,6 +219,6 @@ class CountingSampler(torch.nn.Module):
 
 
 def test_a_step_without_drafts_is_sampled_as_by_plain_vllm() -> None:
-    sampler = RejectionSampler(CountingSampler())
+    sampler = RejectionSampler(EchoingSampler())
     logits, sampling = torch.zeros(2, 5), chance([1.0, 0.0])
     assert sampler(metadata([[], []]), None, logits, sampling) == (logits, sampling)

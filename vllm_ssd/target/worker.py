@@ -30,6 +30,7 @@ else:
 SNAPSHOT_SECONDS = 0.25
 """From one writing of the counters to the next at least."""
 AFTER_AN_ERROR_SECONDS = 60.0
+"""The same after one that failed."""
 logger = logging.getLogger("vllm.vllm_ssd")
 
 SLEEP_TAGS = ("weights", "kv_cache")
@@ -173,7 +174,8 @@ class SSDWorker(PlatformWorker):
             self._proposer.scheduled(scheduler_output)
         # vLLM runs an empty step once the last request has ended: what is written then stays.
         last = not scheduler_output.total_num_scheduled_tokens
-        if self._client is not None and (last or time.monotonic() >= self._next_snapshot):
+        wait = self._next_snapshot - time.monotonic()  # longer after an error
+        if self._client is not None and wait <= SNAPSHOT_SECONDS * last:
             self._write_snapshot(self._client)
         return output
 
