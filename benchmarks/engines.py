@@ -102,6 +102,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--answers", type=int, default=24, help="counted, at least; two for each stream in any case"
     )
+    parser.add_argument(
+        "--warm-up", type=int, default=1, help="answers of each stream that are not counted before"
+    )
 
 
 def slices(answers: int, size: int) -> int:
@@ -156,6 +159,7 @@ def take_turns(
                 max_tokens=options.max_tokens,
                 temperature=options.temperature,
                 seed=number // len(engines),
+                warm_up=options.warm_up,
             )
             began = time.perf_counter()
             report = run_apart(put_on, load, lambda event: progress.advance(bar))

@@ -48,6 +48,8 @@ class Load(EngineSpec):
     """Of an answer; it may end before."""
     temperature: float
     seed: int
+    warm_up: int = 1
+    """How many slices are not counted before those that are."""
 
 
 class Slice(NamedTuple):
@@ -100,7 +102,8 @@ def put_on(load: Load, tell: Callable[[Any], None]) -> Report:
 def _measure(engine: Any, case: Case, load: Load) -> Measured:
     prompts = [chat(engine, prompt)["prompt_token_ids"] for prompt in case.prompts]
     streams = Streams(engine, prompts, case.size, load.max_tokens, load.temperature)
-    streams.run(case.size)  # not counted: the streams get out of step, the engine into its stride
+    for _ in range(load.warm_up):  # the streams get out of step, the engine into its stride
+        streams.run(case.size)
     before = counters(engine)
     slices = [streams.run(case.size) for _ in range(case.slices)]
     found = difference(before, counters(engine))
