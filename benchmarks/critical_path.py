@@ -30,6 +30,7 @@ from vllm_ssd.draft.engine import DraftEngine
 from vllm_ssd.draft.forking import Policy
 from vllm_ssd.draft.model import BlockChanges, Choices, Done, Sequences
 from vllm_ssd.draft.rows import Rows
+from vllm_ssd.draft.session import Session
 from vllm_ssd.target.client import DraftClient
 from vllm_ssd.target.decisions import Decisions
 from vllm_ssd.target.handover import HandOver
@@ -37,9 +38,10 @@ from vllm_ssd.target.lookup import LookUp
 from vllm_ssd.target.proposer import SSDProposer
 from vllm_ssd.wire.channel import Channel
 from vllm_ssd.wire.messages import (
+    PROTOCOL,
     DraftBound,
+    Join,
     Ready,
-    Setup,
     Start,
     TargetBound,
     ToTarget,
@@ -119,17 +121,18 @@ class Draft:
         self, connection: socket.socket, requests: int, branches: int, context: int, sampled: bool
     ) -> None:
         self._channel: Channel[DraftBound] = Channel(connection, DraftBound)
-        self._epoch, self._number = 0, 0
+        self._epoch, self._number = 1, 0
         blocks = -(-(context + 4096) // BLOCK)
         rows = requests * branches
         self.engine = DraftEngine(
             TableModel(),
             Rows(rows, DEPTH, CANDIDATES, SAMPLED_FROM),
             KVBlocks(requests * blocks + 3 * rows, BLOCK, enable_prefix_caching=True),
-            Policy(DEPTH, None, branches, branches, arms_of(_sampling(sampled), 1.0)),
             prefill_chunk=100_000,
             prefill_chunk_idle=100_000,
         )
+        arms = arms_of(_sampling(sampled), 1.0)
+        self.session = self.engine.open(Policy(DEPTH, None, branches, branches, arms))
         self._send([Ready(rows, 0, BLOCK)])
 
     def turn(self) -> None:
@@ -138,16 +141,12 @@ class Draft:
             assert frame is not None
             self._epoch = frame.epoch
             for message in frame.messages:
-                match message:
-                    case Start():
-                        self.engine.start(message)
-                    case Verified():
-                        self.engine.verified(message)
-                    case Trimmed():
-                        self.engine.trimmed(message)
-        self._send(self.engine.publications())
+                if isinstance(message, Start | Verified | Trimmed):
+                    self.session.handle(message)
+        self._send(self.session.publications())
         while self.engine.has_work:
-            self._send(self.engine.step())
+            self.engine.step()
+            self._send(self.session.publications())
 
     def _send(self, messages: list[ToTarget]) -> None:
         self._channel.send(TargetBound(self._epoch, self._number, messages))
@@ -161,8 +160,8 @@ def _sampling(sampled: bool) -> str:
 
 def measure(
     requests: int, branches: int, context: int, rejected: float, sampled: bool
-) -> tuple[list[float], DraftEngine, float]:
-    """Seconds of each ``propose()``, the draft engine, and the share of look-ups that hit."""
+) -> tuple[list[float], Session, float]:
+    """Seconds of each ``propose()``, the draft's session, and the share of look-ups that hit."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     proposer, client = _proposer(ours, branches, context, sampled)
     texts = np.zeros((requests, context + 4096), np.int32)
@@ -184,8 +183,8 @@ def measure(
         for i, name in enumerate(names)
     ]
     client.send(list(announced))
-    assert client.process is not None
-    while not client.process.channel.flush():
+    assert client.link is not None
+    while not client.link.channel.flush():
         draft.turn()
     proposals: list[list[int]] = [[] for _ in names]
     seconds: list[float] = []
@@ -208,7 +207,7 @@ def measure(
         began = time.perf_counter()
         proposals = proposer.propose(verified, lengths, texts)
         seconds.append(time.perf_counter() - began)
-    return seconds, draft.engine, proposer.stats.hits / proposer.stats.look_ups
+    return seconds, draft.session, proposer.stats.hits / proposer.stats.look_ups
 
 
 def _step(names: list[str], proposals: list[list[int]]) -> Any:
@@ -233,20 +232,12 @@ def _proposer(
     )
     proposer = SSDProposer(config)
     proposer.decisions = AlwaysOn(proposer.requests, proposer.pace, proposer.stats)
-    setup = Setup(
-        {},
-        DEPTH,
-        [],
-        branches,
-        branches,
-        True,
-        VOCABULARY,
-        draft_sampling=_sampling(sampled),
-        draft_top_n=SAMPLED_FROM,
-    )
-    client = DraftClient(setup, [], 60.0, proposer.stats, proposer.requests.forget_all)
-    stand_in: Any = SimpleNamespace(channel=Channel(connection, TargetBound), pid=0)
-    client.process = stand_in
+    sampling = _sampling(sampled), SAMPLED_FROM
+    join = Join(PROTOCOL, "", VOCABULARY, DEPTH, [], branches, branches, *sampling)
+    link: Any = SimpleNamespace(channel=Channel(connection, TargetBound), failure=None)
+    forget = proposer.requests.forget_all
+    client = DraftClient(lambda: link, join, 60.0, proposer.stats, forget)
+    client.launch()
     return proposer, client
 
 
@@ -269,7 +260,7 @@ def main() -> None:
     for column in ("rows", "context", "rejected", "sampled", "per step", "from outcomes to forks"):
         steps.add_column(column, justify="right")
     for requests, branches, context, rejected, sampled in CASES:
-        seconds, engine, hit_rate = measure(requests, branches, context, rejected, sampled)
+        seconds, session, hit_rate = measure(requests, branches, context, rejected, sampled)
         microseconds = sorted(1e6 * s for s in seconds[20:])
         table.add_row(
             str(requests),
@@ -282,7 +273,7 @@ def main() -> None:
             f"{statistics.median(microseconds):.0f} µs",
             f"{microseconds[int(0.99 * len(microseconds))]:.0f} µs",
         )
-        counters = engine.counters
+        counters = session.counters
         steps.add_row(
             f"{counters['draft_rows'] / counters['draft_steps']:.1f}",
             str(context),

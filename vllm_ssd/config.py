@@ -36,6 +36,24 @@ _NEEDS = {
 }
 """What an option takes, where pydantic's own message would not say it."""
 
+_OF_THE_SERVER = (
+    "model",
+    "draft_device",
+    "draft_cpu_cores",
+    "draft_dtype",
+    "draft_quantization",
+    "draft_vocab",
+    "draft_revision",
+    "draft_code_revision",
+    "draft_hf_overrides",
+    "draft_load_format",
+    "draft_max_model_len",
+    "draft_kv_cache_memory_bytes",
+    "draft_enforce_eager",
+    "draft_startup_timeout_s",
+)
+"""Options that a draft server has in place of its targets."""
+
 _LEARNED = "it is learned from the verifications; leave it out"
 _GONE = {
     "fan_out_policy": "the split by Theorem 12 is fan_out = {'geometric': F} now, the uniform one "
@@ -69,8 +87,16 @@ class SSDConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    model: str = Field(min_length=1)
+    model: str = Field(default="", min_length=1)
     """The draft model: a folder or a hub name, with the target's tokenizer."""
+
+    draft_address: str | None = Field(default=None, min_length=1)
+    """In place of ``model``: where a draft server listens (``vllm-ssd draft-server``),
+    ``"unix:/PATH"`` or ``"tcp://HOST:PORT"``. It has its own model, device and memory, and may draft
+    for several targets."""
+
+    draft_key_file: str | None = Field(default=None, min_length=1)
+    """The file with the key of that server, which TCP needs."""
 
     num_speculative_tokens: int = Field(ge=1, le=MAX_SPECULATIVE_TOKENS)
     """K, the most tokens drafted for one verification."""
@@ -202,6 +228,28 @@ class SSDConfig(BaseModel):
         if value == "" or (isinstance(value, int) and value < 0):
             raise ValueError(_NEEDS["draft_vocab"])
         return value
+
+    @model_validator(mode="after")
+    def _one_draft(self) -> SSDConfig:
+        if self.draft_address is None:
+            if not self.model:
+                raise ValueError(
+                    "option 'model' is missing; add it to the speculative config (or "
+                    "'draft_address', where a draft server listens)"
+                )
+            if self.draft_key_file is not None:
+                raise ValueError(
+                    f"option 'draft_key_file' = {self.draft_key_file!r}: it is the key of a draft "
+                    "server; set 'draft_address', or leave it out"
+                )
+            return self
+        of_the_server = [name for name in _OF_THE_SERVER if name in self.model_fields_set]
+        if of_the_server:
+            raise ValueError(
+                f"option {of_the_server[0]!r} = {getattr(self, of_the_server[0])!r}: with "
+                "'draft_address' that is the draft server's own; leave it out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _fan_out_length(self) -> SSDConfig:

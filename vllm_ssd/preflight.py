@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -15,21 +16,29 @@ from vllm_ssd.target.draft_config import (
     first_line,
     fits_length,
 )
+from vllm_ssd.target.joining import join_of
 from vllm_ssd.target.memory import block_size, check_kv_cache, draft_kv_bytes_per_token
 from vllm_ssd.target.placement import count_devices, device_index
+from vllm_ssd.vocabulary import check_vocabulary, tokenizer_hash
+from vllm_ssd.wire.messages import Join
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, ParallelConfig, VllmConfig
+
+
+logger = logging.getLogger("vllm.vllm_ssd")
 
 
 class Checked(NamedTuple):
     """The result of the checks, from which the draft is set up."""
 
     config: SSDConfig
-    draft: ModelConfig
-    """vLLM's configuration of the draft model."""
+    draft: ModelConfig | None
+    """vLLM's configuration of the draft model; None for a draft server's, which has its own."""
     draft_vocab: Int32Array | None
     """``[N]``, the tokens its head is computed for; None for all."""
+    join: Join
+    """What the target wants of the draft."""
 
 
 def check_engine(vllm_config: VllmConfig) -> Checked:
@@ -87,6 +96,8 @@ def check(
     check_device(config.draft_device, current_platform.device_name, count)
     _check_parallelism(parallel)
     check_runner(async_scheduling)
+    if config.draft_address is not None:
+        return Checked(config, None, None, check_server(config, target))
     draft = draft_model_config(config, target)
     check_load_format(config.draft_load_format, draft)
     check_draft(draft)
@@ -98,14 +109,49 @@ def check(
             block_size(on_cpu),
         )
     check_vocabulary(config, target, draft)
-    return Checked(config, draft, select_draft_vocab(config, target, draft))
+    join = join_of(config, target.get_vocab_size())
+    return Checked(config, draft, select_draft_vocab(config, target, draft), join)
+
+
+def check_server(config: SSDConfig, target: ModelConfig) -> Join:
+    """Ask the draft server at ``draft_address`` whether it drafts for this target.
+
+    A server that cannot be reached now may be there later: that is a warning.
+
+    Returns:
+        What it is asked for.
+
+    Raises:
+        ValueError: the address or the key cannot be used, or the server refuses the target.
+    """
+    from vllm_ssd.target.attachment import ask, server_of
+
+    address, key = server_of(config)
+    tokenizer = tokenizer_hash(
+        target.tokenizer,
+        target.tokenizer_revision,
+        trust_remote_code=target.trust_remote_code,
+        token=target.hf_token,
+    )
+    join = join_of(config, target.get_vocab_size(), tokenizer)
+    try:
+        ask(address, key, join)
+    except ValueError as error:
+        said = f"ssd: option 'draft_address' = {config.draft_address!r}"
+        raise ValueError(f"{said}: {error}") from None
+    except OSError as error:
+        logger.warning("ssd: %s; decoding plainly until there is a draft", error)
+    return join
 
 
 def absolute_paths(config: SSDConfig) -> SSDConfig:
     """The options with absolute folders and files: workers may have another working folder."""
-    changes = {"model": absolute_folder(config.model)}
-    if isinstance(config.draft_vocab, str):
-        changes["draft_vocab"] = str(Path(config.draft_vocab).expanduser().absolute())
+    changes = {}
+    if config.model:
+        changes["model"] = absolute_folder(config.model)
+    for name in ("draft_vocab", "draft_key_file"):
+        if isinstance(file := getattr(config, name), str):
+            changes[name] = str(Path(file).expanduser().absolute())
     return config.model_copy(update=changes)
 
 
@@ -258,58 +304,3 @@ def check_draft(draft: ModelConfig) -> None:
                 f"{said}: its attention ({kind}) is not plain full attention, the "
                 "only kind whose branches can be forked; choose another draft model"
             )
-
-
-def check_vocabulary(config: SSDConfig, target: ModelConfig, draft: ModelConfig) -> bool:
-    """Refuse a draft with another tokenizer. Padded vocabularies of one tokenizer are fine.
-
-    Returns:
-        Whether the tokenizers were compared; else only the sizes of the vocabularies.
-
-    Raises:
-        ValueError: names a token on which they differ.
-    """
-    if _same_tokenizer_file(target.tokenizer, draft.model):
-        return True
-    from transformers import AutoTokenizer
-
-    try:
-        both = {"trust_remote_code": target.trust_remote_code, "token": target.hf_token}
-        ours = AutoTokenizer.from_pretrained(
-            target.tokenizer, revision=target.tokenizer_revision or "main", **both
-        ).get_vocab()
-        theirs = AutoTokenizer.from_pretrained(
-            draft.model, revision=config.draft_revision or "main", **both
-        ).get_vocab()
-    except Exception as error:  # transformers and its tokenizers each raise their own
-        # A folder of weights alone: nothing to compare but the size.
-        if target.get_vocab_size() == draft.get_vocab_size():
-            return False
-        raise ValueError(
-            f"ssd: option 'model' = {draft.model!r}: it has no tokenizer and another vocabulary "
-            f"size ({draft.get_vocab_size()}) than the target ({target.get_vocab_size()}); "
-            "choose a draft with the target's tokenizer"
-        ) from error
-    # By id, so that the same pair of tokenizers is refused with the same message every time.
-    for token, token_id in sorted(ours.items(), key=lambda item: item[1]):
-        if theirs.get(token, token_id) != token_id:
-            raise ValueError(
-                f"ssd: option 'model' = {draft.model!r}: its tokenizer differs from the target's "
-                f"({token!r} is {theirs[token]} there and {token_id} in the target); choose a "
-                "draft with the target's tokenizer"
-            )
-    shared = len(ours.keys() & theirs.keys())
-    if shared < 0.9 * max(len(ours), len(theirs)):
-        raise ValueError(
-            f"ssd: option 'model' = {draft.model!r}: its tokenizer shares only {shared} of "
-            f"{len(ours)} tokens with the target's; choose a draft with the target's tokenizer"
-        )
-    return True
-
-
-def _same_tokenizer_file(one: str, other: str) -> bool:
-    """Whether two local folders hold byte-identical tokenizers: a shortcut."""
-    files = [Path(folder) / "tokenizer.json" for folder in (one, other)]
-    if not all(file.is_file() for file in files):
-        return False
-    return files[0].samefile(files[1]) or files[0].read_bytes() == files[1].read_bytes()

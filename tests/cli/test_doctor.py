@@ -49,6 +49,7 @@ def test_json_has_all_checks_and_nothing_else_is_printed(tiny_pair: TinyModels) 
     assert not [each for each in found if each["status"] == "error"]
 
 
+@pytest.mark.slow
 def test_an_error_is_shown_with_its_mend_and_exit_status_1(tmp_path: Path) -> None:
     done = command(str(tmp_path), str(tmp_path / "none"))
     assert done.returncode == 1

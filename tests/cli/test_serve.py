@@ -119,7 +119,11 @@ def test_cpu_build_answers_to_the_name_of_vllm_and_is_not_counted_twice(
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help=Frontend"], ["--no-such-flag"]], ids=["help", "bad"]
+    "arguments",
+    [
+        pytest.param(["--help=Frontend"], marks=pytest.mark.slow, id="help"),
+        pytest.param(["--no-such-flag"], id="bad"),
+    ],
 )
 def test_output_and_exit_status_are_those_of_vllm_serve(
     arguments: list[str], tmp_path: Path

@@ -19,6 +19,8 @@ from transformers import AutoTokenizer
 from tests.distill.toy_target import TOPIC, make_target, write_prompts
 from tests.engine.harness import LONG_WAIT_MS, Engine, Job, greedy
 
+pytestmark = pytest.mark.slow
+
 TOOL = Path(__file__).resolve().parents[2] / "examples" / "distill" / "distill.py"
 HEAD = 300
 PASSES = 6

@@ -41,7 +41,7 @@ def quantized(tool: Any, tiny_pair: TinyModels, tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_vllm_computes_a_stored_draft_as_the_tool_evaluates_it(
     tool: Any, tiny_pair: TinyModels, quantized: Path, dtype: str
 ) -> None:

@@ -32,14 +32,14 @@ def check_always(sim: Simulation) -> None:
         check_tree(sim, sim.published.cache, tree, request, request.text)
         check_q(sim, request, tree)
         check_chances(sim, tree)
-    for handle, request_there in sim.engine.allocator.requests.items():
+    for handle, request_there in sim.session.share.requests.items():
         if (tree_there := sim.cache.trees.get(handle)) is not None:
             assert request_there.trunk == tree_there.trunk
             text_there = request_there.text[: request_there.length].tolist()
             asked = sim.requests.get(handle)
             if asked is not None:
                 check_tree(sim, sim.cache, tree_there, asked, text_there)
-    assert sim.cache.trees.keys() <= sim.engine.allocator.requests.keys()
+    assert sim.cache.trees.keys() <= sim.session.share.requests.keys()
     check_rows(sim)
     check_blocks(sim)
     if not sim.to_draft and not sim.to_target:
@@ -142,7 +142,7 @@ def check_trees_agree(sim: Simulation) -> None:
         copy = ours.trees[handle]
         assert (copy.base, copy.trunk) == (tree.base, tree.trunk)
         assert paths(ours, copy) == paths(theirs, tree)
-        for row in [tree.trunk, *sim.engine.allocator.requests[handle].forks]:
+        for row in [tree.trunk, *sim.session.share.requests[handle].forks]:
             assert ours.ended[row] == theirs.ended[row]
             first, length = int(row != tree.trunk), int(theirs.length[row])
             chances = [cache.chance[row, first:length].tolist() for cache in (ours, theirs)]
@@ -151,9 +151,9 @@ def check_trees_agree(sim: Simulation) -> None:
 
 def check_rows(sim: Simulation) -> None:
     """Each row has one owner, and those that decode have blocks of their own to write to."""
-    rows, size = sim.rows, sim.sizes.block_size
+    rows, size = sim.rows, sim.blocks.block_size
     owned: list[int] = []
-    for request in sim.engine.allocator.requests.values():
+    for request in sim.engine.allocator.requests():
         if request.trunk == DORMANT:
             assert not request.forks
             assert not request.blocks
@@ -169,7 +169,7 @@ def check_rows(sim: Simulation) -> None:
             assert table(sim, row)[: first + len(own)] == trunk_ids[:first] + ids
             _check_cover(sim, row, range(first, first + len(own)))
     free = rows._free + rows._waiting
-    assert sorted(owned + free) == list(range(sim.sizes.max_rows))
+    assert sorted(owned + free) == list(range(len(rows.start)))
     assert not rows.pending[free].any()
 
 
@@ -200,14 +200,14 @@ def owners(request: Request) -> list[Any]:
 def check_blocks(sim: Simulation) -> None:
     """Reference counts are the numbers of owners; the rest is free."""
     held: Counter[int] = Counter()
-    for request in sim.engine.allocator.requests.values():
+    for request in sim.engine.allocator.requests():
         held.update(block.block_id for block in owners(request))
     # A copy that is still to be made holds its source.
     held.update(source.block_id for source in sim.blocks._copies.values())
     for block in sim.blocks._pool.blocks:
         if not block.is_null:
             assert block.ref_cnt == held[block.block_id]
-    assert sim.blocks.free_count == sim.sizes.num_blocks - 1 - len(held)
+    assert sim.blocks.free_count == sim.blocks.count - len(held)
 
 
 def guard_writes(sim: Simulation) -> None:
@@ -216,7 +216,7 @@ def guard_writes(sim: Simulation) -> None:
     def check(written: set[int]) -> None:
         blocks = sim.blocks._pool.blocks
         held: Counter[int] = Counter()
-        for request in sim.engine.allocator.requests.values():
+        for request in sim.engine.allocator.requests():
             held.update(block.block_id for block in owners(request))
         for block_id in written:
             assert held[block_id] == 1

@@ -104,35 +104,50 @@ class TargetRequest:
 
 
 class Simulation:
-    """One target, one draft."""
+    """One target, and a draft that it may share.
 
-    def __init__(self, sizes: Sizes = Sizes()) -> None:  # noqa: B008 (immutable)
+    Args:
+        sizes: how big everything is.
+        beside: another target, whose draft this one shares: its rows and blocks are not in
+            ``sizes`` then, and its K is not smaller.
+    """
+
+    def __init__(
+        self,
+        sizes: Sizes = Sizes(),  # noqa: B008 (immutable)
+        beside: Simulation | None = None,
+    ) -> None:
         self.sizes = sizes
         candidates = min(sizes.max_branches + 1, sizes.vocab_size)
         model_class = LookaheadToyModel if sizes.lookahead else ToyModel
         sampled_from = min(sizes.sampled_from, sizes.vocab_size)
-        self.model = model_class(
-            sizes.num_blocks, sizes.block_size, sizes.vocab_size, candidates, sampled_from
-        )
-        self.blocks = KVBlocks(sizes.num_blocks, sizes.block_size, sizes.caching)
-        self.rows = Rows(sizes.max_rows, sizes.depth, candidates, sampled_from)
-        self.engine = DraftEngine(
-            self.model,
-            self.rows,
-            self.blocks,
+        if beside is not None:
+            self.model, self.blocks, self.rows = beside.model, beside.blocks, beside.rows
+            self.engine = beside.engine
+        else:
+            self.model = model_class(
+                sizes.num_blocks, sizes.block_size, sizes.vocab_size, candidates, sampled_from
+            )
+            self.blocks = KVBlocks(sizes.num_blocks, sizes.block_size, sizes.caching)
+            self.rows = Rows(sizes.max_rows, sizes.depth, candidates, sampled_from)
+            self.engine = DraftEngine(
+                self.model, self.rows, self.blocks, sizes.prefill_chunk, sizes.prefill_chunk_idle
+            )
+        self.session = self.engine.open(
             Policy(
                 sizes.depth,
                 sizes.fan_out,
                 sizes.branches,
                 sizes.max_branches,
                 arms_of(sizes.sampling, sizes.saguaro_c),
-            ),
-            sizes.prefill_chunk,
-            sizes.prefill_chunk_idle,
+            )
         )
-        self.cache = self.engine.trees.cache
+        self.together: list[Simulation] = [] if beside is None else beside.together
+        """All targets of the draft."""
+        self.together.append(self)
+        self.cache = self.session.trees.cache
         self.published = PublishedTrees(sizes.depth, sizes.vocab_size, sampled_from)
-        self.published.start(Ready(sizes.max_rows, sizes.num_blocks, sizes.block_size))
+        self.published.start(Ready(len(self.rows.start), sizes.num_blocks, sizes.block_size))
         self.requests: dict[int, TargetRequest] = {}
         """All requests that were announced and not reported as finished."""
         self.to_draft: deque[list[ToDraft]] = deque()
@@ -143,6 +158,8 @@ class Simulation:
         """By row and position of published tokens: the q' of those that were sampled."""
         self.chances: dict[tuple[int, int], float] = {}
         """By row and position of published tokens: the chance stated for each."""
+        self.hits = 0
+        """For the test's own counting."""
         self._next_handle = 0
 
     # ---- the target
@@ -284,7 +301,7 @@ class Simulation:
         self.to_draft.clear()
         self.to_target.clear()
         self.published.clear()
-        self.engine.reset()
+        self.session.reset()
         live = [request for request in self.requests.values() if not request.over]
         self.requests.clear()
         for request in live:
@@ -309,24 +326,24 @@ class Simulation:
         """The draft takes frames in and publishes what they change."""
         for _ in range(min(frames, len(self.to_draft))):
             for message in self.to_draft.popleft():
-                match message:
-                    case Start():
-                        self.engine.start(message)
-                    case Verified():
-                        self.engine.verified(message)
-                    case Proposed():
-                        self.engine.proposed(message)
-                    case Trimmed():
-                        self.engine.trimmed(message)
-                    case Finished():
-                        self.engine.finished(message)
-        self.to_target.append(self.engine.publications())
+                self.session.handle(message)
+        self._publish()
 
     def draft_steps(self, steps: int = 1) -> None:
         """The draft decodes."""
         for _ in range(steps):
             if self.engine.has_work:
-                self.to_target.append(self.engine.step())
+                self.engine.step()
+                self._publish()
+
+    def _publish(self) -> None:
+        for sim in self.together:
+            sim.to_target.append(sim.session.publications())
+
+    def leave(self) -> None:
+        """The target is gone."""
+        self.together.remove(self)
+        self.engine.close(self.session)
 
     # ---- the target's side of the channel
 

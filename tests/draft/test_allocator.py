@@ -31,15 +31,15 @@ def settle(sim: Simulation) -> None:
 
 
 def trunk_blocks(sim: Simulation, request: TargetRequest) -> list[int]:
-    return [block.block_id for block in sim.engine.allocator.requests[request.handle].blocks]
+    return [block.block_id for block in sim.session.share.requests[request.handle].blocks]
 
 
 def holds_nothing(sim: Simulation, request: TargetRequest) -> bool:
-    return sim.engine.allocator.requests[request.handle].trunk == DORMANT
+    return sim.session.share.requests[request.handle].trunk == DORMANT
 
 
 def prefilled(sim: Simulation) -> float:
-    return sim.engine.counters["draft_prefill_tokens"]
+    return sim.session.counters["draft_prefill_tokens"]
 
 
 def hit(sim: Simulation, request: TargetRequest) -> list[int]:
@@ -302,7 +302,7 @@ def test_short_of_rows_the_least_likely_forks_of_all_requests_go_first() -> None
     sim = simulation(max_rows=9)
     first = sim.start(PROMPT)
     settle(sim)
-    [there] = sim.engine.allocator.requests.values()
+    [there] = sim.session.share.requests.values()
     by_chance = sorted(there.forks, key=lambda row: float(sim.rows.chance[row]))
     sim.start(PROMPT[::-1])
     settle(sim)
@@ -321,7 +321,7 @@ def test_a_hit_is_followed_before_another_request_takes_blocks() -> None:
     settle(sim)
     wanting = sim.start(PROMPT * 2)
     settle(sim)
-    there = sim.engine.allocator.requests[hitting.handle]
+    there = sim.session.share.requests[hitting.handle]
     unlikeliest = min(there.forks, key=lambda row: float(sim.rows.chance[row]))
     # One outcome is a miss and needs blocks; the other is the fork that would be given up first.
     sim.confirm(wanting, 0, sim.best(wanting.text)[-1])
@@ -373,7 +373,7 @@ def test_the_least_recently_used_request_is_evicted_and_comes_back() -> None:
     settle(sim)
     assert holds_nothing(sim, idle)
     assert idle.handle in sim.published.withdrawn
-    assert sim.engine.counters["draft_evictions"] == 1
+    assert sim.session.counters["draft_evictions"] == 1
     # It is back with the outcome after its own; the third has not been used since it started.
     hit(sim, second)
     sim.finish([third])
@@ -391,7 +391,7 @@ def test_requests_used_in_the_same_frame_do_not_evict_each_other() -> None:
     for _ in range(3):
         hit_together(sim, [first, second])
         settle(sim)
-        assert sim.engine.counters["draft_evictions"] == 0
+        assert sim.session.counters["draft_evictions"] == 0
         assert holds_nothing(sim, second)
         assert first.proposed == sim.greedy(first, 3)
 
@@ -461,7 +461,7 @@ def test_requests_of_a_frame_do_not_evict_each_other_in_any_order() -> None:
         hit_together(sim, order)
         settle(sim)
         assert holds_nothing(sim, third)
-        assert sim.engine.counters["draft_evictions"] == 0
+        assert sim.session.counters["draft_evictions"] == 0
 
 
 # ---- the end

@@ -28,7 +28,10 @@ def load(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize(
+    "tied",
+    [pytest.param(False, marks=pytest.mark.slow, id="untied"), pytest.param(True, id="tied")],
+)
 def test_candidates_are_the_best_of_the_selected_tokens(
     tiny_pair: TinyModels, tmp_path: Path, tied: bool
 ) -> None:

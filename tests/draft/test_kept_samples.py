@@ -168,7 +168,7 @@ def test_requests_change_their_arm_after_a_block_and_it_is_counted() -> None:
                 after = best[1]
             sim.confirm(request, accepted, after)
         sim.propose([*requests, greedy])
-    counters = sim.engine.counters
+    counters = sim.session.counters
     used = [counters[f"draft_arm_{name}_verifications"] for name in ("greedy", "c_1")]
     assert min(used) > 0
     assert sum(used) <= 2 * 3 * BLOCK  # the greedy request has no arm

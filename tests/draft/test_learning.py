@@ -16,7 +16,7 @@ def sim(request: pytest.FixtureRequest) -> Simulation:
 
 def acceptance(sim: Simulation) -> float:
     """What is learned: the chance that a drafted token is accepted."""
-    return sim.engine._outcomes.acceptance
+    return sim.session._outcomes.acceptance
 
 
 def verifying(sim: Simulation) -> TargetRequest:
@@ -39,9 +39,9 @@ def accept(sim: Simulation, request: TargetRequest, wait: bool = False) -> None:
 def test_forks_do_not_wait_for_what_is_learned(sim: Simulation) -> None:
     request = verifying(sim)
     before = acceptance(sim)
-    forks = sim.engine.counters["draft_forks"]
+    forks = sim.session.counters["draft_forks"]
     accept(sim, request)
-    assert sim.engine.counters["draft_forks"] > forks
+    assert sim.session.counters["draft_forks"] > forks
     assert acceptance(sim) == before
     sim.draft_steps()
     learned = acceptance(sim)

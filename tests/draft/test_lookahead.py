@@ -92,11 +92,11 @@ def test_a_new_epoch_drops_the_step_under_way(settled_before: bool) -> None:
     sim.draft_steps()
     assert len(model.under_way) == 1
     if settled_before:
-        sim.engine.trimmed(Trimmed(pack([0]), pack([0])))
-    sim.engine.reset()
+        sim.session.trimmed(Trimmed(pack([0]), pack([0])))
+    sim.session.reset()
     assert not model.under_way
     assert not sim.engine.has_work
-    assert sim.engine.publications() == []
+    assert sim.session.publications() == []
 
 
 def test_what_a_step_computed_for_an_ended_row_is_dropped() -> None:
@@ -146,7 +146,7 @@ def test_the_trees_are_those_without_lookahead() -> None:
                 sim.confirm(request, accepted, choices[min(rank, len(choices) - 1)])
             sim.propose([request for request in live if not request.over])
             sim.finish([request for request in sim.requests.values() if request.over])
-    assert ahead.engine.counters["draft_forks"] == plain.engine.counters["draft_forks"] > 0
+    assert ahead.session.counters["draft_forks"] == plain.session.counters["draft_forks"] > 0
     assert all(sim.published.cache.trees for sim in both)
 
 
@@ -182,10 +182,10 @@ def test_a_row_given_up_while_a_step_holds_it_is_not_reused_before_that_step() -
         for _ in range(20):
             sim.deliver()
             for _ in range(rng.randrange(5)):
-                pruned = sim.engine.counters["draft_given_up"]
+                pruned = sim.session.counters["draft_given_up"]
                 sim.draft_steps()
                 if model.under_way:
-                    given_up_ahead += sim.engine.counters["draft_given_up"] > pruned
+                    given_up_ahead += sim.session.counters["draft_given_up"] > pruned
                 sim.target_receives(9)
                 check_always(sim)
             live = [request for request in requests if not request.over]

@@ -17,7 +17,7 @@ def branches(step_ms: float, row_ms: float, requests: int = 1, max_branches: int
     sim.verify_us = VERIFY_US
     for step in range(10_000):  # far more than the steps the toy takes itself
         rows = 1 + step % 24
-        sim.engine._times.steps.observe(rows, 1e-3 * (step_ms + row_ms * rows))
+        sim.engine.step_times.observe(rows, 1e-3 * (step_ms + row_ms * rows))
     started = [sim.start([*PROMPT, token]) for token in range(requests)]
     sim.settle()
     for request in started:

@@ -32,7 +32,7 @@ def decode_plainly(sim: Simulation, requests: list[TargetRequest], rounds: int) 
 
 def held(sim: Simulation, request: TargetRequest) -> tuple[int, int]:
     """How many forks a request has, and how many of its tokens are computed."""
-    there = sim.engine.allocator.requests[request.handle]
+    there = sim.session.share.requests[request.handle]
     computed = 0 if there.trunk == DORMANT else int(sim.rows.computed[there.trunk])
     return len(there.forks), computed
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tests.draft.invariants import check_always, check_at_rest, guard_writes, paths
 from tests.draft.simulation import Simulation, Sizes, TargetRequest
 from vllm_ssd.core.tree import Where
-from vllm_ssd.draft.engine import OutOfStepError
+from vllm_ssd.draft.session import OutOfStepError
 from vllm_ssd.wire.messages import Verified, pack
 
 PROMPT = [1, 2, 3, 4, 5, 6]
@@ -80,7 +80,7 @@ def test_a_draft_that_is_the_target_hits_every_time_with_full_depth() -> None:
         assert proposed == sim.greedy(request, sim.sizes.depth)
         sim.settle()
     # The trunk never had to be prefilled again.
-    assert sim.engine.counters["draft_prefill_tokens"] == len(PROMPT)
+    assert sim.session.counters["draft_prefill_tokens"] == len(PROMPT)
 
 
 @given(st.data())
@@ -351,8 +351,8 @@ def test_outcomes_that_do_not_fit_the_known_text_are_out_of_step(
         pack([handle]), pack([length]), pack([confirmed]), pack([0]), pack(tokens), 0
     )
     with pytest.raises(OutOfStepError):
-        sim.engine.verified(message)
-    sim.engine.reset()
+        sim.session.verified(message)
+    sim.session.reset()
     assert sim.rows.free_count == sim.sizes.max_rows
     assert not np.any(sim.rows.pending)
 
@@ -361,8 +361,8 @@ def test_a_request_twice_in_one_verification_is_out_of_step() -> None:
     sim, request = at_rest()
     message = Verified(pack([0, 0]), pack([6, 6]), pack([1, 1]), pack([0, 0]), pack([1, 1]), 0)
     with pytest.raises(OutOfStepError):
-        sim.engine.verified(message)
-    assert sim.engine.allocator.requests[request.handle].length == len(PROMPT)
+        sim.session.verified(message)
+    assert sim.session.share.requests[request.handle].length == len(PROMPT)
 
 
 def test_an_unguessed_text_is_pending_only_while_the_draft_is_at_work() -> None:
@@ -408,22 +408,22 @@ def test_a_trunk_follows_a_proposal_that_it_has_lost() -> None:
     sim.confirm(request, 1, sim.best(text_after(sim, request, 1))[1])
     sim.propose([request])
     # The draft has given up the branch that the target proposes.
-    [held] = sim.engine.allocator.requests.values()
+    [held] = sim.session.share.requests.values()
     while held.forks:
         sim.engine.allocator.prune(held, list(held.forks))
     sim.settle()
     assert request.verifying == held.verified == 3
     check_always(sim)
     check_at_rest(sim)
-    before = sim.engine._rounds._outcomes.acceptance
+    before = sim.session._rounds._outcomes.acceptance
     sim.verify(request, 0, sim.best(request.text)[1])
     sim.settle()
-    assert sim.engine._rounds._outcomes.acceptance < before
+    assert sim.session._rounds._outcomes.acceptance < before
 
 
 def test_a_round_is_counted_whether_it_is_finished_or_cut_off() -> None:
     sim, request = verified_once()
-    counters = sim.engine.counters
+    counters = sim.session.share.counters
     assert (counters["draft_rounds"], counters["draft_rounds_cut"]) == (1, 0)
     for _ in range(2):
         sim.verify(request, 0, sim.best(request.text)[1])
@@ -443,5 +443,5 @@ def test_a_round_ends_with_the_last_request_it_was_for() -> None:
     assert sim.engine.has_work
     sim.finish([request])
     sim.deliver()
-    counters = sim.engine.counters
+    counters = sim.session.share.counters
     assert (counters["draft_rounds"], counters["draft_rounds_cut"]) == (2, 0)

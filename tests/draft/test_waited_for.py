@@ -6,7 +6,7 @@ import pytest
 
 from tests.draft.invariants import check_always, check_at_rest, guard_writes, paths
 from tests.draft.simulation import Simulation, Sizes, TargetRequest
-from vllm_ssd.draft.engine import OutOfStepError
+from vllm_ssd.draft.session import OutOfStepError
 from vllm_ssd.draft.validation import Bounds, check
 from vllm_ssd.wire.messages import Proposed, Verified, pack
 
@@ -41,7 +41,7 @@ def test_its_trunk_alone_is_decoded_and_published_step_by_step(sim: Simulation) 
     sim.propose([first, *rest], waits=[first])
     sim.draft_receives()
     sim.target_receives(9)
-    forks = sim.engine.counters["draft_forks"]
+    forks = sim.session.counters["draft_forks"]
     before = len(sim.model.sequences)
     for count in range(1, DEPTH + 1):
         sim.draft_steps()
@@ -49,11 +49,11 @@ def test_its_trunk_alone_is_decoded_and_published_step_by_step(sim: Simulation) 
         assert found(sim, first) == sim.greedy(first, count)
         check_always(sim)
     assert sim.model.sequences[before : before + DEPTH] == [1] * DEPTH
-    assert sim.engine.counters["draft_forks"] == forks
+    assert sim.session.counters["draft_forks"] == forks
     # Once the target has decided, all go on.
     sim.decide({first.handle: found(sim, first)})
     sim.settle()
-    assert sim.engine.counters["draft_forks"] > forks
+    assert sim.session.counters["draft_forks"] > forks
     check_always(sim)
     check_at_rest(sim)
     for request in rest:
@@ -69,7 +69,7 @@ def test_a_prompt_that_is_waited_for_is_prefilled_before_others() -> None:
     sim.draft_steps(4)
     sim.deliver()
     assert found(sim, waited)
-    assert int(sim.rows.computed[sim.engine.allocator.requests[other.handle].trunk]) == 0
+    assert int(sim.rows.computed[sim.session.share.requests[other.handle].trunk]) == 0
     sim.decide({waited.handle: []})
     sim.settle()
     check_at_rest(sim)
@@ -147,7 +147,7 @@ def test_a_verification_without_the_proposal_ends_the_wait(sim: Simulation) -> N
     sim.propose([first])
     sim.settle()
     check_at_rest(sim)
-    assert not sim.engine.allocator.awaited
+    assert not sim.session.share.awaited
 
 
 def test_a_wait_for_a_request_that_finishes_ends(sim: Simulation) -> None:
@@ -157,7 +157,7 @@ def test_a_wait_for_a_request_that_finishes_ends(sim: Simulation) -> None:
     sim.finish([first])
     sim.settle()
     check_at_rest(sim)
-    assert not sim.engine.allocator.awaited
+    assert not sim.session.share.awaited
 
 
 @pytest.mark.parametrize("handles", [[1], [0, 0], [7]])
@@ -168,8 +168,8 @@ def test_a_proposal_for_a_request_that_is_not_waited_for_is_out_of_step(
     sim.propose([first, *rest], waits=[first])
     sim.deliver()
     with pytest.raises(OutOfStepError):
-        sim.engine.proposed(Proposed(pack(handles), pack([0] * len(handles)), b""))
-    sim.engine.reset()
+        sim.session.proposed(Proposed(pack(handles), pack([0] * len(handles)), b""))
+    sim.session.reset()
     assert sim.rows.free_count == sim.sizes.max_rows
 
 

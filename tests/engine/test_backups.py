@@ -35,8 +35,8 @@ def test_waiting_for_the_draft(start_pair: Callable[[Spec], Pair], draft: str) -
     assert stats["waits_in_vain"] == 0
     assert stats["waited_tokens"] > 3 * stats["waits"]
     assert stats["ngram_tokens"] == 0
-    # Every request can use more tokens after every miss.
-    assert stats["waited_tokens"] >= 2 * (stats["look_ups"] - stats["hits"])
+    # Requests can use more tokens after their misses, but for the last one of a text.
+    assert stats["waited_tokens"] > stats["look_ups"] - stats["hits"]
     if draft == "near":
         assert stats["waited_accepted"] > 0.2 * stats["waited_tokens"]
 
@@ -54,6 +54,7 @@ def test_what_pays(start_pair: Callable[[Spec], Pair]) -> None:
     assert stats["ngram_proposals"] > 0
 
 
+@pytest.mark.slow
 def test_nothing(start_pair: Callable[[Spec], Pair]) -> None:
     stats = check(start_pair, backup="none")
     assert stats["waits"] == stats["ngram_proposals"] == 0

@@ -94,6 +94,7 @@ def test_samples_follow_the_targets_distribution(
         assert deviation(tokens, probabilities) < ALLOWED, f"token {position + 1}"
 
 
+@pytest.mark.slow
 def test_prompts_with_one_token_left_to_compute_follow_it_too(
     engine: Engine, tiny_pair: TinyModels
 ) -> None:

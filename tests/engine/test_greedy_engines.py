@@ -15,6 +15,7 @@ from tests.tiny_models import VOCABULARY, TinyModels
 LENGTHS = (70, 9, 200, 33, 65, 130, 18, 97, 5, 48, 160, 21, 80, 11, 38, 64)
 
 
+@pytest.mark.slow
 def test_no_prefix_caching_and_one_token_at_a_time(start_pair: Callable[[Spec], Pair]) -> None:
     options = {"fan_out": 8, "max_wait_ms": LONG_WAIT_MS}
     pair = start_pair(Spec("near", 1, options, {"enable_prefix_caching": False}))
@@ -69,6 +70,7 @@ def test_padded_misses(start_pair: Callable[[Spec], Pair]) -> None:
     )
 
 
+@pytest.mark.slow
 def test_tokens_that_the_draft_lacks(
     models: TinyModels, start_pair: Callable[[Spec], Pair], tmp_path: Path
 ) -> None:

@@ -81,7 +81,7 @@ def check(speculating: Engine, jobs: Sequence[Job], expected: Sequence[list[Answ
     assert stats["misses_draft_down"] == stats["errors"] == stats["resyncs"] == 0
 
 
-@pytest.mark.parametrize("worker_processes", ["0", "1"])
+@pytest.mark.parametrize("worker_processes", ["0", pytest.param("1", marks=pytest.mark.slow)])
 def test_the_plain_spelling(
     models: TinyModels,
     jobs: list[Job],

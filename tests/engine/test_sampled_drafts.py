@@ -72,6 +72,7 @@ def test_sampled_drafts_do_not_change_the_distribution(weighing: Engine, exact: 
     check(weighing, exact, FEW, temperature=0.8, top_p=0.9).assert_sampled()
 
 
+@pytest.mark.slow
 def test_a_wrong_temperature_is_found(
     weighing: Engine, exact: AllTexts, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -81,6 +81,7 @@ def answers(
         return said, acceptance_length(running)
 
 
+@pytest.mark.slow
 def test_its_acceptance_stays_above_a_floor(answers: tuple[list[list[Answer]], float]) -> None:
     assert answers[1] > FLOOR
 

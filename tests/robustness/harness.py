@@ -87,9 +87,10 @@ def client_of(llm: LLM) -> DraftClient:
 
 def draft_pid(llm: LLM) -> int:
     """The draft process now running."""
-    process = client_of(llm).process
-    assert process is not None, "the draft is down"
-    return process.pid
+    link = client_of(llm).link
+    assert link is not None, "the draft is down"
+    assert link.pid is not None
+    return link.pid
 
 
 class Decoding:

@@ -131,7 +131,7 @@ def test_draft_that_keeps_dying_is_restarted_with_back_off_until_one_stays(
     # The thread that happens to start the next one may end; the draft must not.
     thread = threading.Thread(
         target=wait_for,
-        args=(_stepped(engine, lambda: line.process is not None), 30.0, "the last start"),
+        args=(_stepped(engine, lambda: line.link is not None), 30.0, "the last start"),
     )
     thread.start()
     thread.join()
@@ -145,7 +145,7 @@ def _kill_and_await_next(engine: LLM) -> None:
     killed = draft_pid(engine)
     os.kill(killed, signal.SIGKILL)
     wait_for(
-        _stepped(engine, lambda: line.process is not None and line.process.pid != killed),
+        _stepped(engine, lambda: line.link is not None and line.link.pid != killed),
         30.0,
         "the next start",
     )

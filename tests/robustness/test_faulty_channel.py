@@ -33,10 +33,10 @@ def test_faulty_channel_costs_hits_but_no_text(
     disturbed = 0
     for seed in range(RUNS):
         # A new process has a new channel.
-        process: Any = harness.client_of(engine).process
+        process: Any = harness.client_of(engine).link
         if process is None:
             harness.decode_until_hits_come_back(engine, TEXTS, expected)
-            process = harness.client_of(engine).process
+            process = harness.client_of(engine).link
         channel = FaultyChannel(process.channel, direction, fault, RATE, seed)
         with monkeypatch.context() as faulty:
             faulty.setattr(process, "channel", channel)
@@ -57,7 +57,7 @@ def test_duplicated_frames_cost_nothing(
     engine: LLM, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = stats(engine)
-    process: Any = harness.client_of(engine).process
+    process: Any = harness.client_of(engine).link
     for direction in ("to draft", "to target"):
         channel = FaultyChannel(process.channel, direction, "duplicate", 1.0, seed=0)
         with monkeypatch.context() as faulty:
@@ -71,7 +71,7 @@ def test_duplicated_frames_cost_nothing(
 def test_all_faults_at_once_leave_a_working_draft(
     engine: LLM, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    process: Any = harness.client_of(engine).process
+    process: Any = harness.client_of(engine).link
     channel: Any = process.channel
     for seed, fault in enumerate(FAULTS):
         for direction in ("to draft", "to target"):
@@ -89,10 +89,10 @@ def test_much_garbage_costs_hits_but_no_text(
     engine: LLM, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch, direction: Direction
 ) -> None:
     for seed in range(40):
-        process: Any = harness.client_of(engine).process
+        process: Any = harness.client_of(engine).link
         if process is None:
             harness.decode_until_hits_come_back(engine, TEXTS, expected)
-            process = harness.client_of(engine).process
+            process = harness.client_of(engine).link
         channel = FaultyChannel(process.channel, direction, "garbage", 0.5, seed)
         with monkeypatch.context() as faulty:
             faulty.setattr(process, "channel", channel)

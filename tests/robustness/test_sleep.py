@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+import pytest
 from vllm import LLM
 
 from tests.robustness import harness
@@ -11,6 +12,7 @@ from tests.robustness.conftest import LONG_TEXT, LONG_TOKENS, MAX_TOKENS, TEXTS
 from tests.robustness.harness import Decoding, draft_pid, stats
 
 
+@pytest.mark.slow
 def test_draft_sleeps_with_the_engine_and_serves_live_requests_again(
     engine: LLM, expected: list[list[int]], expected_long: list[int]
 ) -> None:
@@ -21,16 +23,16 @@ def test_draft_sleeps_with_the_engine_and_serves_live_requests_again(
     outlives.steps(5)
 
     engine.llm_engine.sleep(level=1, mode="keep")
-    assert line.process is None
+    assert line.link is None
     assert not harness.is_alive(pid)
     time.sleep(1.0)  # longer than the first restart would wait
     line.maintain()
-    assert line.process is None
+    assert line.link is None
 
     engine.llm_engine.wake_up(tags=["weights"])
-    assert line.process is None  # the KV caches still sleep
+    assert line.link is None  # the KV caches still sleep
     engine.llm_engine.wake_up(tags=["kv_cache"])
-    assert line.process is not None
+    assert line.link is not None
     assert not line.up
     outlives.steps(3)
     assert stats(engine)["misses_draft_down"] > before["misses_draft_down"]
@@ -63,4 +65,4 @@ def test_a_sleeping_engine_shuts_down(engine: LLM) -> None:
     engine.llm_engine.sleep(level=2)
     line = harness.client_of(engine)
     engine.llm_engine.engine_core.shutdown()
-    assert line.process is None
+    assert line.link is None

@@ -78,7 +78,10 @@ def test_draft_with_a_device_of_its_own_loads_beside_the_target(
         assert harness.stats(llm)["hits"] > 0
 
 
-@pytest.mark.parametrize(("draft_size", "draft_length"), [(1 << 20, 480), (None, 1024)])
+@pytest.mark.parametrize(
+    ("draft_size", "draft_length"),
+    [(1 << 20, 480), pytest.param(None, 1024, marks=pytest.mark.slow)],
+)
 def test_with_an_automatic_length_no_text_is_longer_than_either_cache_holds(
     tiny_pair: TinyModels,
     expected: list[list[int]],

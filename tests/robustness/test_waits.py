@@ -101,12 +101,13 @@ def test_a_draft_that_dies_during_a_wait_ends_the_wait(
     assert after["errors"] == 0
 
 
+@pytest.mark.slow
 def test_faulty_frames_cost_no_text_where_the_target_waits(
     waiting_engine: LLM, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for seed, fault in enumerate(FAULTS):
         for direction in ("to draft", "to target"):
-            process: Any = harness.client_of(waiting_engine).process
+            process: Any = harness.client_of(waiting_engine).link
             if process is None:
                 continue  # garbage may have ended it; the next one takes a while
             channel = FaultyChannel(process.channel, direction, fault, 0.1, seed)

@@ -13,9 +13,11 @@ from vllm_ssd.target.client import DraftClient
 from vllm_ssd.wire import channel as channel_module
 from vllm_ssd.wire.channel import Channel
 from vllm_ssd.wire.messages import (
+    PROTOCOL,
     Allocate,
     DraftBound,
     Finished,
+    Join,
     Ready,
     Report,
     Setup,
@@ -27,19 +29,17 @@ from vllm_ssd.wire.messages import (
 )
 
 TIMEOUT = 100.0
+SETUP = Setup({}, 3, 4, True, 512)
+JOIN = Join(PROTOCOL, "", 512, 3, [1, 1, 1, 1], 0, 4)
 
 
 class Draft:
-    """A stand-in for a draft process, at the other end of a real socket pair.
-
-    Args:
-        cores: as a draft process has them.
-        device: likewise.
-    """
+    """A stand-in for a draft process, at the other end of a real socket pair."""
 
     started: list[Draft]
+    failure = None
 
-    def __init__(self, cores: list[int], device: str | None) -> None:
+    def __init__(self) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         self.pid = 0
         self.exit_code: int | None = None
@@ -82,7 +82,6 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
     clock = Clock()
     Draft.started = []
     monkeypatch.setattr(client_module, "time", clock)
-    monkeypatch.setattr(client_module, "DraftProcess", Draft)
     yield clock
     for draft in Draft.started:
         draft.dies()
@@ -90,8 +89,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
 
 @pytest.fixture
 def client(clock: Clock) -> DraftClient:
-    setup = Setup({}, 3, [1, 1, 1, 1], 0, 4, True, 512)
-    return DraftClient(setup, [], TIMEOUT, Stats(), lambda: None)
+    return DraftClient(Draft, JOIN, TIMEOUT, Stats(), lambda: None, SETUP)
 
 
 def bring_up(client: DraftClient, clock: Clock, seconds: float = 1.0) -> Draft:
@@ -181,7 +179,8 @@ def test_a_draft_that_loads_beside_the_target_may_have_come_up_long_ago(
     client.launch()
     client.allocate(1 << 20)
     draft = Draft.started[-1]
-    assert [type(message) for frame in draft.hears() for message in frame] == [Setup, Allocate]
+    heard = [message for frame in draft.hears() for message in frame]
+    assert [type(message) for message in heard] == [Setup, Allocate, Join]
     draft.says(Ready(8, 8, 32))
     clock.now += 10 * TIMEOUT  # the target takes so long
     client.wait_until_up()
@@ -206,7 +205,7 @@ def test_a_draft_put_to_sleep_stays_down_until_it_is_woken(
     bring_up(client, clock).says(Report({"draft_steps": 5.0}))
     client.poll()
     client.sleep()
-    assert client.process is None
+    assert client.link is None
     clock.now += 1000.0
     client.maintain()
     client.poll()
@@ -216,7 +215,7 @@ def test_a_draft_put_to_sleep_stays_down_until_it_is_woken(
     assert len(Draft.started) == 2
     assert not client.up  # and nothing has waited for it
     heard = [message for frame in draft.hears() for message in frame]
-    assert [type(message) for message in heard] == [Setup, Allocate]
+    assert [type(message) for message in heard] == [Setup, Allocate, Join]
     assert heard[1] == Allocate(1 << 20)
     draft = bring_up(client, clock)
     draft.says(Report({"draft_steps": 2.0}))
@@ -250,15 +249,15 @@ def test_a_draft_that_reads_nothing_is_replaced_however_much_is_waiting(
     clock.now += client_module.SILENCE_SECONDS
     client.maintain()
     assert not client.up
-    assert client.process is None
+    assert client.link is None
 
 
 def test_requests_that_could_not_be_announced_are_announced_again(
     clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forgotten: list[float] = []
-    setup = Setup({}, 3, [1, 1, 1, 1], 0, 4, True, 512)
-    client = DraftClient(setup, [], TIMEOUT, Stats(), lambda: forgotten.append(clock.now))
+    forget = lambda: forgotten.append(clock.now)  # noqa: E731
+    client = DraftClient(Draft, JOIN, TIMEOUT, Stats(), forget, SETUP)
     client.launch()
     client.allocate(1 << 20)
     bring_up(client, clock)

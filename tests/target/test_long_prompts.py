@@ -21,7 +21,15 @@ from vllm_ssd.draft.rows import Rows
 from vllm_ssd.target.client import DraftClient
 from vllm_ssd.target.proposer import SSDProposer
 from vllm_ssd.wire.channel import Channel
-from vllm_ssd.wire.messages import DraftBound, Ready, Setup, Start, TargetBound, Verified
+from vllm_ssd.wire.messages import (
+    PROTOCOL,
+    DraftBound,
+    Join,
+    Ready,
+    Start,
+    TargetBound,
+    Verified,
+)
 
 VOCABULARY, DEPTH, BRANCHES, CANDIDATES, BLOCK = 50_000, 4, 8, 8, 32
 LENGTH = 100_000
@@ -60,11 +68,11 @@ class Draft:
             TableModel(),
             Rows(BRANCHES, DEPTH, CANDIDATES),
             KVBlocks(blocks + 3 * BRANCHES, BLOCK, enable_prefix_caching=True),
-            Policy(DEPTH, None, BRANCHES, BRANCHES),
             prefill_chunk=2_000,
             prefill_chunk_idle=2_000,
         )
-        self._send([Ready(BRANCHES, blocks, BLOCK)], epoch=0)
+        self._session = self._engine.open(Policy(DEPTH, None, BRANCHES, BRANCHES))
+        self._send([Ready(BRANCHES, blocks, BLOCK)], epoch=1)
         self._thread = threading.Thread(target=self._serve)
 
     def start(self) -> None:
@@ -82,14 +90,15 @@ class Draft:
         while not self._stopped:
             for frame in self._channel.receive(0.05):
                 assert frame is not None
+                if isinstance(frame.messages[0], Join):
+                    continue
                 for message in frame.messages:
-                    if isinstance(message, Start):
-                        self._engine.start(message)
-                    elif isinstance(message, Verified):
-                        self._engine.verified(message)
-                self._send(self._engine.publications(), frame.epoch)
+                    if isinstance(message, Start | Verified):
+                        self._session.handle(message)
+                self._send(self._session.publications(), frame.epoch)
                 while self._engine.has_work:
-                    self._send(self._engine.step(), frame.epoch)
+                    self._engine.step()
+                    self._send(self._session.publications(), frame.epoch)
                 self.drafted.set()
 
     def _send(self, messages: list[Any], epoch: int) -> None:
@@ -107,11 +116,12 @@ def draft() -> Iterator[tuple[Draft, SSDProposer]]:
         additional_config={"ssd": options}, model_config=SimpleNamespace(max_model_len=LENGTH + 100)
     )
     proposer = SSDProposer(config)
-    setup = Setup({}, DEPTH, [], BRANCHES, BRANCHES, True, VOCABULARY)
-    client = DraftClient(setup, [], 60.0, proposer.stats, proposer.requests.forget_all)
     channel = Channel(ours, TargetBound)
-    process: Any = SimpleNamespace(channel=channel, pid=0)
-    client.process = process
+    link: Any = SimpleNamespace(channel=channel, failure=None)
+    join = Join(PROTOCOL, "", VOCABULARY, DEPTH, [], BRANCHES, BRANCHES)
+    forget = proposer.requests.forget_all
+    client = DraftClient(lambda: link, join, 60.0, proposer.stats, forget)
+    client.launch()
     runner = SimpleNamespace(input_batch=SimpleNamespace(req_ids=["a"]), requests={})
     proposer.bind(runner, client)
     drafting = Draft(theirs)

@@ -73,6 +73,96 @@ def doctor(
 
 
 @app.command()
+def draft_server(
+    model: Annotated[str, typer.Option(help="The draft model: a folder or a hub name.")],
+    listen: Annotated[str, typer.Option(help="unix:/PATH or tcp://HOST:PORT.")],
+    key_file: Annotated[
+        str | None, typer.Option(help="The key that targets must have; TCP needs one.")
+    ] = None,
+    max_targets: Annotated[int, typer.Option(min=1, help="More targets are refused.")] = 8,
+    max_requests: Annotated[
+        int, typer.Option(min=1, help="Requests of all targets; sizes the batch and the KV cache.")
+    ] = 64,
+    num_speculative_tokens: Annotated[
+        int, typer.Option("--num-speculative-tokens", "-k", min=1, max=32, help="K, at most.")
+    ] = 8,
+    branches: Annotated[
+        int, typer.Option(min=1, max=1024, help="Branches of a request, at most.")
+    ] = 32,
+    draft_top_n: Annotated[
+        int, typer.Option(min=2, max=256, help="Sampled tokens come from so many of the best.")
+    ] = 64,
+    max_model_len: Annotated[
+        int | None, typer.Option(min=2, help="Longest text; default: what the model supports.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="As of `vllm serve`.")] = None,
+    quantization: Annotated[str | None, typer.Option(help="As of `vllm serve`.")] = None,
+    load_format: Annotated[str, typer.Option(help="As of `vllm serve`.")] = "auto",
+    revision: Annotated[str | None, typer.Option(help="Of a model from the hub.")] = None,
+    trust_remote_code: Annotated[bool, typer.Option(help="As of `vllm serve`.")] = False,
+    draft_vocab: Annotated[
+        str | None, typer.Option(help="As the option of the same name: a number or a file.")
+    ] = None,
+    vocab_size: Annotated[
+        int | None, typer.Option(min=1, help="Draft ids below this; default: the model's.")
+    ] = None,
+    kv_cache_memory_bytes: Annotated[
+        int | None, typer.Option(min=1 << 20, help="Default: for max-requests of full length.")
+    ] = None,
+    cores: Annotated[
+        str | None, typer.Option(help="Cores on CPU, as 2,3; default: all of this process's.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:<index>.")] = "auto",
+    enforce_eager: Annotated[bool, typer.Option(help="Do not compile the model.")] = False,
+) -> None:
+    """Serve a draft model to any number of targets (their option `draft_address`)."""
+    from vllm_ssd.cli.draft_server import Options, core_numbers, run
+
+    draft: dict[str, object] = {
+        "model": model,
+        "num_speculative_tokens": num_speculative_tokens,
+        "branches": branches,
+        "draft_top_n": draft_top_n,
+        "draft_max_model_len": max_model_len,
+        "draft_dtype": dtype,
+        "draft_quantization": quantization,
+        "draft_load_format": load_format,
+        "draft_revision": revision,
+        "draft_kv_cache_memory_bytes": kv_cache_memory_bytes,
+        "draft_device": device,
+        "draft_enforce_eager": enforce_eager,
+    }
+    with errors_in_one_line():
+        if draft_vocab is not None:
+            draft["draft_vocab"] = int(draft_vocab) if draft_vocab.isdigit() else draft_vocab
+        if cores is not None:
+            draft["draft_cpu_cores"] = core_numbers(cores)
+        run(
+            Options(
+                listen=listen,
+                key_file=key_file,
+                max_targets=max_targets,
+                max_requests=max_requests,
+                vocab_size=vocab_size,
+                trust_remote_code=trust_remote_code,
+                draft=draft,
+            )
+        )
+
+
+@app.command()
+def draft_key(file: Annotated[str, typer.Argument(help="A new file.")]) -> None:
+    """Write a new key for a draft server on TCP to a file that only its owner can read."""
+    from vllm_ssd.wire.keys import write_key
+
+    with errors_in_one_line():
+        try:
+            write_key(file)
+        except OSError as error:
+            raise CommandError(str(error)) from None
+
+
+@app.command()
 def models() -> None:
     """Print the folders of the demonstration's target and draft, after fetching what is missing."""
     from vllm_ssd.cli.models import demo_models

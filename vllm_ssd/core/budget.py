@@ -36,6 +36,7 @@ def worth_of_a_hit(
     acceptance: float,
     prepared: bool,
     lookahead: bool = False,
+    others: int = 0,
 ) -> Float64Array:
     """How many more tokens a round yields on a hit, with 1, 2, ... branches for every request.
 
@@ -59,11 +60,12 @@ def worth_of_a_hit(
         acceptance: a.
         prepared: whether the candidates are known already.
         lookahead: whether the draft launches a step while another one is under way.
+        others: rows that its steps decode for other targets.
 
     Returns:
         ``[most]``; all 1 while the times are not known, so that more branches are better.
     """
-    steps = clock.predict(requests * np.arange(1.0, most + 1.0, dtype=np.float64))
+    steps = clock.predict(others + requests * np.arange(1.0, most + 1.0, dtype=np.float64))
     if not steps[0] or seconds <= 0.0:
         return np.ones(most)
     if not prepared:
@@ -80,10 +82,13 @@ class RoundTimes:
     Args:
         depth: K.
         lookahead: whether the draft launches a step while another one is under way.
+        steps: the measured time of a step.
     """
 
-    def __init__(self, depth: int, lookahead: bool) -> None:
-        self.steps = StepTimeModel()
+    def __init__(self, depth: int, lookahead: bool, steps: StepTimeModel) -> None:
+        self.others = 0
+        """Rows that the newest step decoded for other targets."""
+        self._steps = steps
         self._depth, self._lookahead = depth, lookahead
         self._batch = 1
         """Requests that are drafted for."""
@@ -121,8 +126,9 @@ class RoundTimes:
             seconds = seconds or self._verify_seconds[not self._verifying]
             if seconds:
                 seconds = max(1e-9, seconds - self._plan_seconds)
-            shared = (most, self.steps, seconds, self._batch, self._depth, acceptance)
+            shared = (most, self._steps, seconds, self._batch, self._depth, acceptance)
+            more = self._lookahead, self.others
             self._worth = np.stack(
-                [worth_of_a_hit(*shared, prepared, self._lookahead) for prepared in (False, True)]
+                [worth_of_a_hit(*shared, prepared, *more) for prepared in (False, True)]
             )
         return self._worth

@@ -36,7 +36,7 @@ def main() -> None:
     from vllm_ssd.wire.messages import DraftBound
 
     connection = socket.socket(fileno=options.fd)
-    DraftServer(Channel(connection, DraftBound)).run()
+    DraftServer().serve(Channel(connection, DraftBound))
     # Without the interpreter's shutdown: the engine holds threads and compiled code.
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,23 +1,26 @@
 """Which request holds which rows and KV blocks, and what is evicted when they run short.
 
-Short of either, the least likely forks of all requests go first. Then requests that the target has
-not used lately are evicted; they are prefilled again when they come back. It never fails.
+Short of either, the least likely forks go first. Then requests that their target has not used
+lately are evicted; they are prefilled again when they come back. It never fails. What targets may
+take from each other is decided in :mod:`vllm_ssd.draft.fairness`.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from vllm_ssd.core.arrays import Float64Array, Int32Array
 from vllm_ssd.draft.blocks import KVBlocks
+from vllm_ssd.draft.fairness import Fairness
 from vllm_ssd.draft.model import BlockChanges
 from vllm_ssd.draft.request import DORMANT, Request
 from vllm_ssd.draft.rows import Rows
-from vllm_ssd.draft.trees import Trees
+from vllm_ssd.draft.share import Share
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
@@ -31,35 +34,35 @@ class Allocator:
     Args:
         rows: the rows of the batch.
         blocks: the blocks of the KV cache.
-        trees: the trees, from which withdrawn forks are taken.
-        counters: counters to keep.
     """
 
-    def __init__(
-        self, rows: Rows, blocks: KVBlocks, trees: Trees, counters: dict[str, float]
-    ) -> None:
+    def __init__(self, rows: Rows, blocks: KVBlocks) -> None:
         self.rows = rows
         self.blocks = blocks
-        self.requests: dict[int, Request] = {}
-        self.catching_up: dict[int, Request] = {}
-        """Requests whose trunk has more than one confirmed token to compute."""
-        self.awaited: dict[int, Request] = {}
-        """Requests whose trunk the target waits for: it decides later what it proposes."""
-        self.round = 0
-        """Rounds so far: the clock of :attr:`Request.last_used`."""
-        self._trees = trees
-        self._counters = counters
+        self.shares: list[Share] = []
+        """One for each target."""
+        self._fairness = Fairness(self.shares, rows, blocks.count)
+        self.catching_up: dict[Request, None] = {}
+        """Requests whose trunk has more than one confirmed token to compute, in their order."""
 
-    def reset(self) -> None:
-        """Forget all requests. The KV of verified prefixes stays in the cache."""
-        for request in list(self.requests.values()):
+    def requests(self) -> Iterator[Request]:
+        """Those of all targets."""
+        return itertools.chain.from_iterable(share.requests.values() for share in self.shares)
+
+    def forget(self, share: Share) -> None:
+        """Forget all requests of a target. The KV of verified prefixes stays in the cache.
+
+        No step may be under way.
+        """
+        for request in share.requests.values():
             self.release(request)
-        self.requests.clear()
-        self.catching_up.clear()
-        self.awaited.clear()
-        self._trees.clear()
-        self.rows.reset()
-        if not self.blocks.all_free:  # an error came between taking them and noting their owner
+        share.requests.clear()
+        share.awaited.clear()
+        share.trees.clear()
+        # What an error lost, between taking it and noting its owner, is found again.
+        held = [row for request in self.requests() for row in (request.trunk, *request.forks)]
+        self.rows.free_others([row for row in held if row != DORMANT])
+        if not held and not self.blocks.all_free:
             logger.warning("ssd draft: KV blocks lost in an error; emptying the prefix cache")
             self.blocks.reset()
 
@@ -79,6 +82,7 @@ class Allocator:
         request.blocks = self.blocks.cached_prefix(text, request.prefix)
         request.shared_blocks = len(request.blocks)
         self.rows.tables.set(trunk, 0, [block.block_id for block in request.blocks])
+        self.rows.owner[trunk] = request.share.index
         self.rows.stop[trunk] = request.stop
         self.cut_back(request, len(request.blocks) * self.blocks.block_size)
         return True
@@ -92,15 +96,16 @@ class Allocator:
         self.blocks.give_back(request.blocks)
         request.blocks = []
         request.trunk = DORMANT
-        self.catching_up.pop(request.handle, None)
-        self._trees.withdraw(request.handle)
+        self.catching_up.pop(request, None)
+        request.share.trees.withdraw(request.handle)
 
     def remove(self, request: Request) -> None:
         """Forget a finished request."""
+        share = request.share
         self.release(request)
-        self._trees.forget(request.handle)
-        self.awaited.pop(request.handle, None)
-        del self.requests[request.handle]
+        share.trees.forget(request.handle)
+        share.awaited.pop(request.handle, None)
+        del share.requests[request.handle]
 
     def cut_back(self, request: Request, computed: int) -> None:
         """Keep ``computed`` positions of the trunk; the confirmed tokens after them come next."""
@@ -111,9 +116,9 @@ class Allocator:
         if request.length - computed == 1:
             rows.feed_token[trunk] = request.text[computed]
             rows.pending[trunk] = True
-            self.catching_up.pop(request.handle, None)
+            self.catching_up.pop(request, None)
         else:
-            self.catching_up[request.handle] = request
+            self.catching_up[request] = None
 
     def cover(self, request: Request, length: int) -> bool:
         """Get the trunk blocks for ``length`` positions; False if not enough can be freed."""
@@ -153,17 +158,20 @@ class Allocator:
 
     # ---- forks
 
-    def affordable(self, starts: Int32Array, room: Int32Array) -> int:
+    def affordable(self, share: Share, starts: Int32Array, room: Int32Array) -> int:
         """How many forks there are rows and blocks for, the first ones of those given.
 
         Args:
+            share: of the target that they are for.
             starts: ``[forks]``, the position at which each one starts.
             room: ``[forks]``, how many tokens it may grow by after its first.
         """
         needed = np.cumsum(self._own_counts(starts, room))
+        if len(self.shares) > 1 and len(starts):
+            self._claim(share, len(starts), int(needed[-1]))
         blocks_for = int(np.searchsorted(needed, self.blocks.free_count, "right"))
         count = min(self.rows.free_count, blocks_for)
-        self._counters["draft_narrowed"] += max(0, len(starts) - count)
+        share.counters["draft_narrowed"] += max(0, len(starts) - count)
         return count
 
     def add_forks(
@@ -195,6 +203,7 @@ class Allocator:
             request.forks[row] = own
             ids = [block.block_id for block in own]
             rows.tables.fork(row, request.trunk, start // size, ids)
+        rows.owner[made] = rows.owner[trunks]
         rows.start[made] = rows.computed[made] = starts
         rows.feed_token[made] = tokens
         rows.room[made] = room
@@ -202,7 +211,6 @@ class Allocator:
         rows.sampled.fork(made, trunks, starts)
         rows.chance[made] = chances
         rows.pending[made] = True
-        self._counters["draft_forks"] += len(made)
         return made
 
     def _own_counts(self, starts: Int32Array, room: Int32Array) -> Int32Array:
@@ -235,7 +243,7 @@ class Allocator:
 
     def give_up(self, request: Request, forks: list[int]) -> None:
         """As :meth:`prune`, for forks whose outcomes have proved less likely than others."""
-        self._counters["draft_given_up"] += len(forks)
+        request.share.counters["draft_given_up"] += len(forks)
         self.prune(request, forks)
 
     def prune(self, request: Request, forks: list[int]) -> None:
@@ -249,7 +257,7 @@ class Allocator:
             self.blocks.give_back(request.forks.pop(row))
         request.made = {o: row for o, row in request.made.items() if row in request.forks}
         self.rows.give_back(forks)
-        self._trees.prune(request.handle, forks)
+        request.share.trees.prune(request.handle, forks)
 
     # ---- shortage
 
@@ -262,37 +270,49 @@ class Allocator:
         """
         if self._has_room(rows, blocks):
             return True
-        idle = [
-            request
-            for request in self.requests.values()
-            if request is not wanting
-            and request.trunk != DORMANT
-            and request.last_used < self.round
-        ]
-        if blocks > self._within_reach(idle):
+        fairness, share = self._fairness, wanting.share
+        lenders = fairness.lenders(share, rows, blocks)
+        idle = [request for request in fairness.idle(lenders) if request is not wanting]
+        if blocks > self._within_reach(lenders, idle):
             return False
-        forks = [(request, row) for request in self.requests.values() for row in request.forks]
-        chances = self.rows.chance[[row for _, row in forks]]
-        for i in np.argsort(chances, kind="stable").tolist():
-            request, row = forks[i]
-            self._counters["draft_narrowed"] += 1
-            self.prune(request, [row])
-            if self._has_room(rows, blocks):
-                return True
-        for request in sorted(idle, key=lambda request: request.last_used):
-            self._counters["draft_evictions"] += 1
-            self.release(request)
-            if self._has_room(rows, blocks):
-                return True
+        for request, row in fairness.least_likely(lenders):
+            if fairness.must_give(request.share, share):
+                request.share.counters["draft_narrowed"] += 1
+                self.prune(request, [row])
+                if self._has_room(rows, blocks):
+                    return True
+        for request in idle:
+            if fairness.must_give(request.share, share):
+                request.share.counters["draft_evictions"] += 1
+                self.release(request)
+                if self._has_room(rows, blocks):
+                    return True
         return False
+
+    def _claim(self, share: Share, rows: int, blocks: int) -> None:
+        """Take forks that other targets hold beyond their fair share, up to one's own."""
+        rows_left, blocks_left = self._fairness.left(share)
+        rows, blocks = min(rows, rows_left), min(blocks, blocks_left)
+        if self._has_room(rows, blocks):
+            return
+        lenders = self._fairness.lenders(share, rows, blocks)
+        for request, row in self._fairness.least_likely(lenders[1:]):
+            if self._fairness.must_give(request.share, share):
+                request.share.counters["draft_narrowed"] += 1
+                self.prune(request, [row])
+                if self._has_room(rows, blocks):
+                    return
 
     def _has_room(self, rows: int, blocks: int) -> bool:
         return self.rows.free_count >= rows and self.blocks.free_count >= blocks
 
-    def _within_reach(self, idle: Sequence[Request]) -> int:
+    def _within_reach(self, shares: Sequence[Share], idle: Sequence[Request]) -> int:
         """The most blocks that can be freed; shared ones count twice."""
         forks = sum(
-            len(own) for request in self.requests.values() for own in request.forks.values()
+            len(own)
+            for share in shares
+            for request in share.requests.values()
+            for own in request.forks.values()
         )
         trunks = sum(len(request.blocks) for request in idle)
         return self.blocks.free_count + forks + trunks

@@ -60,9 +60,14 @@ class KVBlocks:
         self._copies.clear()
 
     @property
+    def count(self) -> int:
+        """Blocks in all that can have an owner."""
+        return self._num_blocks - 1  # vLLM keeps the null block
+
+    @property
     def all_free(self) -> bool:
         """Whether no block has an owner."""
-        return self.free_count == self._num_blocks - 1  # vLLM keeps the null block
+        return self.free_count == self.count
 
     @property
     def free_count(self) -> int:

@@ -78,7 +78,8 @@ class Drafting:
         rows.samples[trunk] = arm.sampled and rows.num_sampled_from > 0
         rows.weight[trunk] = arm.weight
         rows.weighs |= arm.weight < 1.0
-        rows.weigh[trunk] = np.maximum(1, np.rint(self._forks[request.setting]))
+        forks = self._forks[request.setting]
+        rows.weigh[trunk, : len(forks)] = np.maximum(1, np.rint(forks))
 
     def observe(
         self,

@@ -18,7 +18,7 @@ from vllm_ssd.core.forks import Forks, choose_forks, fork_caps
 from vllm_ssd.core.setting_outcomes import SettingOutcomes
 from vllm_ssd.draft.allocator import Allocator
 from vllm_ssd.draft.request import DORMANT, Request
-from vllm_ssd.draft.trees import Trees
+from vllm_ssd.draft.share import Share
 from vllm_ssd.draft.verifications import ends, read_verifications
 
 
@@ -55,11 +55,11 @@ class _Trunks(NamedTuple):
 
 
 class Forking:
-    """Forks trunks as soon as the choices for ``t*`` are known.
+    """Forks a target's trunks as soon as the choices for ``t*`` are known.
 
     Args:
-        allocator: the requests and what they hold.
-        trees: where the forks are entered.
+        allocator: what requests hold.
+        share: the target's requests, and the trees where the forks are entered.
         policy: what is guessed.
         outcomes: how likely the outcomes are.
         times: the measured times of steps and verifications.
@@ -68,14 +68,15 @@ class Forking:
     def __init__(
         self,
         allocator: Allocator,
-        trees: Trees,
+        share: Share,
         policy: Policy,
         outcomes: SettingOutcomes,
         times: RoundTimes,
     ) -> None:
         self._allocator = allocator
         self._rows = allocator.rows
-        self._trees = trees
+        self._share = share
+        self._trees = share.trees
         self._policy = policy
         self._outcomes = outcomes
         self._times = times
@@ -88,7 +89,7 @@ class Forking:
         Args:
             requests: those that are looked at; the others keep what they have.
         """
-        if self._allocator.awaited:
+        if self._share.awaited:
             return
         looked_at = [request for request in requests if self._news(request)]
         if not looked_at:
@@ -195,12 +196,13 @@ class Forking:
         left = trunks.limit[forks.request] - starts - 1
         room = np.minimum(self._policy.num_speculative_tokens, left).astype(np.int32)
         order = np.argsort(-forks.chance, kind="stable")
-        affordable = self._allocator.affordable(starts[order], room[order])
+        affordable = self._allocator.affordable(self._share, starts[order], room[order])
         kept = np.sort(order[:affordable])
         owner, k, choice, chance = forks.where(kept)
         tokens = self._rows.choices[trunks.row[owner], k, choice]
         owners = [requests[i] for i in owner.tolist()]
         made = self._allocator.add_forks(owners, starts[kept], tokens, room[kept], chance)
+        self._share.counters["draft_forks"] += len(made)
         outcomes = zip(k.tolist(), choice.tolist(), strict=True)
         for request, outcome, row in zip(owners, outcomes, made.tolist(), strict=True):
             request.made[outcome] = row

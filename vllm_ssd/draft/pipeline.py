@@ -22,6 +22,7 @@ from vllm_ssd.draft.allocator import Allocator
 from vllm_ssd.draft.model import FROM_LAST_STEP, DraftModel, Sampling, Sequences, Ticket
 from vllm_ssd.draft.request import DORMANT, Request
 from vllm_ssd.draft.rows import Grown
+from vllm_ssd.draft.share import Share
 
 
 class Taken(NamedTuple):
@@ -70,6 +71,10 @@ def chunk_sizes(missing: list[int], budget: int) -> list[int]:
     return counts
 
 
+def _awaited_trunks(share: Share) -> list[int]:
+    return [request.trunk for request in share.awaited.values() if request.trunk != DORMANT]
+
+
 class Pipeline:
     """Launches steps and takes their results into the rows.
 
@@ -107,6 +112,14 @@ class Pipeline:
         if self._under_way is not None or self._allocator.catching_up:
             return True
         return bool(self._rows.pending.any())
+
+    def has_work_for(self, share: Share) -> bool:
+        """The same for one target's rows and prompts."""
+        if self._under_way is not None:
+            return True
+        if any(request.share is share for request in self._allocator.catching_up):
+            return True
+        return bool((self._rows.pending & (self._rows.owner == share.index)).any())
 
     def launch(self) -> None:
         """Launch a step, unless one is under way, and the one behind it where that is possible."""
@@ -164,22 +177,20 @@ class Pipeline:
         return self._submit(began, decoding, [], grows[decoding])
 
     def _due(self, pending: BoolArray) -> Int32Array:
-        """The rows to decode: of those pending the ones the target waits for, if there are any."""
-        if self._allocator.awaited:
-            first = np.zeros_like(pending)
-            first[self._awaited_trunks()] = True
-            first &= pending
-            if first.any() or self._awaited_prompts():
-                pending = first
-        return np.flatnonzero(pending).astype(np.int32)
+        """The rows to decode: of those pending, of a target that waits only what it waits for."""
+        due = pending
+        for share in self._allocator.shares:
+            if share.awaited:
+                first = np.zeros_like(pending)
+                first[_awaited_trunks(share)] = True
+                first &= pending
+                if first.any() or self._awaited_prompts(share):
+                    due = due & (first | (self._rows.owner != share.index))
+        return np.flatnonzero(due).astype(np.int32)
 
-    def _awaited_trunks(self) -> list[int]:
-        awaited = self._allocator.awaited.values()
-        return [request.trunk for request in awaited if request.trunk != DORMANT]
-
-    def _awaited_prompts(self) -> list[Request]:
-        catching_up, awaited = self._allocator.catching_up, self._allocator.awaited
-        return [request for handle, request in catching_up.items() if handle in awaited]
+    def _awaited_prompts(self, share: Share) -> list[Request]:
+        awaited = share.awaited.values()
+        return [request for request in awaited if request in self._allocator.catching_up]
 
     def _submit(
         self,
@@ -198,11 +209,12 @@ class Pipeline:
         """Which requests catch up with their text in this step, and by how many tokens."""
         if not self._allocator.catching_up:
             return []
-        waiting = list(self._allocator.catching_up.values())
-        if self._allocator.awaited:
-            first = self._awaited_prompts()
-            if first or self._rows.pending[self._awaited_trunks()].any():
-                waiting = first
+        waiting = list(self._allocator.catching_up)
+        for share in self._allocator.shares:
+            if share.awaited:
+                first = self._awaited_prompts(share)
+                if first or self._rows.pending[_awaited_trunks(share)].any():
+                    waiting = [one for one in waiting if one.share is not share or one in first]
         for request in waiting:
             self._allocator.reuse_prefix(request)
         missing = [request.length - int(self._rows.computed[request.trunk]) for request in waiting]
@@ -276,7 +288,7 @@ class Pipeline:
             rows.computed[request.trunk] += count
             self._allocator.share_verified(request)
             if int(rows.computed[request.trunk]) == request.length:
-                del self._allocator.catching_up[request.handle]
+                del self._allocator.catching_up[request]
                 # As if it had only fed its last token, like every row that decodes.
                 rows.computed[request.trunk] -= 1
                 caught_up.append(request.trunk)

@@ -14,16 +14,20 @@ if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
     from vllm_ssd.draft.blocks import VerifiedPrefix
+    from vllm_ssd.draft.share import Share
 
 DORMANT = -1
 """Trunk of a request that holds neither rows nor blocks, only its text."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Request:
     """A request being drafted for."""
 
+    share: Share
+    """Of the target that it belongs to."""
     handle: int
+    """Its number there."""
     text: Int32Array
     """Its confirmed tokens, ``text[:length]``; room up to ``limit``."""
     length: int

@@ -20,18 +20,18 @@ from vllm_ssd.draft.allocator import Allocator
 from vllm_ssd.draft.drafting import Drafting
 from vllm_ssd.draft.request import DORMANT, Request
 from vllm_ssd.draft.rows import Grown
-from vllm_ssd.draft.trees import Trees
+from vllm_ssd.draft.share import Share
 
 KEEP_UP_TOKENS = 16
 """While nothing is drafted, a trunk follows its text in chunks of so many tokens or more."""
 
 
 class Rounds:
-    """Follows outcomes and plants the trees of all requests.
+    """Follows outcomes and plants the trees of a target's requests.
 
     Args:
-        allocator: the requests and what they hold.
-        trees: the trees.
+        allocator: what requests hold.
+        share: the target's requests and their trees.
         num_speculative_tokens: K.
         outcomes: how likely tokens are to be accepted.
         drafting: how the trunks draft.
@@ -40,14 +40,15 @@ class Rounds:
     def __init__(
         self,
         allocator: Allocator,
-        trees: Trees,
+        share: Share,
         num_speculative_tokens: int,
         outcomes: SettingOutcomes,
         drafting: Drafting,
     ) -> None:
         self._allocator = allocator
         self._rows = allocator.rows
-        self._trees = trees
+        self._share = share
+        self._trees = share.trees
         self._depth = num_speculative_tokens
         self._outcomes = outcomes
         self._drafting = drafting
@@ -61,10 +62,10 @@ class Rounds:
             requests: those verified.
             confirmed: the new tokens of each.
         """
-        self._allocator.round += 1
-        self._allocator.awaited.clear()
+        self._share.round += 1
+        self._share.awaited.clear()
         for request, tokens in zip(requests, confirmed, strict=True):
-            request.last_used = self._allocator.round
+            request.last_used = self._share.round
             if request.trunk == DORMANT:
                 request.append(tokens)
             else:
@@ -117,7 +118,7 @@ class Rounds:
         cache = self._trees.cache
         planned: list[Request] = []
         for request, tokens in zip(requests, proposed, strict=True):
-            del self._allocator.awaited[request.handle]
+            del self._share.awaited[request.handle]
             if request.trunk == DORMANT:
                 continue
             held = int(cache.length[request.trunk])
@@ -149,7 +150,7 @@ class Rounds:
         allocator, rows = self._allocator, self._rows
         request.verified = 0 if proposed is None else len(proposed)
         if proposed is None:
-            allocator.awaited[request.handle] = request
+            self._share.awaited[request.handle] = request
         if request.length >= request.limit - 1:
             return False  # the next token is the last, and comes from the target itself
         if request.trunk == DORMANT and not allocator.admit(request):
@@ -212,9 +213,9 @@ class Rounds:
         rows.pending[trunk], rows.room[trunk] = False, 0
         missing = request.length - int(rows.computed[trunk])
         if missing < KEEP_UP_TOKENS:
-            allocator.catching_up.pop(request.handle, None)
+            allocator.catching_up.pop(request, None)
         elif allocator.cover(request, request.length):
-            allocator.catching_up[request.handle] = request
+            allocator.catching_up[request] = None
         else:
             allocator.release(request)
 
@@ -226,7 +227,7 @@ class Rounds:
             for request in requests
             if not request.ended
             and not rows.pending[request.trunk]
-            and request.handle not in self._allocator.catching_up
+            and request not in self._allocator.catching_up
         ]
         if not resting:
             return

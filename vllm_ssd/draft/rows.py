@@ -39,6 +39,21 @@ class Grown(NamedTuple):
     q_probabilities: Float32Array
     """``[sampled, N]``, ... and its probabilities, q'."""
 
+    def of(self, which: BoolArray) -> Grown:
+        """That of some rows."""
+        drawn = which[self.sampled]
+        return Grown(
+            self.rows[which],
+            self.tokens[which],
+            self.ended[which],
+            self.stated[which],
+            self.setting[which],
+            self.sampled[which],
+            self.likeliest[which],
+            self.q_tokens[drawn],
+            self.q_probabilities[drawn],
+        )
+
 
 _NO_CHANGES = BlockChanges.of_tables(np.zeros(0, np.int32), np.zeros((0, 0), np.int32))
 
@@ -113,6 +128,8 @@ class Rows:
         num_sampled_from: int = 0,
     ) -> None:
         width = row_width(num_speculative_tokens) + 1
+        self.owner: Int32Array = np.zeros(max_rows, np.int32)
+        """:attr:`vllm_ssd.draft.share.Share.index` of the target that a row was last taken for."""
         self.start: Int32Array = np.zeros(max_rows, np.int32)
         """Position in the text of the row's token 0 (``cache.tokens[row, 0]``)."""
         self.computed: Int32Array = np.zeros(max_rows, np.int32)
@@ -141,17 +158,19 @@ class Rows:
         """The rows of a step that was launched ahead."""
         self._waiting: list[int] = []
         """Free as soon as the result of that step is taken: it is not for their next owner."""
-        self.reset()
+        self.free_others([])
 
-    def reset(self) -> None:
-        """All rows are free."""
-        self.pending[:] = False
-        self.forced[:] = -1
-        self._forced.clear()
-        self.tables.clear()
-        self._ahead[:] = False
+    def free_others(self, held: list[int]) -> None:
+        """Free all rows but these; no step is under way."""
+        free = np.ones(len(self.start), np.bool_)
+        free[held] = False
+        self._free = np.flatnonzero(free)[::-1].tolist()
         self._waiting.clear()
-        self._free = list(range(len(self.start) - 1, -1, -1))
+        self._ahead[:] = False
+        self.pending[free] = False
+        self.tables.drop(self._free)
+        self.forced[free] = -1
+        self._forced.intersection_update(held)
 
     @property
     def free_count(self) -> int:

@@ -1,251 +1,216 @@
-"""The draft process's loop: read the target's messages, re-plan, decode one step, publish."""
+"""The draft's loop: read what the targets send, re-plan, decode one step, publish."""
 
 from __future__ import annotations
 
-import gc
 import logging
+import select
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
 
-from vllm_ssd.core.arms import arms_of
-from vllm_ssd.draft.blocks import KVBlocks
-from vllm_ssd.draft.engine import DraftEngine, OutOfStepError
-from vllm_ssd.draft.forking import Policy
-from vllm_ssd.draft.rows import Rows
-from vllm_ssd.draft.validation import Bounds, check
-from vllm_ssd.draft.vllm_model import VllmDraftModel
-from vllm_ssd.wire.channel import Channel, ChannelClosedError
-from vllm_ssd.wire.messages import (
-    MAX_EPOCH_JUMP,
-    Alive,
-    Allocate,
-    DraftBound,
-    Failed,
-    Finished,
-    Lost,
-    Proposed,
-    Ready,
-    Report,
-    Setup,
-    Start,
-    TargetBound,
-    ToDraft,
-    ToTarget,
-    Trimmed,
-    Verified,
-    unpack,
-)
+from vllm_ssd.draft.agreement import Offer, agree
+from vllm_ssd.draft.bring_up import BringUp
+from vllm_ssd.draft.engine import DraftEngine
+from vllm_ssd.draft.line import ALIVE_SECONDS, REPORT_SECONDS, Line
+from vllm_ssd.draft.session import MAX_REQUESTS, OutOfStepError
+from vllm_ssd.draft.validation import Bounds
+from vllm_ssd.wire.channel import Channel
+from vllm_ssd.wire.messages import Allocate, DraftBound, Failed, Join, Ready, Setup, ToDraft
+
+if TYPE_CHECKING:
+    from vllm_ssd.wire.listener import Listener
+
+_SMALL_FRAME_BYTES = 64 << 10
 
 logger = logging.getLogger("vllm.vllm_ssd.draft")
 
-ALIVE_SECONDS = 0.5
-"""During a step longer than this, signs of life are sent."""
-REPORT_SECONDS = 0.25
-_LOST_SECONDS = 0.05
-_MAX_CANDIDATES = 64
-_BUSY_CHUNK_FRACTION = 4
-"""While others decode, a step prefills at most one in this many of the tokens it could."""
-
 
 class DraftServer:
-    """Serves one target over one channel until it closes.
+    """Drafts for the targets that it has, until :meth:`stop`.
 
     Args:
-        channel: frames from and to the target.
+        most_targets: more are refused.
     """
 
-    def __init__(self, channel: Channel[DraftBound]) -> None:
-        self._channel = channel
-        self._lock = threading.Lock()
-        self._epoch = -1
-        self._expected = 0
-        self._broken = False
-        self._number = 0
-        self._in_step = False
-        self._last_sent = time.monotonic()
-        self._last_lost = 0.0
-        self._last_report = 0.0
-        self._unreported = False
-        """Whether there were steps since the last report."""
-        self._stopped = threading.Event()
-        self._setup: Setup | None = None
-        self._model: VllmDraftModel | None = None
+    def __init__(self, most_targets: int = 1) -> None:
+        self._most_targets = most_targets
+        self._lines: list[Line] = []
+        self._listener: Listener | None = None
+        self._rising: BringUp | None = None
         self._engine: DraftEngine | None = None
-        self._bounds: Bounds | None = None
+        self._offer: Offer | None = None
+        self._in_step = False
+        self._stopped = threading.Event()
 
-    def run(self) -> None:
-        """Serve until the target closes the channel."""
+    # ---- the model
+
+    def bring_up(self, setup: Setup, vocabulary: str = "") -> None:
+        """Begin to bring the model up; it takes no memory yet. Raises as :class:`BringUp`."""
+        self._rising = BringUp(setup, vocabulary)
+
+    def load(self, kv_cache_memory_bytes: int) -> Offer:
+        """Load it. Raises as :meth:`BringUp.load`."""
+        if self._rising is None:
+            raise OutOfStepError("no model yet")
+        engine, offer = self._rising.load(kv_cache_memory_bytes, self._interrupted)
+        self._engine, self._offer = engine, offer
+        return offer
+
+    def _interrupted(self) -> bool:
+        return any(line.channel.has_input() for line in self._lines)
+
+    # ---- targets
+
+    def serve(self, channel: Channel[DraftBound]) -> None:
+        """Draft for the one target that has started this process, until it is gone."""
+        self._lines.append(Line(channel, self._from_parent))
+        self._run()
+
+    def serve_all(self, listener: Listener) -> None:
+        """Draft for all targets that come, until :meth:`stop`; the model is up."""
+        self._listener = listener
+        self._run()
+
+    def stop(self) -> None:
+        """End soon. May be called from a signal handler or another thread."""
+        self._stopped.set()
+
+    @property
+    def targets(self) -> int:
+        """How many have joined."""
+        return len(self._engine.sessions) if self._engine is not None else 0
+
+    def _from_parent(self, line: Line, message: ToDraft) -> None:
+        """The messages with which a target brings up a process of its own."""
+        try:
+            match message:
+                case Setup():
+                    self.bring_up(message)
+                    return
+                case Allocate():
+                    self.load(message.kv_cache_memory_bytes)
+                    return
+        except Exception as error:  # the target reports whatever vLLM finds wrong
+            logger.error("ssd draft: the draft model cannot be brought up", exc_info=error)
+            line.send([Failed(f"{type(error).__name__}: {error}")])
+            self._rising = None
+            return
+        self._join(line, message)
+
+    def _join(self, line: Line, message: ToDraft) -> None:
+        """The message with which a target joins a draft that is up."""
+        engine, offer = self._engine, self._offer
+        if engine is None or offer is None or not isinstance(message, Join):
+            raise OutOfStepError(f"{type(message).__name__} to a draft that is not up")
+        try:
+            if self.targets >= self._most_targets:
+                raise ValueError(f"the draft serves {self.targets} targets, and no more")
+            policy = agree(message, offer)
+        except ValueError as error:
+            logger.warning("ssd draft: a target is refused: %s", error)
+            line.send([Failed(str(error))])
+            return
+        vocab_size, longest = min(message.vocab_size, offer.vocab_size), offer.max_model_len
+        bounds = Bounds(vocab_size, longest, policy.num_speculative_tokens)
+        line.serve(engine, engine.open(policy), bounds)
+        model = engine.model
+        blocks = model.num_blocks, model.block_size
+        line.send([Ready(engine.max_rows, *blocks, longest, offer.model)])
+        if self._listener is not None:
+            logger.info("ssd draft: a target has joined, %d in all", self.targets)
+
+    # ---- the loop
+
+    def _run(self) -> None:
         heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         heart.start()
         try:
-            while not self._stopped.is_set():
+            while not self._stopped.is_set() and (self._lines or self._listener is not None):
                 self._turn()
-        except ChannelClosedError:
-            logger.info("ssd draft: the target is gone")
         finally:
             self._stopped.set()
             heart.join()
-            self._channel.close()
+            for line in self._lines.copy():
+                self._drop(line, "the draft ends")
 
     def _turn(self) -> None:
         """Receive, re-plan, publish, decode one step, publish."""
         engine = self._engine
         busy = engine is not None and engine.has_work
-        idle = REPORT_SECONDS if self._unreported else None
-        frames = self._channel.receive(0.0 if busy else idle)
-        if not frames and not busy:
-            self._report()  # not between rounds, where the target would read it in ``propose()``
-        for frame in frames:
-            self._take(frame)
-        if engine is None:
+        if not busy and not self._wait():
+            self._report()  # not between rounds, where a target would read it in ``propose()``
             return
-        if frames:
-            # Sent even when empty: the target presumes a silent draft hung.
-            self._send(engine.publications())
-        if engine.has_work:
+        self._accept()
+        heard = self._each(Line.receive)
+        if heard:
+            self._each(lambda line: line.publish(answers=line in heard))
+        engine = self._engine
+        if engine is not None and engine.has_work:
             self._in_step = True
-            messages = engine.step()
+            engine.step()
             self._in_step = False
-            self._unreported = True
-            self._send(messages)
-            if time.monotonic() - self._last_report > REPORT_SECONDS:
-                self._report()
+            self._each(Line.publish)
+            self._report()
 
-    # ---- frames
+    def _each(self, act: Callable[[Line], Any]) -> list[Line]:
+        """Act on all lines, and drop those that are lost; the lines for which it was true."""
+        found = []
+        for line in self._lines.copy():
+            try:
+                if act(line):
+                    found.append(line)
+            except ConnectionError as error:
+                self._drop(line, str(error))
+            except Exception:
+                if self._listener is None:
+                    raise
+                logger.exception("ssd draft: an error in what one target is served")
+                self._drop(line, "an error")
+        return found
 
-    def _take(self, frame: DraftBound | None) -> None:
-        """Apply a frame if it is the one expected; ask for a new epoch if one is missing."""
-        if frame is None:
-            self._lost("a frame that cannot be decoded")
-            return
-        if frame.epoch > self._epoch + MAX_EPOCH_JUMP:
-            self._lost(f"a frame of epoch {frame.epoch}")
-            return
-        if frame.epoch > self._epoch:
-            if self._engine is not None:
-                self._engine.reset()
-            self._epoch, self._expected, self._number = frame.epoch, 0, 0
-            self._broken = False
-        late = frame.epoch < self._epoch or frame.number < self._expected
-        if late and not self._broken:
-            return
-        if self._broken or frame.number != self._expected:
-            self._lost(f"frame {frame.number} in place of {self._expected}")
-            return
-        self._expected += 1
-        try:
-            for message in frame.messages:
-                self._handle(message)
-        except (OutOfStepError, ValueError, IndexError, OverflowError) as error:
-            self._lost(str(error))
-
-    def _lost(self, reason: str) -> None:
-        """Ask for a new epoch; the rest of this one is ignored."""
-        self._broken = True
-        if self._engine is not None:
-            self._engine.reset()
+    def _report(self) -> None:
         now = time.monotonic()
-        if now - self._last_lost > _LOST_SECONDS:
-            self._last_lost = now
-            logger.warning("ssd draft: out of step with the target (%s)", reason)
-            self._send([Lost()])
+        self._each(lambda line: line.report(now))
 
-    def _send(self, messages: Sequence[ToTarget]) -> None:
-        with self._lock:
-            frame = TargetBound(self._epoch, self._number, list(messages))
-            self._number += 1
-            self._last_sent = time.monotonic()
-            self._channel.send(frame)
+    def _wait(self) -> bool:
+        """Wait until something arrives; False if nothing has for a while."""
+        if self._interrupted():
+            return True
+        poll = select.poll()
+        for line in self._lines:
+            poll.register(line.channel, select.POLLIN)
+        if self._listener is not None:
+            poll.register(self._listener, select.POLLIN)
+        forever = self._listener is None and not any(line.unreported for line in self._lines)
+        return bool(poll.poll(None if forever else 1e3 * REPORT_SECONDS))
+
+    def _accept(self) -> None:
+        """Take the targets that have come."""
+        if self._listener is not None:
+            for stream in self._listener.accept():
+                channel = Channel(stream, DraftBound, max_frame_bytes=self._max_frame_bytes)
+                self._lines.append(Line(channel, self._join))
+
+    @property
+    def _max_frame_bytes(self) -> int:
+        """Of a target's frame: the longest text, or the tokens of as many requests as there are."""
+        offer, engine = self._offer, self._engine
+        if offer is None or engine is None:
+            return _SMALL_FRAME_BYTES
+        of_a_request = 4 * (2 * offer.num_speculative_tokens + 8)
+        return _SMALL_FRAME_BYTES + 4 * offer.max_model_len + of_a_request * MAX_REQUESTS
+
+    def _drop(self, line: Line, reason: str) -> None:
+        self._lines.remove(line)
+        line.close()
+        logger.info("ssd draft: a target is gone (%s), %d left", reason, self.targets)
 
     def _beat(self) -> None:
         """Signs of life during steps that take long."""
         while not self._stopped.wait(ALIVE_SECONDS):
-            if self._in_step and time.monotonic() - self._last_sent > ALIVE_SECONDS:
-                try:
-                    self._send([Alive()])
-                except ConnectionError:
-                    return
-
-    def _report(self) -> None:
-        self._unreported = False
-        if self._engine is not None:
-            self._last_report = time.monotonic()
-            steps = self._engine.take_step_seconds().tobytes()
-            self._send([Report(dict(self._engine.counters), steps)])
-
-    # ---- messages
-
-    def _handle(self, message: ToDraft) -> None:
-        if self._bounds is not None:
-            check(message, self._bounds)
-        match message:
-            case Setup():
-                self._set_up(message)
-            case Allocate():
-                self._allocate(message)
-            case _ if self._engine is None:
-                raise OutOfStepError("no model yet")
-            case Start():
-                self._engine.start(message)
-            case Verified():
-                self._engine.verified(message)
-            case Proposed():
-                self._engine.proposed(message)
-            case Trimmed():
-                self._engine.trimmed(message)
-            case Finished():
-                self._engine.finished(message)
-
-    def _set_up(self, message: Setup) -> None:
-        self._setup = message
-        try:
-            self._model = VllmDraftModel(dict(message.engine_args))
-        except Exception as error:  # the target reports whatever vLLM finds wrong
-            self._fail(error)
-
-    def _allocate(self, message: Allocate) -> None:
-        setup, model = self._setup, self._model
-        if setup is None or model is None:
-            return
-        draft_vocab = unpack(setup.draft_vocab) if setup.draft_vocab else None
-        choices = setup.vocab_size if draft_vocab is None else len(draft_vocab)
-        candidates = min(setup.max_branches + 1, _MAX_CANDIDATES, choices)
-        sampled_from = min(setup.draft_top_n, choices)
-        sizes = message.kv_cache_memory_bytes, candidates, setup.vocab_size
-        try:
-            model.load(*sizes, draft_vocab, sampled_from)
-        except Exception as error:  # as above
-            self._fail(error)
-            return
-        max_rows = model.config.scheduler_config.max_num_seqs
-        max_tokens = model.config.scheduler_config.max_num_batched_tokens
-        policy = Policy(
-            setup.num_speculative_tokens,
-            tuple(setup.fan_out) or None,
-            setup.branches,
-            setup.max_branches,
-            arms_of(setup.draft_sampling if sampled_from else "greedy", setup.saguaro_c),
-        )
-        self._engine = DraftEngine(
-            model,
-            Rows(max_rows, setup.num_speculative_tokens, candidates, sampled_from),
-            KVBlocks(model.num_blocks, model.block_size, setup.enable_prefix_caching),
-            policy,
-            prefill_chunk=max(1, (max_tokens - max_rows) // _BUSY_CHUNK_FRACTION),
-            prefill_chunk_idle=max_tokens - max_rows,
-            interrupted=self._channel.has_input,
-        )
-        self._bounds = Bounds(
-            setup.vocab_size,
-            model.config.model_config.max_model_len,
-            setup.num_speculative_tokens,
-        )
-        # As in vLLM's own processes: no full collection looks at what the model has brought along.
-        gc.collect()
-        gc.freeze()
-        self._send([Ready(max_rows, model.num_blocks, model.block_size)])
-
-    def _fail(self, error: Exception) -> None:
-        logger.error("ssd draft: the draft model cannot be brought up", exc_info=error)
-        self._send([Failed(f"{type(error).__name__}: {error}")])
+            if self._in_step:
+                for line in self._lines.copy():
+                    with suppress(ConnectionError):  # the loop finds out as well
+                        line.beat()

@@ -1,51 +1,40 @@
-"""The draft's counters: its steps, its rounds, and what they took."""
+"""The draft's counters: its steps, each target's rounds, and what they took."""
 
 from __future__ import annotations
 
 import time
 
-import numpy as np
-
-from vllm_ssd.core.arrays import Float32Array
 from vllm_ssd.core.recent import Recent
 from vllm_ssd.draft.pipeline import Taken
 
-COUNTERS = (
+STEP_COUNTERS = (
     "draft_steps",
     "draft_step_seconds",
     "draft_python_seconds",
     "draft_rows",
+    "draft_prefill_tokens",
+)
+ROUND_COUNTERS = (
     "draft_plan_seconds",
     "draft_rounds",
     "draft_rounds_cut",
     "draft_round_seconds",
     "draft_forks",
     "draft_given_up",
-    "draft_prefill_tokens",
     "draft_narrowed",
     "draft_evictions",
 )
 
 
-class Tally:
-    """Counts steps and rounds. A round ends with its last branch, or when it is cut."""
+class StepTally:
+    """Counts the steps of a draft."""
 
     def __init__(self) -> None:
-        self.counters: dict[str, float] = dict.fromkeys(COUNTERS, 0.0)
-        self._steps = Recent()
-        self._reported = 0
-        """How many of the steps' times."""
+        self.counters: dict[str, float] = dict.fromkeys(STEP_COUNTERS, 0.0)
+        self.steps = Recent()
+        """Seconds of each."""
         self._counted = 0.0
         """When the newest step was counted."""
-        self._round_began: float | None = None
-
-    def reset(self) -> None:
-        """The round under way is not counted."""
-        self._round_began = None
-
-    def plan(self, seconds: float) -> None:
-        """What it took to follow outcomes and to plan and fork the next trees."""
-        self.counters["draft_plan_seconds"] += seconds
 
     def step(self, taken: Taken, model_seconds: float) -> float:
         """Count a step.
@@ -66,14 +55,30 @@ class Tally:
         counters["draft_rows"] += taken.decoded
         counters["draft_prefill_tokens"] += taken.prefilled
         counters["draft_step_seconds"] += seconds
-        self._steps.add(seconds)
+        self.steps.add(seconds)
         counters["draft_python_seconds"] = counters["draft_step_seconds"] - model_seconds
         return seconds
 
-    def take_step_seconds(self) -> Float32Array:
-        """The times of the steps since the last call."""
-        since, self._reported = self._reported, self._steps.count
-        return np.array(self._steps.since(since), np.float32)
+
+class RoundTally:
+    """Counts the rounds of a target. One ends with its last branch, or when it is cut."""
+
+    def __init__(self) -> None:
+        self.counters: dict[str, float] = dict.fromkeys(ROUND_COUNTERS, 0.0)
+        self._round_began: float | None = None
+
+    @property
+    def in_round(self) -> bool:
+        """Whether a round is under way."""
+        return self._round_began is not None
+
+    def reset(self) -> None:
+        """The round under way is not counted."""
+        self._round_began = None
+
+    def plan(self, seconds: float) -> None:
+        """What it took to follow outcomes and to plan and fork the next trees."""
+        self.counters["draft_plan_seconds"] += seconds
 
     def begin_round(self, began: float) -> None:
         """A round has begun, at this time of ``time.perf_counter``."""

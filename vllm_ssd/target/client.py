@@ -1,8 +1,8 @@
-"""The client of the draft process: epochs, the speculation cache, loss and restart.
+"""The client of the draft: epochs, the speculation cache, loss and restart.
 
 Nothing here blocks decoding, except for the time :meth:`DraftClient.poll` is asked to wait. Every
-failure ends in a new epoch (the requests are announced again) or a new process (started in the
-background, with back-off).
+failure ends in a new epoch (the requests are announced again) or a new link (a process is started
+or a server connected to in the background, with back-off).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable
 import numpy as np
 
 from vllm_ssd.core.stats import Stats
-from vllm_ssd.target.process import DraftProcess
+from vllm_ssd.target.link import Link
 from vllm_ssd.target.published import PublishedTrees
 from vllm_ssd.wire.channel import ChannelClosedError, ChannelFullError
 from vllm_ssd.wire.messages import (
@@ -24,6 +24,7 @@ from vllm_ssd.wire.messages import (
     DraftBound,
     Failed,
     Forked,
+    Join,
     Lost,
     Planted,
     Pruned,
@@ -51,40 +52,45 @@ STABLE_SECONDS = 60.0
 
 
 class DraftClient:
-    """Owns the draft process and the target's copy of the speculation trees.
+    """Owns the link to the draft and the target's copy of the speculation trees.
 
     Args:
-        setup: how the draft brings its model up.
-        cores: CPU cores of the draft process.
+        reach: starts the draft, or begins to connect to it; called again after each loss.
+        join: what the target wants of it.
         startup_timeout_s: how long a start may take.
         stats: counters to keep.
         forget_requests: called when all requests must be announced again.
-        device: the draft's CUDA device, as ``CUDA_VISIBLE_DEVICES`` names it; None on CPU.
+        setup: how a process of the target's own brings its model up; None for a draft that is up.
+        agreed: called with the limits of the draft that has come up.
     """
 
     def __init__(
         self,
-        setup: Setup,
-        cores: list[int],
+        reach: Callable[[], Link],
+        join: Join,
         startup_timeout_s: float,
         stats: Stats,
         forget_requests: Callable[[], None],
-        device: str | None = None,
+        setup: Setup | None = None,
+        agreed: Callable[[Ready], None] = lambda ready: None,
     ) -> None:
         self.up = False
         """Whether the draft has come up and takes requests."""
-        sampled_from = 0 if setup.draft_sampling == "greedy" else setup.draft_top_n
-        self.published = PublishedTrees(
-            setup.num_speculative_tokens, setup.vocab_size, sampled_from
-        )
+        sampled_from = 0 if join.draft_sampling == "greedy" else join.draft_top_n
+        self.published = PublishedTrees(join.num_speculative_tokens, join.vocab_size, sampled_from)
         self.draft_counters: dict[str, float] = {}
-        """Counters of this draft process, added to those of the processes before it."""
+        """Counters of this draft, added to those of the drafts before it."""
         self._counters_before: dict[str, float] = {}
-        self.process: DraftProcess | None = None
+        self.link: Link | None = None
+        """The way to the draft; None if it is lost."""
+        self._reach = reach
+        self._join = join
         self._setup = setup
-        self._allocate = Allocate(0)
-        self._cores = cores
-        self._device = device
+        self._agreed = agreed
+        self._memory: int | None = None
+        """What a process of our own may take for its KV cache, once that is known."""
+        self._opened = False
+        """Whether the first messages were sent."""
         self._startup_timeout_s = startup_timeout_s
         self._stats = stats
         self._forget_requests = forget_requests
@@ -103,28 +109,45 @@ class DraftClient:
         self._was_up = False
         self._closed = self._asleep = False
 
-    # ---- life of the process
+    # ---- life of the draft
 
     def launch(self) -> None:
-        """Start the process; it loads its libraries but takes no memory yet."""
+        """Start the draft, which takes no memory before :meth:`allocate`, or connect to it."""
         self._started_at = time.monotonic()
         self._failure = ""
-        # A new process has a new channel: no frame of an earlier epoch can arrive there.
+        # A new draft has a new channel: no frame of an earlier epoch can arrive there.
         self.epoch = 0
         self._begin_epoch()
+        self._opened = False
         try:
-            self.process = DraftProcess(self._cores, self._device)
+            self.link = self._reach()
         except OSError as error:
             self._lose(f"cannot be started: {error}")
             return
-        self._put([self._setup])
+        self._open()
+
+    def _open(self) -> None:
+        """Send the first messages, as soon as there is a channel."""
+        if self.link is None or self._opened:
+            return
+        if self.link.failure is not None:
+            self._lose(self.link.failure)
+        elif self.link.channel is not None:
+            self._opened = True
+            if self._setup is None:
+                self._put([self._join])
+                return
+            self._put([self._setup])
+            if self._memory is not None:
+                self._put([Allocate(self._memory), self._join])
 
     def allocate(self, kv_cache_memory_bytes: int) -> None:
-        """Let the process load the model and allocate a KV cache of this size."""
+        """Let a process of our own load the model and allocate a KV cache of this size."""
         # Until now it may have waited for the target: that does not count as its start-up.
         self._started_at = time.monotonic()
-        self._allocate = Allocate(kv_cache_memory_bytes)
-        self._put([self._allocate])
+        self._memory = kv_cache_memory_bytes
+        if self._opened and self._setup is not None:
+            self._put([Allocate(kv_cache_memory_bytes), self._join])
 
     def wait_until_up(self) -> None:
         """Wait for the first start to succeed.
@@ -134,13 +157,13 @@ class DraftClient:
         """
         deadline = self._started_at + self._startup_timeout_s
         while not self.up:
-            if self.process is None:
+            if self.link is None:
                 self._closed = True
                 raise RuntimeError(f"ssd: the draft process did not come up: {self._failure}")
             remaining = deadline - time.monotonic()
             # Look even with no time left: it may have come up long ago.
             self.poll(max(0.0, remaining))
-            if remaining <= 0.0 and not self.up and self.process is not None:
+            if remaining <= 0.0 and not self.up and self.link is not None:
                 self.close()
                 raise RuntimeError(
                     f"ssd: the draft process took longer than draft_startup_timeout_s = "
@@ -152,10 +175,10 @@ class DraftClient:
         if self._closed or self._asleep:
             return
         now = time.monotonic()
-        if self.process is None:
+        if self.link is None:
             if now >= self._start_after:
                 self._stats.restarts += 1
-                self._relaunch()
+                self.launch()
         elif self.up:
             since = self._unanswered_since
             if since is not None and now - since > SILENCE_SECONDS:
@@ -176,12 +199,7 @@ class DraftClient:
             return
         self._asleep = False
         self._failures = 0
-        self._relaunch()
-
-    def _relaunch(self) -> None:
-        """Start the process once more, with the memory that it had."""
         self.launch()
-        self._put([self._allocate])
 
     def close(self) -> None:
         """End the draft process for good."""
@@ -190,21 +208,21 @@ class DraftClient:
 
     def _end(self) -> None:
         self.up = False
-        if self.process is not None:
-            self.process.end()
+        if self.link is not None:
+            self.link.end()
             # Its memory must be free before anything else starts.
-            self.process.wait(CLOSE_SECONDS)
-            self.process = None
+            self.link.wait(CLOSE_SECONDS)
+            self.link = None
 
     def _lose(self, reason: str) -> None:
-        """End a process that is lost, and plan the next start."""
-        process, self.process = self.process, None
+        """End a link that is lost, and plan the next start."""
+        link, self.link = self.link, None
         was_up, self.up = self.up, False
-        if process is not None:
+        if link is not None:
             if not self._was_up:
-                process.wait(EXIT_CODE_SECONDS)  # at the engine's start there is time to wait
-            code = process.exit_code
-            process.end()
+                link.wait(EXIT_CODE_SECONDS)  # at the engine's start there is time to wait
+            code = link.exit_code
+            link.end()
             if code is not None:
                 reason = f"{reason} (exit code {code})"
         self._failure = self._failure or reason
@@ -218,7 +236,8 @@ class DraftClient:
         self._begin_epoch()
         if self._was_up:
             logger.warning(
-                "ssd: draft process lost: %s; decoding plainly, next start in %.1f s",
+                "ssd: %s lost: %s; decoding plainly, next start in %.1f s",
+                link or "draft",
                 self._failure,
                 backoff,
             )
@@ -245,10 +264,15 @@ class DraftClient:
         Args:
             timeout: seconds to wait for something to arrive.
         """
-        if self.process is None:
+        self._open()
+        if self.link is None:
+            return
+        if self.link.channel is None:
+            if timeout:
+                self.link.wait(timeout)
             return
         try:
-            frames = self.process.channel.receive(timeout)
+            frames = self.link.channel.receive(timeout)
         except ChannelClosedError as error:
             self._lose(str(error))
             return
@@ -290,14 +314,14 @@ class DraftClient:
         self._forget_requests()
 
     def _put(self, *frames: list[ToDraft]) -> None:
-        if self.process is None:
+        if self.link is None or self.link.channel is None:
             return
         numbered = [
             DraftBound(self.epoch, number, messages)
             for number, messages in enumerate(frames, self._number)
         ]
         try:
-            self.process.channel.send(*numbered)
+            self.link.channel.send(*numbered)
         except ChannelFullError as error:
             # The draft reads nothing: its silence counts, whatever epoch that is.
             self._unanswered_since = since = self._unanswered_since or time.monotonic()
@@ -369,11 +393,12 @@ class DraftClient:
                 self.resync("the draft missed a frame")
             case Ready():
                 self.published.start(message)
+                self._agreed(message)
                 self.up = self._was_up = True
                 self._up_since = time.monotonic()
                 logger.info(
-                    "ssd: draft process %s is up: %d rows, %d KV blocks of %d tokens",
-                    self.process and self.process.pid,
+                    "ssd: %s is up: %d rows, %d KV blocks of %d tokens",
+                    self.link,
                     message.max_rows,
                     message.num_blocks,
                     message.block_size,

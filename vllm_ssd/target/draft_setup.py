@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_ssd.config import SSDConfig
+from vllm_ssd.core.arrays import Int32Array
 from vllm_ssd.preflight import Checked
 from vllm_ssd.target import memory
 from vllm_ssd.target.checkpoint import checkpoint_tensors
 from vllm_ssd.target.draft_config import fits_length, source_arguments
 from vllm_ssd.target.placement import place_draft
 from vllm_ssd.wire.messages import MAX_ROWS, Setup, pack
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig
 
 PREFILL_TOKENS = 256
 """Prompt tokens per step on CPU beyond a full batch of rows: bounds how long a step can take."""
@@ -126,16 +130,85 @@ def plan_draft(checked: Checked, vllm_config: Any) -> DraftPlan:
     Raises:
         ValueError: the device that the options name is not there.
     """
-    config, draft, draft_vocab = checked
+    config, draft, draft_vocab, _ = checked
+    if draft is None:
+        raise ValueError("ssd: a draft server brings its own model up")
     target = vllm_config.model_config
     placement = place_draft(config.draft_device, vllm_config.parallel_config)
     on_cpu = placement.device is None
     requests = vllm_config.scheduler_config.max_num_seqs
-    # One row per guess, the trunk being one of them.
-    rows = min(requests * config.max_branches, MAX_ROWS)
-    rows = max(rows, min(requests, MAX_ROWS))
-    tokens = rows + (PREFILL_TOKENS if on_cpu else PREFILL_TOKENS_CUDA)
+    rows = draft_rows(requests, config.max_branches)
+    tokens = rows + prefill_tokens(on_cpu)
     download_dir = vllm_config.load_config.download_dir
+    arguments = engine_arguments(config, target, draft, rows, tokens, on_cpu, download_dir)
+    if placement.shared and not on_cpu:
+        # vLLM refuses to start where less than this part of the device is free, whatever
+        # the size of the KV cache.
+        arguments["gpu_memory_utilization"] = 0.01
+    setup = Setup(
+        engine_args=arguments,
+        num_speculative_tokens=config.num_speculative_tokens,
+        max_branches=config.max_branches,
+        enable_prefix_caching=bool(vllm_config.cache_config.enable_prefix_caching),
+        vocab_size=target.get_vocab_size(),
+        draft_vocab=b"" if draft_vocab is None else pack(draft_vocab),
+        draft_top_n=0 if config.draft_sampling == "greedy" else config.draft_top_n,
+    )
+    plan = DraftPlan(
+        setup=setup,
+        device=placement.device,
+        max_model_len=min(draft.max_model_len, target.max_model_len),
+        fits_length=fits_length(config, target),
+        shares_device=placement.shared,
+        target_size_is_given=vllm_config.cache_config.kv_cache_memory_bytes is not None,
+        kv_bytes_per_token=memory.draft_kv_bytes_per_token(draft),
+        overhead_bytes=_overhead_bytes(
+            config, draft, draft_vocab, rows, tokens, download_dir, on_cpu
+        ),
+        block_size=memory.block_size(on_cpu),
+        rows=rows,
+        requests=requests,
+        kv_cache_memory_bytes=config.draft_kv_cache_memory_bytes or 0,
+    )
+    plan.fit_length()
+    return plan
+
+
+def draft_rows(requests: int, max_branches: int) -> int:
+    """Rows of the draft's batch: one for each guess, the trunk being one of them.
+
+    Args:
+        requests: the most at once.
+        max_branches: of a request.
+    """
+    return max(min(requests * max_branches, MAX_ROWS), min(requests, MAX_ROWS))
+
+
+def prefill_tokens(on_cpu: bool) -> int:
+    """Prompt tokens of a step beyond a full batch of rows."""
+    return PREFILL_TOKENS if on_cpu else PREFILL_TOKENS_CUDA
+
+
+def engine_arguments(
+    config: SSDConfig,
+    target: ModelConfig,
+    draft: ModelConfig,
+    rows: int,
+    tokens: int,
+    on_cpu: bool,
+    download_dir: str | None = None,
+) -> dict[str, Any]:
+    """Arguments of vLLM's ``EngineArgs`` for the draft model.
+
+    Args:
+        config: the options.
+        target: what the draft takes from its target.
+        draft: vLLM's configuration of the draft model.
+        rows: of its batch.
+        tokens: query tokens of a step, at most.
+        on_cpu: whether it runs on CPU.
+        download_dir: of models from the hub.
+    """
     arguments: dict[str, Any] = {
         **source_arguments(config, target),
         "load_format": config.draft_load_format,
@@ -153,46 +226,19 @@ def plan_draft(checked: Checked, vllm_config: Any) -> DraftPlan:
     }
     if on_cpu:
         arguments["block_size"] = memory.block_size(on_cpu)
-    elif placement.shared:
-        # vLLM refuses to start where less than this part of the device is free, whatever
-        # the size of the KV cache.
-        arguments["gpu_memory_utilization"] = 0.01
-    setup = Setup(
-        engine_args=arguments,
-        num_speculative_tokens=config.num_speculative_tokens,
-        fan_out=list(config.fan_out_per_k or ()),
-        branches=0 if config.branches == "auto" else config.branches,
-        max_branches=config.max_branches,
-        enable_prefix_caching=bool(vllm_config.cache_config.enable_prefix_caching),
-        vocab_size=target.get_vocab_size(),
-        draft_vocab=b"" if draft_vocab is None else pack(draft_vocab),
-        draft_sampling=config.draft_sampling,
-        draft_top_n=config.draft_top_n,
-        saguaro_c=-1.0 if config.saguaro_c == "auto" else config.saguaro_c,
-    )
-    plan = DraftPlan(
-        setup=setup,
-        device=placement.device,
-        max_model_len=min(draft.max_model_len, target.max_model_len),
-        fits_length=fits_length(config, target),
-        shares_device=placement.shared,
-        target_size_is_given=vllm_config.cache_config.kv_cache_memory_bytes is not None,
-        kv_bytes_per_token=memory.draft_kv_bytes_per_token(draft),
-        overhead_bytes=_overhead_bytes(checked, rows, tokens, download_dir, on_cpu),
-        block_size=memory.block_size(on_cpu),
-        rows=rows,
-        requests=requests,
-        kv_cache_memory_bytes=config.draft_kv_cache_memory_bytes or 0,
-    )
-    plan.fit_length()
-    return plan
+    return arguments
 
 
 def _overhead_bytes(
-    checked: Checked, rows: int, tokens: int, download_dir: str | None, on_cpu: bool
+    config: SSDConfig,
+    draft: ModelConfig,
+    draft_vocab: Int32Array | None,
+    rows: int,
+    tokens: int,
+    download_dir: str | None,
+    on_cpu: bool,
 ) -> int:
     """Memory of the draft beside its KV cache."""
-    config, draft, draft_vocab = checked
     shape, itemsize = memory.shape_of(draft), draft.dtype.itemsize
     head_rows = None if draft_vocab is None else len(draft_vocab)
     tensors = checkpoint_tensors(draft.model, config.draft_revision, download_dir)
@@ -203,7 +249,7 @@ def _overhead_bytes(
     )
 
 
-def _enforce_eager(config: SSDConfig, target: Any) -> bool:
+def _enforce_eager(config: SSDConfig, target: ModelConfig) -> bool:
     if config.draft_enforce_eager is not None:
         return config.draft_enforce_eager
     return bool(target.enforce_eager)

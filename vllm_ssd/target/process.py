@@ -77,6 +77,7 @@ class DraftProcess:
         self._process = process
         self._reaper = reaper
         self.channel: Channel[TargetBound] = Channel(ours, TargetBound)
+        """See :class:`vllm_ssd.target.link.Link`."""
         # Also when the engine is dropped without a shutdown.
         self.end = weakref.finalize(self, _end, process, self.channel, os.getpid())
 
@@ -84,6 +85,15 @@ class DraftProcess:
     def pid(self) -> int:
         """Process id."""
         return self._process.pid
+
+    @property
+    def failure(self) -> None:
+        """See :class:`vllm_ssd.target.link.Link`: the constructor raises it."""
+        return None
+
+    def __str__(self) -> str:
+        """For the log."""
+        return f"draft process {self.pid}"
 
     @property
     def exit_code(self) -> int | None:

@@ -12,15 +12,17 @@ from vllm.platforms import current_platform
 
 from vllm_ssd import affinity, compat
 from vllm_ssd.core.stats import add_draft_ratios
-from vllm_ssd.preflight import check_engine, engine_options
+from vllm_ssd.preflight import Checked, check_engine, engine_options
 from vllm_ssd.stats_file import Snapshot, Writer
 from vllm_ssd.target.client import DraftClient
 from vllm_ssd.target.cores import bind_target, split_cores
 from vllm_ssd.target.draft_setup import DraftPlan, plan_draft
 from vllm_ssd.target.handover import HandOver, most_bytes
 from vllm_ssd.target.memory import target_kv_bytes_per_token
+from vllm_ssd.target.process import DraftProcess
 from vllm_ssd.target.proposer import SSDProposer
 from vllm_ssd.target.rejection import RejectionSampler, fix_cpu_rejection_sampler
+from vllm_ssd.wire.messages import Ready
 
 if TYPE_CHECKING or not current_platform.is_cpu():
     from vllm.v1.worker.gpu_worker import Worker as PlatformWorker
@@ -41,7 +43,7 @@ if TYPE_CHECKING:
 
 
 class SSDWorker(PlatformWorker):
-    """The platform's worker with a draft process beside it (vLLM's ``worker_cls``).
+    """The platform's worker with a draft beside it (vLLM's ``worker_cls``).
 
     Only the rank whose drafts vLLM uses has the draft; the others propose nothing.
     """
@@ -69,7 +71,7 @@ class SSDWorker(PlatformWorker):
     def init_device(self) -> None:
         """Bring up the device, and the draft process beside it."""
         cores: list[int] = []
-        if current_platform.is_cpu():
+        if current_platform.is_cpu() and self._config.draft_address is None:
             in_process = self.parallel_config.distributed_executor_backend == "uni"
             split = split_cores(
                 self._config.draft_cpu_cores, in_process, self.parallel_config.world_size
@@ -90,22 +92,57 @@ class SSDWorker(PlatformWorker):
         # Our draft model is elsewhere: vLLM need not keep K positions free for one in this process.
         self.model_runner.effective_drafter_max_model_len += proposer.depth
         if self._checked is not None:
-            self._plan = plan_draft(self._checked, self.vllm_config)
-            proposer.requests.max_length = self._plan.max_model_len
-            self._client = DraftClient(
-                self._plan.setup,
-                cores,
-                self._config.draft_startup_timeout_s,
-                proposer.stats,
-                proposer.requests.forget_all,
-                self._plan.device,
-            )
-            if self._plan.may_start_early:
-                self._client.launch()
-            if not self._plan.shares_device:
-                # No memory is shared: the draft loads while the target does.
-                self._client.allocate(self._plan.kv_cache_memory_bytes)
+            if self._config.draft_address is None:
+                self._client = self._start_draft(self._checked, cores)
+            else:
+                self._client = self._attach(self._checked)
         proposer.bind(self.model_runner, self._client, self._make_hand_over())
+
+    def _start_draft(self, checked: Checked, cores: list[int]) -> DraftClient:
+        """A draft process of our own."""
+        plan = self._plan = plan_draft(checked, self.vllm_config)
+        proposer = self._proposer
+        proposer.requests.max_length = plan.max_model_len
+        client = DraftClient(
+            lambda: DraftProcess(cores, plan.device),
+            checked.join,
+            self._config.draft_startup_timeout_s,
+            proposer.stats,
+            proposer.requests.forget_all,
+            plan.setup,
+        )
+        if plan.may_start_early:
+            client.launch()
+        if not plan.shares_device:
+            # No memory is shared: the draft loads while the target does.
+            client.allocate(plan.kv_cache_memory_bytes)
+        return client
+
+    def _attach(self, checked: Checked) -> DraftClient:
+        """A draft server at an address."""
+        from vllm_ssd.target.attachment import ATTACH_SECONDS, Attachment, server_of
+
+        address, key = server_of(self._config)
+        requests = self._proposer.requests
+
+        def agreed(ready: Ready) -> None:
+            requests.max_length = min(self._longest, ready.max_model_len)
+
+        client = DraftClient(
+            lambda: Attachment(address, key),
+            checked.join,
+            ATTACH_SECONDS,
+            self._proposer.stats,
+            requests.forget_all,
+            agreed=agreed,
+        )
+        client.launch()
+        return client
+
+    @property
+    def _longest(self) -> int:
+        """Longest text of the target."""
+        return int(self.vllm_config.model_config.max_model_len)
 
     def _make_hand_over(self) -> HandOver | None:
         if self._config.draft_sampling == "greedy":
@@ -144,16 +181,15 @@ class SSDWorker(PlatformWorker):
             return available
         target = target_kv_bytes_per_token(self.get_kv_cache_spec().values(), self.vllm_config)
         self._plan.share_memory(available, target)
-        if self._client.process is None:
+        if self._client.link is None:
             self._client.launch()
         return available - self._plan.taken_from_target
 
     def update_max_model_len(self, max_model_len: int) -> None:
         """With ``--max-model-len auto`` the engine lowers it to what the KV cache holds."""
         super().update_max_model_len(max_model_len)
-        if self._plan is not None:
-            longest = min(self._plan.max_model_len, max_model_len)
-            self._proposer.requests.max_length = longest
+        requests = self._proposer.requests
+        requests.max_length = min(requests.max_length, max_model_len)
 
     def compile_or_warm_up_model(self) -> Any:
         """Warm the target up; then, with its memory taken, let the draft allocate its own."""

@@ -17,6 +17,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+PROTOCOL = 1
+"""Raised with every change of the messages: both sides must have the same."""
 MAX_ROWS = 1024
 """Rows of the draft's batch, however many requests there are."""
 MAX_STOP_TOKENS = 8
@@ -83,35 +85,57 @@ def unpack_list(data: bytes) -> list[int]:
 
 
 class Setup(Message, frozen=True):
-    """First message to a new draft process: how to bring the model up (no memory is taken yet)."""
+    """First message to a draft process of the target's own: how to bring the model up.
+
+    No memory is taken yet.
+    """
 
     engine_args: dict[str, Any]
     """Arguments of vLLM's ``EngineArgs`` for the draft model."""
     num_speculative_tokens: int
-    fan_out: list[int]
-    """The most ``t*`` to guess after k accepted tokens, for k = 0..K; empty for no such cap."""
-    branches: int
-    """Branches per request, the trunk being one; 0 for as many as the measured times afford."""
+    """The most that a target may ask for."""
     max_branches: int
-    """The most branches a request can have."""
+    """The most branches that a request can have."""
     enable_prefix_caching: bool
     vocab_size: int
-    """The target's vocabulary: ids from there on are never drafted."""
+    """Ids from there on are never drafted."""
     draft_vocab: bytes = b""
     """The tokens the head is computed for, int32; empty for all."""
-    draft_sampling: str = "greedy"
-    """``"greedy"``, ``"probabilistic"`` or ``"auto"``: how tokens are drafted for requests with a
-    temperature."""
     draft_top_n: int = 0
     """Sampled tokens come from so many of the draft's best; 0: none are sampled."""
-    saguaro_c: float = 1.0
-    """C of arXiv 2603.03251, Definition 14; -1: learned."""
 
 
 class Allocate(Message, frozen=True):
     """The target has its memory: load the weights and allocate the KV cache."""
 
     kv_cache_memory_bytes: int
+
+
+class Join(Message, frozen=True):
+    """What a target wants of a draft. :class:`Ready` or :class:`Failed` is the answer."""
+
+    protocol: int
+    """The target's :data:`PROTOCOL`."""
+    vocabulary: str
+    """A hash of its tokenizer's vocabulary (:mod:`vllm_ssd.vocabulary`); empty if the two were
+    compared already."""
+    vocab_size: int
+    """Ids from there on mean nothing to it."""
+    num_speculative_tokens: int
+    """K."""
+    fan_out: list[int]
+    """The most ``t*`` to guess after k accepted tokens, for k = 0..K; empty for no such cap."""
+    branches: int
+    """Branches per request, the trunk being one; 0 for as many as the measured times afford."""
+    max_branches: int
+    """The most branches a request can have."""
+    draft_sampling: str = "greedy"
+    """``"greedy"``, ``"probabilistic"`` or ``"auto"``: how tokens are drafted for requests with a
+    temperature."""
+    draft_top_n: int = 0
+    """The target has room for so many tokens that one is sampled from."""
+    saguaro_c: float = 1.0
+    """C of arXiv 2603.03251, Definition 14; -1: learned."""
 
 
 class Start(Message, frozen=True):
@@ -177,15 +201,19 @@ class Finished(Message, frozen=True):
 
 
 class Ready(Message, frozen=True):
-    """The draft model is up."""
+    """The draft model is up, and drafts for the target that has joined."""
 
     max_rows: int
     num_blocks: int
     block_size: int
+    max_model_len: int = 0
+    """Longest text that it follows; 0: as long as the target has set it up for."""
+    model: str = ""
+    """Its name."""
 
 
 class Failed(Message, frozen=True):
-    """The draft model cannot be brought up."""
+    """The draft model cannot be brought up, or cannot draft for this target."""
 
     reason: str
 
@@ -261,7 +289,7 @@ class Lost(Message, frozen=True):
     """A gap in the target's frames: a new epoch is needed."""
 
 
-ToDraft = Setup | Allocate | Start | Verified | Proposed | Trimmed | Finished
+ToDraft = Setup | Allocate | Join | Start | Verified | Proposed | Trimmed | Finished
 ToTarget = Ready | Failed | Planted | Forked | Pruned | Stepped | Report | Alive | Lost
 
 

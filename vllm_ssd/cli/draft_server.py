@@ -1,0 +1,187 @@
+"""``vllm-ssd draft-server``: a draft model that any number of targets share."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vllm_ssd.affinity import available_cores
+from vllm_ssd.cli import CommandError
+from vllm_ssd.cli.env import run_python, with_openmp
+from vllm_ssd.config import SSDConfig
+from vllm_ssd.target.process import draft_environment
+from vllm_ssd.wire.address import Address, TCPAddress, parse_address
+from vllm_ssd.wire.keys import Key, read_key
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig
+
+    from vllm_ssd.wire.messages import Setup
+
+logger = logging.getLogger("vllm.vllm_ssd.draft")
+
+_STARTED = "VLLM_SSD_DRAFT_SERVER"
+"""Set in the environment of the process that serves."""
+_PART_OF_FREE_MEMORY = 2
+"""By default the KV cache takes one part in so many of a CPU machine's free memory at most."""
+
+
+@dataclass(kw_only=True)
+class Options:
+    """What the command line says; names as there."""
+
+    listen: str
+    key_file: str | None
+    max_targets: int
+    max_requests: int
+    vocab_size: int | None
+    trust_remote_code: bool
+    draft: dict[str, Any]
+    """The options of :class:`SSDConfig` that are about the draft."""
+
+
+def run(options: Options) -> None:
+    """Serve until SIGTERM or SIGINT.
+
+    Raises:
+        CommandError: an option is wrong, or the model or the address cannot be used.
+    """
+    try:
+        config = SSDConfig.parse(options.draft)
+        address, key = _listens_at(options)
+        cores = _cores(config)
+        _start_anew(cores)
+        setup, kv_cache_bytes = _plan(config, options)
+        _serve(setup, kv_cache_bytes, options, address, key)
+    except (ValueError, RuntimeError, OSError) as error:
+        raise CommandError(str(error).removeprefix("ssd: ")) from error
+
+
+def core_numbers(text: str) -> list[int]:
+    """``"2,3"`` as numbers.
+
+    Raises:
+        CommandError: it is not that.
+    """
+    try:
+        return [int(core) for core in text.split(",")]
+    except ValueError:
+        raise CommandError(f"--cores {text}: give core numbers, as 2,3") from None
+
+
+def _listens_at(options: Options) -> tuple[Address, Key | None]:
+    address = parse_address(options.listen)
+    if options.key_file is not None:
+        return address, read_key(options.key_file)
+    if isinstance(address, TCPAddress):
+        raise ValueError(
+            f"--listen {options.listen}: TCP needs a key; make one with `vllm-ssd draft-key FILE` "
+            "and give --key-file FILE here and the option 'draft_key_file' to the targets"
+        )
+    return address, None
+
+
+def _cores(config: SSDConfig) -> list[int]:
+    """The cores to run on; empty for where the system puts it."""
+    from vllm_ssd.cli.serve import installed_build, runs_on_cpu
+
+    if not runs_on_cpu(installed_build()):
+        return []
+    allowed = available_cores()
+    missing = [core for core in config.draft_cpu_cores or () if core not in allowed]
+    if missing:
+        raise ValueError(f"--cores: core {missing[0]} is not available; use some of {allowed}")
+    return config.draft_cpu_cores or allowed
+
+
+def _start_anew(cores: list[int]) -> None:
+    """Start this program again: OpenMP is preloaded, and counts its cores, at the start only."""
+    if os.environ.get(_STARTED):
+        return
+    if cores:
+        os.sched_setaffinity(0, cores)
+    environment = draft_environment(with_openmp(), len(cores), None) | {_STARTED: "1"}
+    run_python(sys.orig_argv[1:], environment)
+
+
+def _plan(config: SSDConfig, options: Options) -> tuple[Setup, int]:
+    """How the model is brought up, and the size of its KV cache (0: what vLLM finds)."""
+    import psutil
+    from vllm.config import ModelConfig
+    from vllm.platforms import current_platform
+
+    from vllm_ssd import compat
+    from vllm_ssd.draft_vocab import select_draft_vocab
+    from vllm_ssd.preflight import check_device, check_draft, check_load_format
+    from vllm_ssd.target import memory
+    from vllm_ssd.target.draft_config import draft_model_config
+    from vllm_ssd.target.draft_setup import draft_rows, engine_arguments, prefill_tokens
+    from vllm_ssd.wire.messages import Setup, pack
+
+    compat.check_vllm_version()
+    on_cpu = current_platform.is_cpu()
+    count = None if on_cpu else current_platform.device_count()
+    check_device(config.draft_device, current_platform.device_name, count)
+    # In place of a target's: what the draft takes from its target is its own here.
+    own: ModelConfig = ModelConfig(
+        model=config.model,
+        revision=config.draft_revision,
+        trust_remote_code=options.trust_remote_code,
+        dtype=config.draft_dtype or "auto",
+        enforce_eager=bool(config.draft_enforce_eager),
+    )
+    draft = draft_model_config(config, own)
+    check_load_format(config.draft_load_format, draft)
+    check_draft(draft)
+    draft_vocab = select_draft_vocab(config, own, draft)
+    rows = draft_rows(options.max_requests, config.max_branches)
+    tokens = rows + prefill_tokens(on_cpu)
+    arguments = engine_arguments(config, own, draft, rows, tokens, on_cpu=on_cpu)
+    setup = Setup(
+        engine_args=arguments,
+        num_speculative_tokens=config.num_speculative_tokens,
+        max_branches=config.max_branches,
+        enable_prefix_caching=True,
+        vocab_size=min(options.vocab_size or own.get_vocab_size(), own.get_vocab_size()),
+        draft_vocab=b"" if draft_vocab is None else pack(draft_vocab),
+        draft_top_n=config.draft_top_n,
+    )
+    size = config.draft_kv_cache_memory_bytes or 0
+    per_token = memory.draft_kv_bytes_per_token(draft)
+    if on_cpu and not size:
+        wanted = options.max_requests * draft.max_model_len * per_token
+        size = min(wanted, psutil.virtual_memory().available // _PART_OF_FREE_MEMORY)
+    if size:
+        block = memory.block_size(on_cpu)
+        memory.check_kv_cache(size, per_token, draft.max_model_len, block)
+    return setup, size
+
+
+def _serve(
+    setup: Setup, kv_cache_bytes: int, options: Options, address: Address, key: Key | None
+) -> None:
+    from vllm_ssd.draft.server import DraftServer
+    from vllm_ssd.vocabulary import tokenizer_hash
+    from vllm_ssd.wire.listener import Listener
+
+    revision = setup.engine_args.get("revision")
+    vocabulary = tokenizer_hash(
+        setup.engine_args["model"], revision, trust_remote_code=options.trust_remote_code
+    )
+    server = DraftServer(options.max_targets)
+    for ending in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(ending, lambda *_: server.stop())
+    # An address that is in use is found out before anything is loaded.
+    listener = Listener(address, key)
+    try:
+        server.bring_up(setup, vocabulary)
+        offer = server.load(kv_cache_bytes)
+        logger.info("ssd: draft server for %s listens on %s", offer.model, listener.address)
+        server.serve_all(listener)
+    finally:
+        listener.close()
+'''

@@ -1,0 +1,77 @@
+"""Brings a draft model up: vLLM's worker, its KV cache, and the engine over both."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+
+from vllm_ssd.draft.agreement import Offer
+from vllm_ssd.draft.blocks import KVBlocks
+from vllm_ssd.draft.engine import DraftEngine
+from vllm_ssd.draft.rows import Rows
+from vllm_ssd.draft.vllm_model import VllmDraftModel
+from vllm_ssd.wire.messages import Setup, unpack
+
+_MAX_CANDIDATES = 64
+_BUSY_CHUNK_FRACTION = 4
+"""While others decode, a step prefills at most one in this many of the tokens it could."""
+
+
+class BringUp:
+    """A draft model on its way up.
+
+    Args:
+        setup: the model, and what it must be able to do.
+        vocabulary: a hash of its tokenizer's vocabulary; empty if that was compared already.
+
+    Raises:
+        Exception: whatever vLLM finds wrong.
+    """
+
+    def __init__(self, setup: Setup, vocabulary: str = "") -> None:
+        self._setup = setup
+        self._vocabulary = vocabulary
+        self._model = VllmDraftModel(dict(setup.engine_args))
+
+    def load(
+        self, kv_cache_memory_bytes: int, interrupted: Callable[[], bool]
+    ) -> tuple[DraftEngine, Offer]:
+        """Load the weights and allocate the KV cache.
+
+        Args:
+            kv_cache_memory_bytes: 0 for what vLLM finds.
+            interrupted: whether a message from a target waits for the step under way.
+
+        Raises:
+            Exception: whatever vLLM finds wrong.
+        """
+        setup, model = self._setup, self._model
+        draft_vocab = unpack(setup.draft_vocab) if setup.draft_vocab else None
+        choices = setup.vocab_size if draft_vocab is None else len(draft_vocab)
+        candidates = min(setup.max_branches + 1, _MAX_CANDIDATES, choices)
+        sampled_from = min(setup.draft_top_n, choices)
+        sizes = kv_cache_memory_bytes, candidates, setup.vocab_size
+        model.load(*sizes, draft_vocab, sampled_from)
+        max_rows = model.config.scheduler_config.max_num_seqs
+        max_tokens = model.config.scheduler_config.max_num_batched_tokens
+        engine = DraftEngine(
+            model,
+            Rows(max_rows, setup.num_speculative_tokens, candidates, sampled_from),
+            KVBlocks(model.num_blocks, model.block_size, setup.enable_prefix_caching),
+            prefill_chunk=max(1, (max_tokens - max_rows) // _BUSY_CHUNK_FRACTION),
+            prefill_chunk_idle=max_tokens - max_rows,
+            interrupted=interrupted,
+        )
+        # As in vLLM's own processes: no full collection looks at what the model has brought along.
+        gc.collect()
+        gc.freeze()
+        offer = Offer(
+            str(setup.engine_args["model"]),
+            self._vocabulary,
+            setup.vocab_size,
+            setup.num_speculative_tokens,
+            setup.max_branches,
+            model.config.model_config.max_model_len,
+            sampled_from,
+        )
+        return engine, offer
