@@ -184,6 +184,7 @@ def measure(
     ]
     client.send(list(announced))
     assert client.link is not None
+    assert client.link.channel is not None
     while not client.link.channel.flush():
         draft.turn()
     proposals: list[list[int]] = [[] for _ in names]

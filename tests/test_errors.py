@@ -273,7 +273,9 @@ def test_spec_model_and_spec_tokens_complete_the_speculative_config(tiny_pair: T
     options = ["--spec-model", str(tiny_pair.draft), "--spec-tokens", "3"]
     config = on_command_line(tiny_pair, "--speculative-config", '{"method": "ssd"}', *options)
     assert check_engine(config).config.num_speculative_tokens == 3
-    assert check_engine(config).draft.model == str(tiny_pair.draft)
+    draft = check_engine(config).draft
+    assert draft is not None
+    assert draft.model == str(tiny_pair.draft)
     assert config.parallel_config.worker_cls == WORKER
 
 

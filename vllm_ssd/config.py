@@ -92,8 +92,8 @@ class SSDConfig(BaseModel):
 
     draft_address: str | None = Field(default=None, min_length=1)
     """In place of ``model``: where a draft server listens (``vllm-ssd draft-server``),
-    ``"unix:/PATH"`` or ``"tcp://HOST:PORT"``. It has its own model, device and memory, and may draft
-    for several targets."""
+    ``"unix:/PATH"`` or ``"tcp://HOST:PORT"``. It has its own model, device and memory, and may
+    draft for several targets."""
 
     draft_key_file: str | None = Field(default=None, min_length=1)
     """The file with the key of that server, which TCP needs."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -121,6 +121,10 @@ class Simulation:
         candidates = min(sizes.max_branches + 1, sizes.vocab_size)
         model_class = LookaheadToyModel if sizes.lookahead else ToyModel
         sampled_from = min(sizes.sampled_from, sizes.vocab_size)
+        self.model: Any
+        self.blocks: KVBlocks
+        self.rows: Rows
+        self.engine: DraftEngine
         if beside is not None:
             self.model, self.blocks, self.rows = beside.model, beside.blocks, beside.rows
             self.engine = beside.engine

@@ -13,6 +13,7 @@ from vllm_ssd.affinity import available_cores
 from vllm_ssd.cli import CommandError
 from vllm_ssd.cli.env import run_python, with_openmp
 from vllm_ssd.config import SSDConfig
+from vllm_ssd.target.placement import device_index
 from vllm_ssd.target.process import draft_environment
 from vllm_ssd.wire.address import Address, TCPAddress, parse_address
 from vllm_ssd.wire.keys import Key, read_key
@@ -54,7 +55,7 @@ def run(options: Options) -> None:
         config = SSDConfig.parse(options.draft)
         address, key = _listens_at(options)
         cores = _cores(config)
-        _start_anew(cores)
+        _start_anew(cores, _device(config))
         setup, kv_cache_bytes = _plan(config, options)
         _serve(setup, kv_cache_bytes, options, address, key)
     except (ValueError, RuntimeError, OSError) as error:
@@ -98,13 +99,25 @@ def _cores(config: SSDConfig) -> list[int]:
     return config.draft_cpu_cores or allowed
 
 
-def _start_anew(cores: list[int]) -> None:
+def _device(config: SSDConfig) -> str | None:
+    """The one CUDA device to run on, as ``CUDA_VISIBLE_DEVICES`` names it; None for the first."""
+    index = device_index(config.draft_device)
+    if index is None:
+        return None
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    devices = [device.strip() for device in seen.split(",")] if seen else None
+    if devices is not None and index >= len(devices):
+        raise ValueError(f"--device {config.draft_device}: CUDA_VISIBLE_DEVICES is {seen}")
+    return str(index) if devices is None else devices[index]
+
+
+def _start_anew(cores: list[int], device: str | None) -> None:
     """Start this program again: OpenMP is preloaded, and counts its cores, at the start only."""
     if os.environ.get(_STARTED):
         return
     if cores:
         os.sched_setaffinity(0, cores)
-    environment = draft_environment(with_openmp(), len(cores), None) | {_STARTED: "1"}
+    environment = draft_environment(with_openmp(), len(cores), device) | {_STARTED: "1"}
     run_python(sys.orig_argv[1:], environment)
 
 
@@ -118,22 +131,35 @@ def _plan(config: SSDConfig, options: Options) -> tuple[Setup, int]:
     from vllm_ssd.draft_vocab import select_draft_vocab
     from vllm_ssd.preflight import check_device, check_draft, check_load_format
     from vllm_ssd.target import memory
-    from vllm_ssd.target.draft_config import draft_model_config
+    from vllm_ssd.target.draft_config import (
+        absolute_folder,
+        check_folder,
+        draft_model_config,
+        first_line,
+        refusal,
+    )
     from vllm_ssd.target.draft_setup import draft_rows, engine_arguments, prefill_tokens
     from vllm_ssd.wire.messages import Setup, pack
 
     compat.check_vllm_version()
     on_cpu = current_platform.is_cpu()
     count = None if on_cpu else current_platform.device_count()
-    check_device(config.draft_device, current_platform.device_name, count)
+    wanted = config.draft_device
+    if device_index(wanted) is not None:
+        wanted = "cuda"  # this process sees no other device
+    check_device(wanted, current_platform.device_name, count)
     # In place of a target's: what the draft takes from its target is its own here.
-    own: ModelConfig = ModelConfig(
-        model=config.model,
-        revision=config.draft_revision,
-        trust_remote_code=options.trust_remote_code,
-        dtype=config.draft_dtype or "auto",
-        enforce_eager=bool(config.draft_enforce_eager),
-    )
+    check_folder(config.model)
+    try:
+        own: ModelConfig = ModelConfig(
+            model=absolute_folder(config.model),
+            revision=config.draft_revision,
+            trust_remote_code=options.trust_remote_code,
+            dtype=config.draft_dtype or "auto",
+            enforce_eager=bool(config.draft_enforce_eager),
+        )
+    except Exception as error:  # vLLM, transformers and hub clients each raise their own
+        raise ValueError(refusal(config, first_line(error))) from error
     draft = draft_model_config(config, own)
     check_load_format(config.draft_load_format, draft)
     check_draft(draft)
@@ -184,4 +210,3 @@ def _serve(
         server.serve_all(listener)
     finally:
         listener.close()
-'''

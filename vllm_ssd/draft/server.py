@@ -115,9 +115,9 @@ class DraftServer:
         vocab_size, longest = min(message.vocab_size, offer.vocab_size), offer.max_model_len
         bounds = Bounds(vocab_size, longest, policy.num_speculative_tokens)
         line.serve(engine, engine.open(policy), bounds)
-        model = engine.model
-        blocks = model.num_blocks, model.block_size
-        line.send([Ready(engine.max_rows, *blocks, longest, offer.model)])
+        blocks = engine.allocator.blocks
+        sizes = engine.max_rows, blocks.count + 1, blocks.block_size
+        line.send([Ready(*sizes, longest, offer.model)])
         if self._listener is not None:
             logger.info("ssd draft: a target has joined, %d in all", self.targets)
 

@@ -26,7 +26,7 @@ class Share:
         self.round = 0
         """Rounds so far: the clock of :attr:`Request.last_used`."""
         self.quiet = False
-        """Whether the target has sent nothing for so long that all of its requests count as idle."""
+        """Whether the target has sent nothing for a while: all of its requests count as idle."""
 
     def idle(self) -> list[Request]:
         """Requests that hold a trunk and were not used in this round."""

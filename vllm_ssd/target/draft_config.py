@@ -21,13 +21,7 @@ def draft_model_config(config: SSDConfig, target: ModelConfig) -> ModelConfig:
     """
     from vllm.config import ModelConfig
 
-    name = config.model
-    looks_local = name.startswith((".", "/", "~")) or (name.count("/") > 1 and "://" not in name)
-    if looks_local and not Path(name).expanduser().is_dir():
-        raise ValueError(
-            f"ssd: option 'model' = {name!r}: there is no such folder; give the draft model's "
-            "folder or its hub name"
-        )
+    check_folder(config.model)
     try:
         draft = ModelConfig(
             **source_arguments(config, target),
@@ -39,7 +33,7 @@ def draft_model_config(config: SSDConfig, target: ModelConfig) -> ModelConfig:
             enforce_eager=True,
         )
     except Exception as error:  # vLLM, transformers and hub clients each raise their own
-        raise ValueError(_refusal(config, first_line(error))) from error
+        raise ValueError(refusal(config, first_line(error))) from error
     longest = draft.max_model_len
     wanted = config.draft_max_model_len or target.max_model_len
     if config.draft_max_model_len and wanted > longest:
@@ -49,6 +43,20 @@ def draft_model_config(config: SSDConfig, target: ModelConfig) -> ModelConfig:
         )
     draft.max_model_len = min(wanted, longest)
     return draft
+
+
+def check_folder(name: str) -> None:
+    """Refuse what looks like a folder and is none.
+
+    Raises:
+        ValueError: names it.
+    """
+    looks_local = name.startswith((".", "/", "~")) or (name.count("/") > 1 and "://" not in name)
+    if looks_local and not Path(name).expanduser().is_dir():
+        raise ValueError(
+            f"ssd: option 'model' = {name!r}: there is no such folder; give the draft model's "
+            "folder or its hub name"
+        )
 
 
 def fits_length(config: SSDConfig, target: ModelConfig) -> bool:
@@ -77,7 +85,7 @@ def absolute_folder(name: str) -> str:
     return str(folder.absolute()) if folder.is_dir() else name
 
 
-def _refusal(config: SSDConfig, reason: str) -> str:
+def refusal(config: SSDConfig, reason: str) -> str:
     """The error message for a draft that vLLM refuses for ``reason``."""
     if config.draft_quantization and "quantization" in reason:
         return f"ssd: option 'draft_quantization' = {config.draft_quantization!r}: {reason}"
