@@ -30,6 +30,7 @@ setup(
     package_data={"vllm_ssd": ["py.typed", "cli/smollm2_draft/*"]},
     python_requires=">=3.10",
     install_requires=[
+        "cryptography>=42",
         "msgspec>=0.18",
         "numpy>=1.26",
         "psutil>=5.9",

@@ -7,6 +7,7 @@ import socket
 import struct
 import threading
 import time
+import tracemalloc
 from collections.abc import Iterator
 
 import msgspec
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 from vllm_ssd.wire import channel as channel_module
 from vllm_ssd.wire.channel import (
+    MAX_FRAME_BYTES,
     MAX_PENDING_BYTES,
     Channel,
     ChannelClosedError,
@@ -236,15 +238,17 @@ def test_looking_for_frames_sends_what_is_left_over(pair: Pair) -> None:
     assert got == [frame(0, size=MEGABYTE)]
 
 
-def test_a_frame_that_the_other_end_would_not_take_is_not_sent(
-    pair: Pair, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(channel_module, "MAX_FRAME_BYTES", 1000)
+def test_a_frame_that_the_other_end_would_not_take_is_not_sent() -> None:
+    ours, theirs = socket.socketpair()
+    sender: Channel[TargetBound] = Channel(ours, TargetBound, max_frame_bytes=1000)
+    receiver: Channel[DraftBound] = Channel(theirs, DraftBound, max_frame_bytes=1000)
     with pytest.raises(ValueError, match="at most 1000"):
-        pair.target.send(frame(0, size=2000))
-    pair.target.send(frame(1, size=10))
-    received = pair.draft.receive(5.0)
+        sender.send(frame(0, size=2000))
+    sender.send(frame(1, size=10))
+    received = receiver.receive(5.0)
     assert [a_frame and a_frame.number for a_frame in received] == [1]
+    sender.close()
+    receiver.close()
 
 
 def test_one_thread_may_send_while_another_receives(pair: Pair) -> None:
@@ -279,6 +283,28 @@ def test_garbage_gives_none_and_the_next_frame_is_read(pair: Pair) -> None:
     pair.socket.sendall(wrong_type[:-1] + b"\x07")  # a number where the messages belong
     pair.socket.sendall(encoded(TargetBound(0, 1, [])))
     assert pair.target.receive() == [None, None, None, TargetBound(0, 1, [])]
+
+
+@pytest.mark.parametrize(
+    "argument", [b"\x91" * 100_000, b"\xa2\xff\xfe", b"\xdd\xff\xff\xff\xff", b"\x81\x80\x00"]
+)
+def test_what_msgpack_can_say_and_nothing_can_hold_is_garbage(pair: Pair, argument: bytes) -> None:
+    # Nested too deep, not UTF-8, longer than the frame, a key that cannot be one.
+    setup = b"\x93\x00\x00\x91\x9e\xa5Setup\x81\xa1a" + argument
+    ours = pair.target
+    with socket.socket(fileno=socket.dup(ours.fileno())) as raw:
+        raw.sendall(struct.pack("<I", len(setup)) + setup + encoded(frame(1)))
+    assert pair.draft.receive(5.0) == [None, frame(1)]
+
+
+def test_an_announced_frame_takes_no_memory_before_it_arrives(pair: Pair) -> None:
+    pair.socket.sendall(struct.pack("<I", MAX_FRAME_BYTES) + b"\x93")
+    tracemalloc.start()
+    try:
+        assert pair.target.receive() == []
+        assert tracemalloc.get_traced_memory()[1] < MEGABYTE
+    finally:
+        tracemalloc.stop()
 
 
 def test_an_impossible_length_closes_the_channel(pair: Pair) -> None:

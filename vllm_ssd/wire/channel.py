@@ -1,10 +1,14 @@
-"""Frames over a local stream socket: sends never block, reads take what is there.
+"""Frames over a stream socket: sends never block, reads take what is there.
 
 What the socket does not take at once is sent by a thread while the caller goes on: a long text
 reaches the draft while the target computes. The thread is started when it is first needed, and
 sleeps while there is nothing to send.
 
 End of file and a broken pipe both mean that the other process is gone.
+
+A channel to a peer, a process that came by address (``network``), keeps to smaller bounds: what one
+``receive`` reads, and so how long it takes and what it returns, and how long a frame may be. The
+memory for a frame grows with the bytes that arrive, whatever length was announced.
 """
 
 from __future__ import annotations
@@ -12,9 +16,10 @@ from __future__ import annotations
 import select
 import socket
 import struct
+import sys
 import threading
 from contextlib import suppress
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import msgspec
 
@@ -25,6 +30,11 @@ MAX_FRAME_BYTES = 64 << 20
 """A longer frame is garbage: a prompt of 16 million tokens would fit."""
 MAX_PENDING_BYTES = 64 << 20
 """What may wait for a slow reader before the channel counts as full."""
+PEER_FRAME_BYTES = 16 << 20
+"""The same between peers: a prompt of 4 million tokens fits."""
+PEER_RECEIVE_BYTES = 256 << 10
+"""What one ``receive`` reads from a peer before it returns: some 32,000 of the shortest frames,
+which take some 20 milliseconds."""
 _READ_BYTES = 256 << 10
 _SOCKET_BYTES = 4 << 20
 """What the socket is asked to hold (the system may allow less): all that the draft sends while the
@@ -42,18 +52,59 @@ class ChannelFullError(ConnectionError):
     """The other process does not read: the frame was not sent."""
 
 
+class Stream(Protocol):
+    """A connected stream socket, plain or encrypted."""
+
+    @property
+    def family(self) -> int:
+        """Address family."""
+
+    def fileno(self) -> int:
+        """File descriptor."""
+
+    def setblocking(self, flag: bool, /) -> None:
+        """Whether calls wait."""
+
+    def setsockopt(self, level: int, option: int, value: int, /) -> None:
+        """Set an option."""
+
+    def send(self, data: memoryview, /) -> int:
+        """Send the beginning of the data, its length; BlockingIOError if not now."""
+
+    def recv_into(self, buffer: memoryview, /) -> int:
+        """Receive bytes, how many; 0 at end of file; BlockingIOError if there are none."""
+
+    def shutdown(self, how: int, /) -> None:
+        """Wake whoever waits for it."""
+
+    def close(self) -> None:
+        """Close it."""
+
+
 class Channel(Generic[Frame]):
-    """One end of a socket pair that carries msgpack frames.
+    """One end of a connection that carries msgpack frames.
 
     Args:
         sock: a connected stream socket; the channel owns it.
         receives: the type of the frames that arrive here.
+        max_frame_bytes: no longer frame is sent or taken.
+        max_receive_bytes: what one call of :meth:`receive` reads, about; by default all there is.
     """
 
-    def __init__(self, sock: socket.socket, receives: type[Frame]) -> None:
+    def __init__(
+        self,
+        sock: Stream,
+        receives: type[Frame],
+        *,
+        max_frame_bytes: int = MAX_FRAME_BYTES,
+        max_receive_bytes: int = sys.maxsize,
+    ) -> None:
         sock.setblocking(False)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BYTES)
+        if sock.family == socket.AF_UNIX:  # TCP finds out what the way to the other end holds
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BYTES)
         self._socket = sock
+        self._max_frame_bytes = max_frame_bytes
+        self._max_receive_bytes = max_receive_bytes
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(receives)
         self._inbox = bytearray()
@@ -99,8 +150,10 @@ class Channel(Generic[Frame]):
         data = bytearray()
         for frame in frames:
             payload = self._encoder.encode(frame)
-            if len(payload) > MAX_FRAME_BYTES:
-                raise ValueError(f"a frame of {len(payload)} bytes: at most {MAX_FRAME_BYTES}")
+            if len(payload) > self._max_frame_bytes:
+                raise ValueError(
+                    f"a frame of {len(payload)} bytes: at most {self._max_frame_bytes}"
+                )
             data += _LENGTH.pack(len(payload))
             data += payload
         self._append(data)
@@ -162,6 +215,8 @@ class Channel(Generic[Frame]):
     def receive(self, timeout: float | None = 0.0) -> list[Frame | None]:
         """The frames that have arrived, in order; ``None`` in place of one that cannot be decoded.
 
+        No complete frame is kept back: what is left can be seen at the descriptor.
+
         Args:
             timeout: seconds to wait for the first byte; 0 does not wait, ``None`` waits for ever.
 
@@ -170,10 +225,10 @@ class Channel(Generic[Frame]):
         """
         if timeout != 0.0 and not self._wait(timeout):
             return []
-        closed = self._fill()
+        ended = self._fill()
         frames = self._take_frames()
-        if closed and not frames:
-            raise ChannelClosedError("the other process closed the connection")
+        if ended and not frames:
+            raise ChannelClosedError(ended)
         return frames
 
     def has_input(self) -> bool:
@@ -186,18 +241,21 @@ class Channel(Generic[Frame]):
         poll.register(self._socket, select.POLLIN)
         return bool(poll.poll(None if timeout is None else timeout * 1000.0))
 
-    def _fill(self) -> bool:
-        """Read what the socket has; True at end of file."""
-        while True:
+    def _fill(self) -> str:
+        """Read what the socket has, but not for ever; why nothing follows, or ""."""
+        left = self._max_receive_bytes
+        while left > 0:
             try:
                 size = self._socket.recv_into(self._arrived)
             except BlockingIOError:
-                return False
+                return ""
             except OSError as error:
-                raise ChannelClosedError(f"receive: {error}") from error
+                return f"receive: {error}"
             if not size:
-                return True
+                return "the other process closed the connection"
             self._inbox += self._arrived[:size]
+            left -= size
+        return ""
 
     def _take_frames(self) -> list[Frame | None]:
         """Cut complete frames off the inbox."""
@@ -206,16 +264,23 @@ class Channel(Generic[Frame]):
         view = self._inbox
         while len(view) - at >= _LENGTH.size:
             (length,) = _LENGTH.unpack_from(view, at)
-            if length > MAX_FRAME_BYTES:
+            if length > self._max_frame_bytes:
                 raise ChannelClosedError(f"a frame of {length} bytes: not our protocol")
             end = at + _LENGTH.size + length
             if end > len(view):
                 break
             try:
                 frames.append(self._decoder.decode(bytes(view[at + _LENGTH.size : end])))
-            except msgspec.DecodeError:
+            except (msgspec.DecodeError, UnicodeError, RecursionError):  # no text, nested too deep
                 frames.append(None)
             at = end
         if at:
             del self._inbox[:at]
         return frames
+
+
+def peer_channel(sock: Stream, receives: type[Frame]) -> Channel[Frame]:
+    """A channel with the bounds that both ends of a connection by address keep to."""
+    return Channel(
+        sock, receives, max_frame_bytes=PEER_FRAME_BYTES, max_receive_bytes=PEER_RECEIVE_BYTES
+    )
