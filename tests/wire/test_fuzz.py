@@ -27,9 +27,11 @@ from vllm_ssd.wire.channel import PEER_FRAME_BYTES, Channel
 from vllm_ssd.wire.keys import new_key
 from vllm_ssd.wire.listener import Listener
 from vllm_ssd.wire.messages import (
+    PROTOCOL,
     Allocate,
     DraftBound,
     Finished,
+    Join,
     Proposed,
     Setup,
     Start,
@@ -41,7 +43,8 @@ from vllm_ssd.wire.messages import (
 
 TWO = pack([1, 2])
 SAMPLES = [
-    DraftBound(0, 0, [Setup({"model": "draft"}, 4, [3, 2], 0, 32, True, 1000), Allocate(1 << 30)]),
+    DraftBound(0, 0, [Setup({"model": "draft"}, 4, 32, True, 1000), Allocate(1 << 30)]),
+    DraftBound(0, 0, [Join(PROTOCOL, "", 1000, 4, [3, 2], 0, 32)]),
     DraftBound(1, 2, [Start(3, pack([1, 2, 3]), 100, [0], 0.7, 20, 0.9)]),
     DraftBound(1, 3, [Verified(TWO, TWO, TWO, TWO, TWO, 5), Proposed(TWO, TWO, TWO)]),
     DraftBound(1 << 40, 4, [Trimmed(pack([1]), pack([0])), Finished(pack([1]))]),

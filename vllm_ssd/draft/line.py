@@ -17,6 +17,7 @@ from vllm_ssd.wire.messages import (
     DraftBound,
     Lost,
     Report,
+    ServerBound,
     TargetBound,
     ToDraft,
     ToTarget,
@@ -41,7 +42,9 @@ class Line:
     """
 
     def __init__(
-        self, channel: Channel[DraftBound], before: Callable[[Line, ToDraft], None]
+        self,
+        channel: Channel[DraftBound] | Channel[ServerBound],
+        before: Callable[[Line, ToDraft], None],
     ) -> None:
         self.channel = channel
         self._before = before
@@ -91,7 +94,7 @@ class Line:
             self._take(frame)
         return bool(frames)
 
-    def _take(self, frame: DraftBound | None) -> None:
+    def _take(self, frame: DraftBound | ServerBound | None) -> None:
         """Apply a frame if it is the one expected; ask for a new epoch if one is missing."""
         if frame is None:
             self._lost("a frame that cannot be decoded")

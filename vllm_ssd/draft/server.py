@@ -14,15 +14,22 @@ from vllm_ssd.draft.agreement import Offer, agree
 from vllm_ssd.draft.bring_up import BringUp
 from vllm_ssd.draft.engine import DraftEngine
 from vllm_ssd.draft.line import ALIVE_SECONDS, REPORT_SECONDS, Line
-from vllm_ssd.draft.session import MAX_REQUESTS, OutOfStepError
+from vllm_ssd.draft.session import OutOfStepError
 from vllm_ssd.draft.validation import Bounds
-from vllm_ssd.wire.channel import Channel
-from vllm_ssd.wire.messages import Allocate, DraftBound, Failed, Join, Ready, Setup, ToDraft
+from vllm_ssd.wire.channel import Channel, peer_channel
+from vllm_ssd.wire.messages import (
+    Allocate,
+    DraftBound,
+    Failed,
+    Join,
+    Ready,
+    ServerBound,
+    Setup,
+    ToDraft,
+)
 
 if TYPE_CHECKING:
     from vllm_ssd.wire.listener import Listener
-
-_SMALL_FRAME_BYTES = 64 << 10
 
 logger = logging.getLogger("vllm.vllm_ssd.draft")
 
@@ -190,17 +197,7 @@ class DraftServer:
         """Take the targets that have come."""
         if self._listener is not None:
             for stream in self._listener.accept():
-                channel = Channel(stream, DraftBound, max_frame_bytes=self._max_frame_bytes)
-                self._lines.append(Line(channel, self._join))
-
-    @property
-    def _max_frame_bytes(self) -> int:
-        """Of a target's frame: the longest text, or the tokens of as many requests as there are."""
-        offer, engine = self._offer, self._engine
-        if offer is None or engine is None:
-            return _SMALL_FRAME_BYTES
-        of_a_request = 4 * (2 * offer.num_speculative_tokens + 8)
-        return _SMALL_FRAME_BYTES + 4 * offer.max_model_len + of_a_request * MAX_REQUESTS
+                self._lines.append(Line(peer_channel(stream, ServerBound), self._join))
 
     def _drop(self, line: Line, reason: str) -> None:
         self._lines.remove(line)

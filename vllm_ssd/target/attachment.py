@@ -9,7 +9,7 @@ import weakref
 
 from vllm_ssd.config import SSDConfig
 from vllm_ssd.wire.address import Address, TCPAddress, parse_address
-from vllm_ssd.wire.channel import Channel
+from vllm_ssd.wire.channel import Channel, peer_channel
 from vllm_ssd.wire.keys import Key, read_key
 from vllm_ssd.wire.messages import DraftBound, Failed, Join, Ready, TargetBound
 from vllm_ssd.wire.network import connect
@@ -78,7 +78,7 @@ class _Opening:
         except (OSError, ValueError) as error:
             self.failure = str(error)
             return
-        channel: Channel[TargetBound] = Channel(stream, TargetBound)
+        channel = peer_channel(stream, TargetBound)
         with self._lock:
             if not self._ended:
                 self.channel = channel
@@ -133,7 +133,7 @@ def ask(address: Address, key: Key | None, join: Join) -> Ready:
         ValueError: it refuses the target; its sentence.
         OSError: it cannot be reached, or does not answer.
     """
-    channel: Channel[TargetBound] = Channel(connect(address, key, CONNECT_SECONDS), TargetBound)
+    channel = peer_channel(connect(address, key, CONNECT_SECONDS), TargetBound)
     deadline = time.monotonic() + CONNECT_SECONDS
     try:
         channel.send(DraftBound(1, 0, [join]))

@@ -289,7 +289,9 @@ class Lost(Message, frozen=True):
     """A gap in the target's frames: a new epoch is needed."""
 
 
-ToDraft = Setup | Allocate | Join | Start | Verified | Proposed | Trimmed | Finished
+FromPeer = Join | Start | Verified | Proposed | Trimmed | Finished
+"""To a draft server, which brings its own model up: nothing that a peer says has a say in that."""
+ToDraft = Setup | Allocate | FromPeer
 ToTarget = Ready | Failed | Planted | Forked | Pruned | Stepped | Report | Alive | Lost
 
 
@@ -299,6 +301,14 @@ class DraftBound(msgspec.Struct, frozen=True, array_like=True):
     epoch: int
     number: int
     messages: list[ToDraft]
+
+
+class ServerBound(msgspec.Struct, frozen=True, array_like=True):
+    """The same to a draft server."""
+
+    epoch: int
+    number: int
+    messages: list[FromPeer]
 
 
 class TargetBound(msgspec.Struct, frozen=True, array_like=True):
