@@ -204,8 +204,10 @@ def _serve(
     # An address that is in use is found out before anything is loaded.
     listener = Listener(address, key)
     try:
-        server.bring_up(setup, vocabulary)
-        offer = server.load(kv_cache_bytes)
+        server.bring_up(
+            setup, lambda what: logger.info("ssd: the draft server %s", what), vocabulary
+        )
+        offer = server.allocate(kv_cache_bytes)
         logger.info("ssd: draft server for %s listens on %s", offer.model, listener.address)
         server.serve_all(listener)
     finally:

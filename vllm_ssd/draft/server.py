@@ -22,6 +22,7 @@ from vllm_ssd.wire.messages import (
     DraftBound,
     Failed,
     Join,
+    Progress,
     Ready,
     ServerBound,
     Setup,
@@ -53,15 +54,15 @@ class DraftServer:
 
     # ---- the model
 
-    def bring_up(self, setup: Setup, vocabulary: str = "") -> None:
-        """Begin to bring the model up; it takes no memory yet. Raises as :class:`BringUp`."""
-        self._rising = BringUp(setup, vocabulary)
+    def bring_up(self, setup: Setup, tell: Callable[[str], None], vocabulary: str = "") -> None:
+        """Begin to bring the model up. Arguments and errors are those of :class:`BringUp`."""
+        self._rising = BringUp(setup, tell, vocabulary)
 
-    def load(self, kv_cache_memory_bytes: int) -> Offer:
-        """Load it. Raises as :meth:`BringUp.load`."""
+    def allocate(self, kv_cache_memory_bytes: int) -> Offer:
+        """Bring it up to the end. Raises as :meth:`BringUp.allocate`."""
         if self._rising is None:
             raise OutOfStepError("no model yet")
-        engine, offer = self._rising.load(kv_cache_memory_bytes, self._interrupted)
+        engine, offer = self._rising.allocate(kv_cache_memory_bytes, self._interrupted)
         self._engine, self._offer = engine, offer
         return offer
 
@@ -94,10 +95,10 @@ class DraftServer:
         try:
             match message:
                 case Setup():
-                    self.bring_up(message)
+                    self.bring_up(message, lambda what: line.send([Progress(what)]))
                     return
                 case Allocate():
-                    self.load(message.kv_cache_memory_bytes)
+                    self.allocate(message.kv_cache_memory_bytes)
                     return
         except Exception as error:  # the target reports whatever vLLM finds wrong
             logger.error("ssd draft: the draft model cannot be brought up", exc_info=error)
