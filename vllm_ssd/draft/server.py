@@ -50,6 +50,8 @@ class DraftServer:
         self._engine: DraftEngine | None = None
         self._offer: Offer | None = None
         self._in_step = False
+        self._joined = self._refused = 0
+        """Targets."""
         self._stopped = threading.Event()
 
     # ---- the model
@@ -86,6 +88,25 @@ class DraftServer:
         self._stopped.set()
 
     @property
+    def model_name(self) -> str:
+        """Of the draft model; empty until it is up."""
+        return self._offer.model if self._offer is not None else ""
+
+    def figures(self) -> dict[str, float]:
+        """Counters and what is in use, for the metrics; may be called by another thread."""
+        figures: dict[str, float] = {
+            "targets": self.targets,
+            "targets_joined": self._joined,
+            "targets_refused": self._refused,
+        }
+        if self._engine is not None:
+            counters = self._engine.counters
+            figures |= {**counters, **self._engine.gauges()}
+            figures["draft_step_rows"] = counters["draft_rows"]
+            figures["draft_rows"] = self._engine.max_rows
+        return figures
+
+    @property
     def targets(self) -> int:
         """How many have joined."""
         return len(self._engine.sessions) if self._engine is not None else 0
@@ -117,12 +138,14 @@ class DraftServer:
                 raise ValueError(f"the draft serves {self.targets} targets, and no more")
             policy = agree(message, offer)
         except ValueError as error:
+            self._refused += 1
             logger.warning("ssd draft: a target is refused: %s", error)
             line.send([Failed(str(error))])
             return
         vocab_size, longest = min(message.vocab_size, offer.vocab_size), offer.max_model_len
         bounds = Bounds(vocab_size, longest, policy.num_speculative_tokens)
         line.serve(engine, engine.open(policy), bounds)
+        self._joined += 1
         blocks = engine.allocator.blocks
         sizes = engine.max_rows, blocks.count + 1, blocks.block_size
         line.send([Ready(*sizes, longest, offer.model)])

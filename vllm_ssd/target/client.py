@@ -84,6 +84,8 @@ class DraftClient:
         self.draft_counters: dict[str, float] = {}
         """Counters of this draft, added to those of the drafts before it."""
         self._counters_before: dict[str, float] = {}
+        self.draft_gauges: dict[str, float] = {}
+        """What the draft uses of what it has."""
         self.link: Link | None = None
         """The way to the draft; None if it is lost."""
         self._reach = reach
@@ -398,6 +400,7 @@ class DraftClient:
                 self.draft_counters = {
                     name: count + before.get(name, 0.0) for name, count in message.counters.items()
                 }
+                self.draft_gauges = message.gauges
                 steps = np.frombuffer(message.step_seconds, np.float32)
                 self._stats.recent["draft_step_seconds"].extend(steps.tolist())
             case Lost():

@@ -285,6 +285,8 @@ class Report(Message, frozen=True):
     counters: dict[str, float]
     step_seconds: bytes = b""
     """float32, of the decode steps since the last report, the newest 1,024 at most."""
+    gauges: dict[str, float] = {}
+    """How things are now."""
 
 
 class Alive(Message, frozen=True):
