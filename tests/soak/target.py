@@ -19,6 +19,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+_CORES = sorted(os.sched_getaffinity(0))
+os.sched_setaffinity(0, _CORES[:-1] or _CORES)  # the last one is the draft server's
 
 from vllm import LLM, SamplingParams
 
