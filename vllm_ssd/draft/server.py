@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("vllm.vllm_ssd.draft")
 
+LOG_AGAIN_SECONDS = 60.0
+"""The same refusal is logged once in this time."""
+
 
 class DraftServer:
     """Drafts for the targets that it has, until :meth:`stop`.
@@ -49,6 +52,8 @@ class DraftServer:
         self._engine: DraftEngine | None = None
         self._offer: Offer | None = None
         self._in_step = False
+        self._refusal = ("", 0.0)
+        """The last one that was logged, and when."""
         self._stopped = threading.Event()
 
     # ---- the model
@@ -116,7 +121,7 @@ class DraftServer:
                 raise ValueError(f"the draft serves {self.targets} targets, and no more")
             policy = agree(message, offer)
         except ValueError as error:
-            logger.warning("ssd draft: a target is refused: %s", error)
+            self._log_refusal(str(error))
             line.send([Failed(str(error))])
             return
         vocab_size, longest = min(message.vocab_size, offer.vocab_size), offer.max_model_len
@@ -127,6 +132,14 @@ class DraftServer:
         line.send([Ready(*sizes, longest, offer.model)])
         if self._listener is not None:
             logger.info("ssd draft: a target has joined, %d in all", self.targets)
+
+    def _log_refusal(self, reason: str) -> None:
+        """A line, unless it was the last one just now: who is refused comes again soon."""
+        now = time.monotonic()
+        known, logged_at = self._refusal
+        if reason != known or now - logged_at > LOG_AGAIN_SECONDS:
+            self._refusal = reason, now
+            logger.warning("ssd draft: a target is refused: %s", reason)
 
     # ---- the loop
 
@@ -201,8 +214,10 @@ class DraftServer:
 
     def _drop(self, line: Line, reason: str) -> None:
         self._lines.remove(line)
+        joined = line.joined
         line.close()
-        logger.info("ssd draft: a target is gone (%s), %d left", reason, self.targets)
+        if joined:
+            logger.info("ssd draft: a target is gone (%s), %d left", reason, self.targets)
 
     def _beat(self) -> None:
         """Signs of life during steps that take long."""
