@@ -34,7 +34,7 @@ class Relay:
         self._port = port
         self._cut = False
         self._listener = socket.create_server(("127.0.0.1", 0))
-        self._selector = selectors.DefaultSelector()
+        self._selector = selectors.SelectSelector()  # its patience is not rounded to milliseconds
         self._selector.register(self._listener, selectors.EVENT_READ)
         self._wake, self._woken = socket.socketpair()
         self._selector.register(self._woken, selectors.EVENT_READ)

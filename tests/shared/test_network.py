@@ -12,11 +12,20 @@ from vllm import LLM
 from tests.robustness import harness
 from tests.robustness.harness import Decoding, stats
 from tests.shared.conftest import MAX_TOKENS, TEXTS
-from tests.shared.hits import BACK_SECONDS, decode, seconds_until_back
+from tests.shared.hits import (
+    BACK_SECONDS,
+    decode,
+    decode_for,
+    decode_until_given_up,
+    seconds_until_back,
+)
 from tests.shared.relay import Relay
 from tests.shared.servers import Server, attached, free_port, new_key
 from tests.tiny_models import TinyModels
 from vllm_ssd.target import client
+from vllm_ssd.wire.address import parse_address
+from vllm_ssd.wire.keys import read_key
+from vllm_ssd.wire.network import connect
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +62,13 @@ def engine(
 
 @pytest.mark.parametrize("delay_ms", [0.0, 0.2, 1.0, 5.0])
 def test_a_delay_costs_time_and_no_text(
-    engine: LLM, relay: Relay, expected: list[list[int]], delay_ms: float
+    engine: LLM, relay: Relay, folder: Path, expected: list[list[int]], delay_ms: float
 ) -> None:
     relay.delay = 1e-3 * delay_ms
     try:
+        began = time.monotonic()
+        connect(parse_address(relay.address), read_key(folder / "draft.key"), 5.0).close()
+        assert time.monotonic() - began > 2 * relay.delay  # there and back at least
         before = stats(engine)
         for _ in range(2):
             decode(engine, expected)
@@ -91,12 +103,8 @@ def test_a_cut_is_noticed_and_what_comes_after_it_is_used(
     try:
         assert decoding.finish() == expected
         assert decoding.longest_step < harness.STEP_SECONDS
-        while harness.client_of(engine).up:
-            decode(engine, expected)
-        # A look-up may take as long as a wait and a step of all.
-        assert time.monotonic() - began < silence + 1.0
-        while time.monotonic() - began < seconds:
-            decode(engine, expected)
+        decode_until_given_up(engine, expected, silence + 1.0)
+        decode_for(engine, expected, seconds - (time.monotonic() - began))
     finally:
         relay.heal()
     assert seconds_until_back(engine, expected) < BACK_SECONDS
