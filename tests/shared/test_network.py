@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,22 +30,22 @@ from vllm_ssd.wire.network import connect
 
 
 @pytest.fixture(scope="module")
-def port(tiny_pair: TinyModels, folder: Path) -> Iterator[int]:
-    """Where a server listens on TCP."""
+def tcp_server(tiny_pair: TinyModels, folder: Path) -> Iterator[Server]:
+    """A server on TCP."""
     (folder / "tcp").mkdir()
     key, port = new_key(folder), free_port()
     server = Server(tiny_pair.itself, f"tcp://127.0.0.1:{port}", folder / "tcp", key)
     server.start_and_wait()
     try:
-        yield port
+        yield server
     finally:
         server.end_anyhow()
 
 
 @pytest.fixture(scope="module")
-def relay(port: int) -> Iterator[Relay]:
+def relay(tcp_server: Server) -> Iterator[Relay]:
     """The network to it."""
-    relay = Relay(port)
+    relay = Relay(int(tcp_server.address.rpartition(":")[2]))
     yield relay
     relay.close()
 
@@ -129,11 +130,26 @@ def test_a_short_cut_costs_no_connection(
 
 
 def test_connections_that_break_are_made_again(
-    engine: LLM, relay: Relay, expected: list[list[int]]
+    engine: LLM, relay: Relay, tcp_server: Server, expected: list[list[int]]
 ) -> None:
+    sockets = open_sockets(os.getpid()), open_sockets(tcp_server.process.pid)
     for _ in range(3):
         decoding = Decoding(engine, TEXTS, MAX_TOKENS)
         decoding.steps(3)
         relay.reset()
         assert decoding.finish() == expected
         assert seconds_until_back(engine, expected) < BACK_SECONDS
+    # And those that broke are closed.
+    harness.wait_for(
+        lambda: (
+            sockets == (open_sockets(os.getpid()), open_sockets(tcp_server.process.pid))
+            and tcp_server.targets == 1
+        ),
+        BACK_SECONDS,
+        "as many sockets as before",
+    )
+
+
+def open_sockets(pid: int) -> int:
+    """How many a process has."""
+    return sum("socket" in name for name in harness.open_files(pid))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -91,6 +90,7 @@ def test_a_server_killed_and_started_with_other_models(
     tiny_pair: TinyModels,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     decoding = Decoding(engine, TEXTS, MAX_TOKENS)
     decoding.steps(5)
@@ -99,7 +99,7 @@ def test_a_server_killed_and_started_with_other_models(
     assert decoding.longest_step < harness.STEP_SECONDS
 
     # Of another vocabulary: it refuses the engine, which says why.
-    logging.getLogger("vllm").addHandler(caplog.handler)
+    monkeypatch.setattr(client.logger, "handlers", [caplog.handler])
     server.start(byte_models(tiny_pair, tmp_path).near)
     server.wait_for("listens on", START_SECONDS)
     hits = stats(engine)["hits"]

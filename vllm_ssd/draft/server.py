@@ -118,7 +118,10 @@ class DraftServer:
             raise OutOfStepError(f"{type(message).__name__} to a draft that is not up")
         try:
             if self.targets >= self._most_targets:
-                raise ValueError(f"the draft serves {self.targets} targets, and no more")
+                raise ValueError(
+                    f"the draft serves {self.targets} targets, and no more; end one of them, or "
+                    f"start the draft server with --max-targets {self.targets + 1}"
+                )
             policy = agree(message, offer)
         except ValueError as error:
             self._log_refusal(str(error))
