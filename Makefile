@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint bench clean
+.PHONY: help setup demo test test-slow soak lint bench clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 18
@@ -29,6 +29,11 @@ test: setup ## all tests but the slow ones
 test-slow: setup ## the tests that take minutes
 	@echo "test-slow: pytest -m slow"
 	@$(BIN)/python -m pytest -m slow $(ARGS)
+
+MINUTES ?= 30
+
+soak: setup ## two targets on one draft with faults, MINUTES=30; then what has grown
+	@$(BIN)/python -m tests.soak.soak --minutes $(MINUTES)
 
 lint: $(READY) ## ruff and mypy
 	@echo "lint: ruff check";  $(BIN)/ruff check .

@@ -5,7 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 MODELS = ["gguf>=0.17", "safetensors>=0.5", "transformers>=5"]
-BENCH = ["matplotlib>=3.8", "prometheus-client>=0.20"]
+BENCH = ["matplotlib>=3.8"]
 DEV = [
     "accelerate>=1",  # transformers' own GGUF loader, the reference for our conversion
     "hypothesis>=6.100",
@@ -33,6 +33,7 @@ setup(
         "cryptography>=42",
         "msgspec>=0.18",
         "numpy>=1.26",
+        "prometheus-client>=0.20",
         "psutil>=5.9",
         "pydantic>=2.6",
         "rich>=13",

@@ -61,7 +61,8 @@ def serve(pipe: Connection, draft: str, ids: Int32Array | None, eager: bool, cor
         arguments["block_size"] = BLOCK
     model = VllmDraftModel(arguments)
     vocab_size = model.config.model_config.get_vocab_size()
-    model.load(KV_BYTES, CANDIDATES, vocab_size, ids)
+    model.load(vocab_size, ids)
+    model.allocate(KV_BYTES, CANDIDATES)
     pipe.send(None)
     try:
         while True:

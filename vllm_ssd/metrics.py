@@ -45,6 +45,12 @@ COUNTERS = {
     "ssd_draft_evictions": ("draft_evictions", "Requests that the draft had no room for."),
 }
 """By name: the counter in ``get_stats``, and what it counts."""
+GAUGES = {
+    "ssd_draft_up": ("draft_up", "1 while the draft is up."),
+    "ssd_draft_rows_used": ("draft_rows_used", "Rows of the draft's batch that are taken."),
+    "ssd_draft_kv_cache_usage_perc": ("draft_kv_usage", "Of the draft's KV cache; 1: all of it."),
+}
+"""The same for what goes up and down."""
 MISSES = ("no_branch", "not_ready", "resync", "draft_down")
 """Why a look-up found nothing; counted as ``misses_...``."""
 SOURCES = ("branch", "just_in_time", "ngram")
@@ -170,10 +176,12 @@ class _Metrics:
         for source in SOURCES:
             self._counters[f"drafted_{source}"] = drafted.labels(**labels, source=source)
             self._counters[f"accepted_{source}"] = accepted.labels(**labels, source=source)
-        up = Gauge(
-            "vllm:ssd_draft_up", "1 while the draft is up.", names, multiprocess_mode="mostrecent"
-        )
-        self._up = up.labels(**labels)
+        self._gauges = {
+            gauge: Gauge(f"vllm:{name}", text, names, multiprocess_mode="mostrecent").labels(
+                **labels
+            )
+            for name, (gauge, text) in GAUGES.items()
+        }
         self._times = {
             kind: Histogram(f"vllm:{name}", text, names, buckets=_TIMES).labels(**labels)
             for kind, (name, text) in TIMES.items()
@@ -190,7 +198,8 @@ class _Metrics:
             if value > seen:
                 metric.inc(value - seen)
                 self._seen[name] = value
-        self._up.set(counters.get("draft_up", 0.0))
+        for name, gauge in self._gauges.items():
+            gauge.set(counters.get(name, 0.0))
         for kind, histogram in self._times.items():
             count, values = snapshot.counts.get(kind, 0), snapshot.recent.get(kind, [])
             new = min(count - self._counts.get(kind, 0), len(values))

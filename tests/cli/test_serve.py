@@ -118,11 +118,35 @@ def test_cpu_build_answers_to_the_name_of_vllm_and_is_not_counted_twice(
     assert len(importlib.metadata.entry_points(name="vllm")) == 1
 
 
+def test_a_server_on_cpu_takes_most_of_what_is_free(capsys: pytest.CaptureFixture[str]) -> None:
+    added = serve.memory_arguments(["MODEL", "--port", "1"], {}, 10 << 30, 20 << 30)
+    assert added == ["--gpu-memory-utilization", "0.4"]
+    assert "80% of the 10.0 GiB" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment"),
+    [
+        (["MODEL", "--gpu-memory-utilization", "0.9"], {}),
+        (["MODEL", "--gpu_memory_utilization=0.9"], {}),
+        (["MODEL", "--kv-cache-memory-bytes=1G"], {}),
+        (["--config", "file.yaml"], {}),
+        (["--help"], {}),
+        (["MODEL"], {"VLLM_CPU_KVCACHE_SPACE": "4"}),
+    ],
+)
+def test_what_is_said_about_memory_holds(
+    arguments: list[str], environment: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert serve.memory_arguments(arguments, environment, 1 << 30, 20 << 30) == []
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
         pytest.param(["--help=Frontend"], marks=pytest.mark.slow, id="help"),
-        pytest.param(["--no-such-flag"], id="bad"),
+        pytest.param(["--no-such-flag", "--gpu-memory-utilization=0.5"], id="bad"),
     ],
 )
 def test_output_and_exit_status_are_those_of_vllm_serve(

@@ -46,7 +46,7 @@ class ModelProcess:
     ) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        loaded = (KV_BYTES, num_candidates, vocab_size, draft_vocab, num_sampled_from)
+        loaded = (vocab_size, draft_vocab), (KV_BYTES, num_candidates, num_sampled_from)
         arguments = (theirs, engine_args, loaded, platform_block_size, as_on_cuda)
         self._process = context.Process(target=_serve, args=arguments, daemon=True)
         self._process.start()
@@ -92,7 +92,7 @@ class ModelProcess:
 def _serve(
     pipe: Connection,
     engine_args: dict[str, Any],
-    loaded: tuple[Any, ...],
+    loaded: tuple[tuple[Any, ...], tuple[Any, ...]],
     platform_block_size: int | None,
     as_on_cuda: bool,
 ) -> None:
@@ -104,7 +104,9 @@ def _serve(
 
     try:
         model = VllmDraftModel(engine_args)
-        model.load(*loaded)
+        model.load(*loaded[0])
+        model.compile()
+        model.allocate(*loaded[1])
         if as_on_cuda:
             model._host = None
         pipe.send(model.block_size)

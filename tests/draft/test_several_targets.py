@@ -36,7 +36,7 @@ def check_all(sims: list[Simulation]) -> None:
 def test_trees_are_exact_whatever_the_others_do(short: bool, lookahead: bool) -> None:
     rng = random.Random(7 * short + lookahead)
     hits = narrowed = 0
-    for _ in range(25):
+    for _ in range(10):
         sizes = Sizes(depth=4, fan_out=None, lookahead=lookahead, max_length=48)
         if short:
             sizes = sizes._replace(
@@ -64,7 +64,7 @@ def test_trees_are_exact_whatever_the_others_do(short: bool, lookahead: bool) ->
         check_always(sims[0])
         sims[0].leave()
         assert sims[0].blocks.all_free
-    assert hits > 100
+    assert hits > 40
     assert narrowed > 0 or not short
 
 

@@ -42,7 +42,7 @@ def test_links_lead_somewhere(document: Path) -> None:
 def test_the_dashboard_shows_metrics_that_there_are() -> None:
     """Every metric of ours in its queries."""
     named = {f"{name}_total" for name in (*metrics.COUNTERS, "ssd_misses")}
-    named |= {f"ssd_{what}_tokens_total" for what in ("draft", "accepted")} | {"ssd_draft_up"}
+    named |= {f"ssd_{what}_tokens_total" for what in ("draft", "accepted")} | set(metrics.GAUGES)
     for name in (metrics.DEPTH, *(name for name, _ in metrics.TIMES.values())):
         named |= {f"{name}_{part}" for part in ("bucket", "sum", "count")}
     text = (ROOT / "examples" / "monitoring" / "grafana.json").read_text()
@@ -55,5 +55,10 @@ def test_the_dashboard_shows_metrics_that_there_are() -> None:
 def test_operations_explains_every_metric() -> None:
     """The table under "Metrics"."""
     text = (ROOT / "docs" / "operations.md").read_text()
-    names = [*metrics.COUNTERS, metrics.DEPTH, *(name for name, _ in metrics.TIMES.values())]
+    names = [
+        *metrics.COUNTERS,
+        *metrics.GAUGES,
+        metrics.DEPTH,
+        *(name for name, _ in metrics.TIMES.values()),
+    ]
     assert [name for name in names if f"`vllm:{name}" not in text] == []

@@ -78,6 +78,25 @@ def test_draft_with_a_device_of_its_own_loads_beside_the_target(
         assert harness.stats(llm)["hits"] > 0
 
 
+def test_draft_on_cpu_loads_while_the_target_does(
+    tiny_pair: TinyModels, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allocate = DraftClient.allocate
+
+    def once_it_loads(client: DraftClient, kv_cache_memory_bytes: int) -> None:
+        def loads() -> bool:
+            client.poll(0.1)
+            return client._doing == "loads the weights"
+
+        harness.wait_for(loads, 60.0, "the draft loads without being asked to")
+        allocate(client, kv_cache_memory_bytes)
+
+    monkeypatch.setattr(DraftClient, "allocate", once_it_loads)
+    with harness.running_engine(tiny_pair, ssd_options(tiny_pair.itself)) as llm:
+        assert Decoding(llm, TEXTS, MAX_TOKENS).finish() == expected
+        assert harness.stats(llm)["hits"] > 0
+
+
 @pytest.mark.parametrize(
     ("draft_size", "draft_length"),
     [(1 << 20, 480), pytest.param(None, 1024, marks=pytest.mark.slow)],

@@ -37,6 +37,8 @@ class Options:
 
     listen: str
     key_file: str | None
+    metrics_port: int | None
+    metrics_host: str
     max_targets: int
     max_requests: int
     vocab_size: int | None
@@ -196,6 +198,7 @@ def _plan(config: SSDConfig, options: Options) -> tuple[Setup, int]:
 def _serve(
     setup: Setup, kv_cache_bytes: int, options: Options, address: Address, key: Key | None
 ) -> None:
+    from vllm_ssd.cli.server_metrics import serve_metrics
     from vllm_ssd.draft.server import DraftServer
     from vllm_ssd.vocabulary import tokenizer_hash
     from vllm_ssd.wire.listener import Listener
@@ -205,11 +208,15 @@ def _serve(
         setup.engine_args["model"], revision, trust_remote_code=options.trust_remote_code
     )
     server = DraftServer(options.max_targets)
+    if options.metrics_port is not None:
+        serve_metrics(server, options.metrics_host, options.metrics_port)
     # An address that is in use is found out before anything is loaded.
     listener = Listener(address, key)
     try:
-        server.bring_up(setup, vocabulary)
-        offer = server.load(kv_cache_bytes)
+        server.bring_up(
+            setup, lambda what: logger.info("ssd: the draft server %s", what), vocabulary
+        )
+        offer = server.allocate(kv_cache_bytes)
         for ending in (signal.SIGTERM, signal.SIGINT):
             signal.signal(ending, lambda *_: server.stop())
         logger.info("ssd: draft server for %s listens on %s", offer.model, listener.address)

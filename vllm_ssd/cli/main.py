@@ -79,6 +79,10 @@ def draft_server(
     key_file: Annotated[
         str | None, typer.Option(help="The key that targets must have; TCP needs one.")
     ] = None,
+    metrics_port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Serve Prometheus metrics there.")
+    ] = None,
+    metrics_host: Annotated[str, typer.Option(help="On this interface.")] = "127.0.0.1",
     max_targets: Annotated[int, typer.Option(min=1, help="More targets are refused.")] = 8,
     max_requests: Annotated[
         int, typer.Option(min=1, help="Requests of all targets; sizes the batch and the KV cache.")
@@ -141,6 +145,8 @@ def draft_server(
             Options(
                 listen=listen,
                 key_file=key_file,
+                metrics_port=metrics_port,
+                metrics_host=metrics_host,
                 max_targets=max_targets,
                 max_requests=max_requests,
                 vocab_size=vocab_size,

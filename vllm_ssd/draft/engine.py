@@ -88,6 +88,14 @@ class DraftEngine:
         """Of its steps since the start."""
         return self._tally.counters
 
+    def gauges(self) -> dict[str, float]:
+        """What is in use now; may be called by another thread."""
+        blocks = self.allocator.blocks
+        return {
+            "draft_rows_used": float(self.max_rows - self._rows.free_count),
+            "draft_kv_usage": 1.0 - blocks.free_count / max(1, blocks.count),
+        }
+
     @property
     def steps(self) -> int:
         """How many there were."""

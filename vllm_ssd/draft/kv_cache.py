@@ -30,27 +30,21 @@ def prefer_blocks_outermost(layouts: Sequence[str]) -> list[str]:
     return sorted(layouts, key=lambda name: not name.startswith("B"))
 
 
-def bring_up_kv_cache(worker: WorkerWrapperBase, config: VllmConfig) -> tuple[int, int]:
-    """Allocate the KV cache of a worker that has no engine above it, then compile and warm up.
+def plan_layout(worker: WorkerWrapperBase, config: VllmConfig) -> None:
+    """Decide block size and layout of the KV cache of a worker that has no engine above it.
 
     The same steps as those of vLLM's executors after loading, and as
-    ``EngineCore._initialize_kv_caches`` (vllm/v1/engine/core.py).
+    ``EngineCore._initialize_kv_caches`` (vllm/v1/engine/core.py). :func:`bring_up_kv_cache` goes
+    on.
 
     Args:
         worker: with its model loaded.
-        config: the worker's; block size, layout and number of blocks are written to it.
-
-    Returns:
-        Number of blocks and block size.
-
-    Raises:
-        ValueError: the model's attention is not plain full attention in one KV cache group.
+        config: the worker's; block size and layout are written to it.
     """
     from vllm.envs import enable_envs_cache
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.utils import resolve_kv_cache_layout
     from vllm.v1.core.single_type_kv_cache_manager import register_all_kvcache_specs
-    from vllm.v1.kv_cache_interface import FullAttentionSpec
 
     current_platform.update_block_size_for_backend(config)
     enable_envs_cache()  # some are read in every forward
@@ -64,7 +58,36 @@ def bring_up_kv_cache(worker: WorkerWrapperBase, config: VllmConfig) -> tuple[in
         set_layout(layout.name, interleave)
     else:
         set_layout(layout.name)
-    # On CPU this is also where the model is compiled.
+
+
+def compile_on_cpu(worker: WorkerWrapperBase, config: VllmConfig) -> None:
+    """Compile the model of a CPU worker, which needs no KV cache for that.
+
+    Args:
+        worker: with its model loaded.
+        config: the worker's.
+    """
+    # vLLM compiles where it finds out what memory is left. With a size given it measures nothing.
+    config.cache_config.kv_cache_memory_bytes = 1 << 20
+    worker.determine_available_memory()
+
+
+def bring_up_kv_cache(worker: WorkerWrapperBase, config: VllmConfig) -> tuple[int, int]:
+    """Allocate the KV cache, compile if that has not been done, and warm up.
+
+    Args:
+        worker: with its layout planned.
+        config: the worker's; the number of blocks is written to it.
+
+    Returns:
+        Number of blocks and block size.
+
+    Raises:
+        ValueError: the model's attention is not plain full attention in one KV cache group.
+    """
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    specs = worker.get_kv_cache_spec()
     available_bytes = worker.determine_available_memory()
     kv_cache_configs = plan_kv_cache(config, specs, available_bytes)
     (kv_cache_config,) = kv_cache_configs

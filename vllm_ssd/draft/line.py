@@ -180,7 +180,7 @@ class Line:
         if now - self._last_report > REPORT_SECONDS:
             seconds = engine.step_seconds_since(self._steps_reported)
             self._last_report, self._steps_reported = now, engine.steps
-            self.send([Report(dict(session.counters), seconds.tobytes())])
+            self.send([Report(session.counters, seconds.tobytes(), engine.gauges())])
 
     def beat(self) -> None:
         """A sign of life, if nothing else was sent for a while."""

@@ -22,6 +22,7 @@ from vllm_ssd.wire.messages import (
     DraftBound,
     Failed,
     Join,
+    Progress,
     Ready,
     ServerBound,
     Setup,
@@ -54,19 +55,21 @@ class DraftServer:
         self._in_step = False
         self._refusal = ("", 0.0)
         """The last one that was logged, and when."""
+        self._joined = self._refused = 0
+        """Targets."""
         self._stopped = threading.Event()
 
     # ---- the model
 
-    def bring_up(self, setup: Setup, vocabulary: str = "") -> None:
-        """Begin to bring the model up; it takes no memory yet. Raises as :class:`BringUp`."""
-        self._rising = BringUp(setup, vocabulary)
+    def bring_up(self, setup: Setup, tell: Callable[[str], None], vocabulary: str = "") -> None:
+        """Begin to bring the model up. Arguments and errors are those of :class:`BringUp`."""
+        self._rising = BringUp(setup, tell, vocabulary)
 
-    def load(self, kv_cache_memory_bytes: int) -> Offer:
-        """Load it. Raises as :meth:`BringUp.load`."""
+    def allocate(self, kv_cache_memory_bytes: int) -> Offer:
+        """Bring it up to the end. Raises as :meth:`BringUp.allocate`."""
         if self._rising is None:
             raise OutOfStepError("no model yet")
-        engine, offer = self._rising.load(kv_cache_memory_bytes, self._interrupted)
+        engine, offer = self._rising.allocate(kv_cache_memory_bytes, self._interrupted)
         self._engine, self._offer = engine, offer
         return offer
 
@@ -90,6 +93,25 @@ class DraftServer:
         self._stopped.set()
 
     @property
+    def model_name(self) -> str:
+        """Of the draft model; empty until it is up."""
+        return self._offer.model if self._offer is not None else ""
+
+    def figures(self) -> dict[str, float]:
+        """Counters and what is in use, for the metrics; may be called by another thread."""
+        figures: dict[str, float] = {
+            "targets": self.targets,
+            "targets_joined": self._joined,
+            "targets_refused": self._refused,
+        }
+        if self._engine is not None:
+            counters = self._engine.counters
+            figures |= {**counters, **self._engine.gauges()}
+            figures["draft_step_rows"] = counters["draft_rows"]
+            figures["draft_rows"] = self._engine.max_rows
+        return figures
+
+    @property
     def targets(self) -> int:
         """How many have joined."""
         return len(self._engine.sessions) if self._engine is not None else 0
@@ -99,10 +121,10 @@ class DraftServer:
         try:
             match message:
                 case Setup():
-                    self.bring_up(message)
+                    self.bring_up(message, lambda what: line.send([Progress(what)]))
                     return
                 case Allocate():
-                    self.load(message.kv_cache_memory_bytes)
+                    self.allocate(message.kv_cache_memory_bytes)
                     return
         except Exception as error:  # the target reports whatever vLLM finds wrong
             logger.error("ssd draft: the draft model cannot be brought up", exc_info=error)
@@ -124,12 +146,14 @@ class DraftServer:
                 )
             policy = agree(message, offer)
         except ValueError as error:
+            self._refused += 1
             self._log_refusal(str(error))
             line.send([Failed(str(error))])
             return
         vocab_size, longest = min(message.vocab_size, offer.vocab_size), offer.max_model_len
         bounds = Bounds(vocab_size, longest, policy.num_speculative_tokens)
         line.serve(engine, engine.open(policy), bounds)
+        self._joined += 1
         blocks = engine.allocator.blocks
         sizes = engine.max_rows, blocks.count + 1, blocks.block_size
         line.send([Ready(*sizes, longest, offer.model)])

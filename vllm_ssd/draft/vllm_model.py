@@ -30,7 +30,12 @@ from vllm_ssd.draft.inputs import (
     send,
     sequence_of_tokens,
 )
-from vllm_ssd.draft.kv_cache import bring_up_kv_cache, copy_kv_blocks
+from vllm_ssd.draft.kv_cache import (
+    bring_up_kv_cache,
+    compile_on_cpu,
+    copy_kv_blocks,
+    plan_layout,
+)
 from vllm_ssd.draft.model import BlockChanges, Done, Sequences, Ticket
 from vllm_ssd.draft.readback import Readback
 
@@ -60,31 +65,17 @@ class VllmDraftModel:
         self.lookahead = False
         """Whether launches do not wait for the device: on CUDA, once loaded."""
 
-    def load(
-        self,
-        kv_cache_memory_bytes: int,
-        num_candidates: int,
-        vocab_size: int,
-        draft_vocab: Int32Array | None = None,
-        num_sampled_from: int = 0,
-    ) -> None:
-        """Load the weights, allocate the KV cache, compile and capture.
+    def load(self, vocab_size: int, draft_vocab: Int32Array | None = None) -> None:
+        """Load the weights.
 
         Args:
-            kv_cache_memory_bytes: size of the KV cache; 0 for what vLLM finds to be free.
-            num_candidates: C, how many best tokens a forward returns; no more than there are.
             vocab_size: only smaller ids are returned.
             draft_vocab: ``[N]``, the ids that the head is computed for, all of them below
                 ``vocab_size``; no others are returned. None for all.
-            num_sampled_from: N, sampled tokens come from so many of the best; no more than there
-                are. 0: none are sampled.
 
         Raises:
-            RuntimeError: the runner of this vLLM lacks an attribute that is used.
-            ValueError: the model's attention cannot be forked, or the head's rows that
-                ``draft_vocab`` names cannot be selected.
+            ValueError: the head's rows that ``draft_vocab`` names cannot be selected.
         """
-        self.config.cache_config.kv_cache_memory_bytes = kv_cache_memory_bytes or None
         # The process group of this one process meets in a file that has no name: a draft that is
         # killed at any moment leaves nothing behind.
         self._rendezvous = os.memfd_create("vllm-ssd-draft")
@@ -105,14 +96,38 @@ class VllmDraftModel:
         self._runner, self._device = runner, runner.device
         self._last_token = self.config.model_config.get_vocab_size() - 1
         self._num_logits = vocab_size
-        token_ids: torch.Tensor | None = None
+        self._token_ids: torch.Tensor | None = None
         if draft_vocab is not None:
             self._num_logits = len(draft_vocab)
-            token_ids = torch.tensor(draft_vocab, device=self._device)
-            select_head_rows(runner.get_model(), self.config, token_ids)
+            self._token_ids = torch.tensor(draft_vocab, device=self._device)
+            select_head_rows(runner.get_model(), self.config, self._token_ids)
+        plan_layout(self._worker, self.config)
+
+    def compile(self) -> None:
+        """Compile the model, where that needs no KV cache: on CPU."""
+        if self._device.type == "cpu":
+            compile_on_cpu(self._worker, self.config)
+
+    def allocate(
+        self, kv_cache_memory_bytes: int, num_candidates: int, num_sampled_from: int = 0
+    ) -> None:
+        """Allocate the KV cache; compile, if that has not been done, and capture.
+
+        Args:
+            kv_cache_memory_bytes: size of the KV cache; 0 for what vLLM finds to be free.
+            num_candidates: C, how many best tokens a forward returns; no more than there are.
+            num_sampled_from: N, sampled tokens come from so many of the best; no more than there
+                are. 0: none are sampled.
+
+        Raises:
+            RuntimeError: the runner of this vLLM lacks an attribute that is used.
+            ValueError: the model's attention cannot be forked.
+        """
+        self.config.cache_config.kv_cache_memory_bytes = kv_cache_memory_bytes or None
         self.num_blocks, self.block_size = bring_up_kv_cache(self._worker, self.config)
+        runner = self._runner
         compat.check_draft_runner(runner)
-        self._chooser = Chooser(num_candidates, num_sampled_from, token_ids, self._device)
+        self._chooser = Chooser(num_candidates, num_sampled_from, self._token_ids, self._device)
         self._buffers = runner_buffers(runner)
         self._row_tables = torch.zeros_like(self._buffers.tables)
         """``[max_rows, blocks]``, the block table of each row, whatever the batch."""

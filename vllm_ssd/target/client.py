@@ -27,6 +27,7 @@ from vllm_ssd.wire.messages import (
     Join,
     Lost,
     Planted,
+    Progress,
     Pruned,
     Ready,
     Report,
@@ -52,6 +53,8 @@ LOG_AGAIN_SECONDS = 60.0
 CLOSE_SECONDS = 10.0
 """How long closing waits for the draft to be gone; a killed process is gone in much less."""
 EXIT_CODE_SECONDS = 1.0
+WAITING_SECONDS = 10.0
+"""While the engine's start waits for the draft, the log says so every so often."""
 STABLE_SECONDS = 60.0
 """A draft that was up for this long starts the back-off anew."""
 
@@ -86,6 +89,8 @@ class DraftClient:
         self.draft_counters: dict[str, float] = {}
         """Counters of this draft, added to those of the drafts before it."""
         self._counters_before: dict[str, float] = {}
+        self.draft_gauges: dict[str, float] = {}
+        """What the draft uses of what it has."""
         self.link: Link | None = None
         """The way to the draft; None if it is lost."""
         self._reach = reach
@@ -113,6 +118,8 @@ class DraftClient:
         self._failure = ""
         self._logged = ("", 0.0)
         """The failure last logged, and when."""
+        self._doing = ""
+        """What it does to come up."""
         self._was_up = False
         self._closed = self._asleep = False
 
@@ -122,6 +129,7 @@ class DraftClient:
         """Start the draft, which takes no memory before :meth:`allocate`, or connect to it."""
         self._started_at = time.monotonic()
         self._failure = ""
+        self._doing = "starts"
         # A new draft has a new channel: no frame of an earlier epoch can arrive there.
         self.epoch = 0
         self._begin_epoch()
@@ -163,13 +171,18 @@ class DraftClient:
             RuntimeError: the draft failed, ended, or took longer than the timeout.
         """
         deadline = self._started_at + self._startup_timeout_s
+        logged = time.monotonic()
         while not self.up:
             if self.link is None:
                 self._closed = True
                 raise RuntimeError(f"ssd: the draft process did not come up: {self._failure}")
             remaining = deadline - time.monotonic()
             # Look even with no time left: it may have come up long ago.
-            self.poll(max(0.0, remaining))
+            self.poll(min(max(0.0, remaining), WAITING_SECONDS))
+            if time.monotonic() > logged + WAITING_SECONDS and not self.up:
+                logged = time.monotonic()
+                seconds = logged - self._started_at
+                logger.info("ssd: waiting for the draft: it %s, %.0f s", self._doing, seconds)
             if remaining <= 0.0 and not self.up and self.link is not None:
                 self.close()
                 raise RuntimeError(
@@ -226,7 +239,7 @@ class DraftClient:
         link, self.link = self.link, None
         was_up, self.up = self.up, False
         if link is not None:
-            if not self._was_up:
+            if not self._was_up and self._setup is not None:
                 link.wait(EXIT_CODE_SECONDS)  # at the engine's start there is time to wait
             code = link.exit_code
             link.end()
@@ -400,6 +413,7 @@ class DraftClient:
                 self.draft_counters = {
                     name: count + before.get(name, 0.0) for name, count in message.counters.items()
                 }
+                self.draft_gauges = message.gauges
                 steps = np.frombuffer(message.step_seconds, np.float32)
                 self._stats.recent["draft_step_seconds"].extend(steps.tolist())
             case Lost():
@@ -416,6 +430,10 @@ class DraftClient:
                     message.num_blocks,
                     message.block_size,
                 )
+            case Progress():
+                if not self.up and message.what != self._doing:
+                    self._doing = message.what[:80]
+                    logger.info("ssd: %s %s", self.link, self._doing)
             case Failed():
                 self._lose(message.reason)
             case Alive():

@@ -34,6 +34,9 @@ class DraftPlan:
     fits_length: bool
     """Whether that is lowered to what its KV cache holds (``--max-model-len auto``)."""
     shares_device: bool
+    has_room: bool
+    """Whether the target and the draft both find the memory they take, whoever is first: on CPU,
+    where vLLM measures nothing but its own process."""
     target_size_is_given: bool
     """Whether the user has set the size of the target's KV cache."""
     kv_bytes_per_token: int
@@ -57,7 +60,7 @@ class DraftPlan:
         """
         if not self.shares_device:
             return True
-        return self.target_size_is_given and not self.fits_length
+        return (self.target_size_is_given or self.has_room) and not self.fits_length
 
     def share_memory(self, available: int, target_kv_bytes_per_token: float) -> None:
         """Give the draft its part of ``available`` bytes, unless it has a device of its own.
@@ -145,6 +148,8 @@ def plan_draft(checked: Checked, vllm_config: Any) -> DraftPlan:
         # vLLM refuses to start where less than this part of the device is free, whatever
         # the size of the KV cache.
         arguments["gpu_memory_utilization"] = 0.01
+    overhead = _overhead_bytes(config, draft, draft_vocab, rows, tokens, download_dir, on_cpu)
+    has_room = on_cpu and memory.room_beside(vllm_config.cache_config) > overhead
     setup = Setup(
         engine_args=arguments,
         num_speculative_tokens=config.num_speculative_tokens,
@@ -153,6 +158,7 @@ def plan_draft(checked: Checked, vllm_config: Any) -> DraftPlan:
         vocab_size=target.get_vocab_size(),
         draft_vocab=b"" if draft_vocab is None else pack(draft_vocab),
         draft_top_n=0 if config.draft_sampling == "greedy" else config.draft_top_n,
+        load_early=has_room,
     )
     plan = DraftPlan(
         setup=setup,
@@ -160,11 +166,10 @@ def plan_draft(checked: Checked, vllm_config: Any) -> DraftPlan:
         max_model_len=min(draft.max_model_len, target.max_model_len),
         fits_length=fits_length(config, target),
         shares_device=placement.shared,
+        has_room=has_room,
         target_size_is_given=vllm_config.cache_config.kv_cache_memory_bytes is not None,
         kv_bytes_per_token=memory.draft_kv_bytes_per_token(draft),
-        overhead_bytes=_overhead_bytes(
-            config, draft, draft_vocab, rows, tokens, download_dir, on_cpu
-        ),
+        overhead_bytes=overhead,
         block_size=memory.block_size(on_cpu),
         rows=rows,
         requests=requests,

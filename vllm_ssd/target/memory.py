@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+import psutil
+
 from vllm_ssd.target.checkpoint import Tensors
 
 LIBRARY_BYTES = 512 << 20
@@ -27,6 +29,19 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 # ---- KV cache
+
+
+def room_beside(cache_config: Any) -> int:
+    """Bytes of a CPU machine's free memory that vLLM leaves free beside the target.
+
+    Args:
+        cache_config: vLLM's, of the target. A KV cache of given size is taken beside its weights,
+            of which nothing is known yet: half of what is free counts for these.
+    """
+    memory = psutil.virtual_memory()
+    if cache_config.kv_cache_memory_bytes is not None:
+        return int(memory.available // 2 - cache_config.kv_cache_memory_bytes)
+    return int(memory.available - cache_config.gpu_memory_utilization * memory.total)
 
 
 def block_size(on_cpu: bool) -> int:

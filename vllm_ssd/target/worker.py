@@ -263,6 +263,7 @@ class SSDWorker(PlatformWorker):
             **self._proposer.stats.as_dict(),
             **self._proposer.decisions.as_dict(),
             **add_draft_ratios(client.draft_counters),
+            **(client.draft_gauges if client.up else {}),
             "draft_up": float(client.up),
         }
 

@@ -85,10 +85,7 @@ def unpack_list(data: bytes) -> list[int]:
 
 
 class Setup(Message, frozen=True):
-    """First message to a draft process of the target's own: how to bring the model up.
-
-    No memory is taken yet.
-    """
+    """First message to a draft process of the target's own: how to bring the model up."""
 
     engine_args: dict[str, Any]
     """Arguments of vLLM's ``EngineArgs`` for the draft model."""
@@ -103,6 +100,8 @@ class Setup(Message, frozen=True):
     """The tokens the head is computed for, int32; empty for all."""
     draft_top_n: int = 0
     """Sampled tokens come from so many of the draft's best; 0: none are sampled."""
+    load_early: bool = False
+    """Load the weights and compile at once, without waiting for :class:`Allocate`."""
 
 
 class Allocate(Message, frozen=True):
@@ -218,6 +217,13 @@ class Failed(Message, frozen=True):
     reason: str
 
 
+class Progress(Message, frozen=True):
+    """What the draft does to bring its model up."""
+
+    what: str
+    """A verb and its object, as ``"loads the weights"``."""
+
+
 class Planted(Message, frozen=True):
     """Trees that replace the requests' former ones (:meth:`SpeculationCache.plant`)."""
 
@@ -279,6 +285,8 @@ class Report(Message, frozen=True):
     counters: dict[str, float]
     step_seconds: bytes = b""
     """float32, of the decode steps since the last report, the newest 1,024 at most."""
+    gauges: dict[str, float] = {}
+    """How things are now."""
 
 
 class Alive(Message, frozen=True):
@@ -292,7 +300,7 @@ class Lost(Message, frozen=True):
 FromPeer = Join | Start | Verified | Proposed | Trimmed | Finished
 """To a draft server, which brings its own model up: nothing that a peer says has a say in that."""
 ToDraft = Setup | Allocate | FromPeer
-ToTarget = Ready | Failed | Planted | Forked | Pruned | Stepped | Report | Alive | Lost
+ToTarget = Ready | Failed | Progress | Planted | Forked | Pruned | Stepped | Report | Alive | Lost
 
 
 class DraftBound(msgspec.Struct, frozen=True, array_like=True):
