@@ -159,7 +159,7 @@ def test_a_server_is_tried_every_second_and_the_log_tells_it_once_a_minute(
     for _ in range(180):
         assert lose(client, clock) <= client_module.LONGEST_REJOIN_SECONDS
     assert 2 <= len(caplog.records) <= 4
-    assert "not reached: the other process closed the connection" in caplog.text
+    assert "not reached: " in caplog.text
     bring_up(client, clock)
     caplog.clear()
     assert lose(client, clock) <= client_module.LONGEST_REJOIN_SECONDS
