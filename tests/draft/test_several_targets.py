@@ -124,6 +124,19 @@ def test_a_common_beginning_is_computed_once() -> None:
     assert second.engine.counters["draft_prefill_tokens"] - before <= first.sizes.block_size
 
 
+def test_counters_are_those_since_a_target_has_joined() -> None:
+    early = Simulation(Sizes())
+    early.start(PROMPT)
+    early.settle()
+    late = Simulation(Sizes(), beside=early)
+    assert early.session.counters["draft_steps"] > 0
+    assert late.session.counters["draft_steps"] == 0
+    late.start(PROMPT[2:])
+    late.settle()
+    counters = late.session.counters
+    assert 0 < counters["draft_steps"] < early.session.counters["draft_steps"]
+
+
 def test_a_burst_takes_no_live_trunk_from_another_target() -> None:
     sizes = Sizes(max_rows=8, num_blocks=400)
     calm, busy = together(sizes, sizes)

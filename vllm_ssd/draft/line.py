@@ -59,6 +59,11 @@ class Line:
         self._last_report = 0.0
         self._steps_reported = 0
 
+    @property
+    def joined(self) -> bool:
+        """Whether it is a target's that has joined."""
+        return self._session is not None
+
     def serve(self, engine: DraftEngine, session: Session, bounds: Bounds) -> None:
         """The target has joined: what it sends from now on is for this session."""
         self._engine, self._session, self._bounds = engine, session, bounds

@@ -76,11 +76,14 @@ class Session:
         self._forking = Forking(allocator, self.share, policy, outcomes, self._times)
         self._resting = False
         """Nothing is proposed: no branches are drafted, only the texts are kept."""
+        self._steps_before = dict(engine.counters)
 
     @property
     def counters(self) -> dict[str, float]:
-        """Of the engine's steps and of this target's rounds, since the start."""
-        return {**self._engine.counters, **self._tally.counters}
+        """Of the engine's steps and of this target's rounds, since it has joined."""
+        before = self._steps_before
+        steps = {name: count - before[name] for name, count in self._engine.counters.items()}
+        return {**steps, **self._tally.counters}
 
     # ---- messages from the target
 

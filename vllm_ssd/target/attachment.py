@@ -55,8 +55,9 @@ class Attachment:
         return self._opening.failure
 
     def wait(self, timeout: float) -> None:
-        """Wait until it is open, or has failed."""
-        self._thread.join(timeout)
+        """Wait until it is open, or has failed, or was ended: nothing else depends on that."""
+        if self.end.alive:
+            self._thread.join(timeout)
 
     def __str__(self) -> str:
         """For the log."""
