@@ -93,7 +93,7 @@ class DraftEngine:
         blocks = self.allocator.blocks
         return {
             "draft_rows_used": float(self.max_rows - self._rows.free_count),
-            "draft_kv_usage": 1.0 - blocks.free_count / max(1, blocks.count),
+            "draft_kv_cache_usage_perc": 1.0 - blocks.free_count / max(1, blocks.count),
         }
 
     @property
