@@ -13,7 +13,7 @@ import pytest
 
 from tests.tiny_models import TinyModels, random_llama
 from vllm_ssd.cli import doctor
-from vllm_ssd.cli.doctor import Finding, Status
+from vllm_ssd.cli.findings import Finding, Status
 
 MACHINE = {"vLLM", "versions", "plugin", "hooks", "model runner", "platform", "cores", "OpenMP"}
 PAIR = {"target", "draft", "attention", "vocabulary", "head", "memory of the draft"}
@@ -22,7 +22,7 @@ PAIR = {"target", "draft", "attention", "vocabulary", "head", "memory of the dra
 def examine(*models: str | Path) -> dict[str, Finding]:
     """The findings, by check."""
     target, draft = map(str, models) if models else (None, None)
-    found = list(doctor._examine(target, draft))
+    found = list(doctor._examine(doctor.Asked(target, draft)))
     assert len({finding.check for finding in found}) == len(found)
     return {finding.check: finding for finding in found}
 

@@ -11,50 +11,41 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator
-from enum import StrEnum
+from collections.abc import Iterator
 from importlib import metadata
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-if TYPE_CHECKING:
-    from vllm.config import ModelConfig
-
-    from vllm_ssd.config import SSDConfig
+from vllm_ssd.cli.doctor_pair import examine_pair
+from vllm_ssd.cli.doctor_server import examine_server
+from vllm_ssd.cli.findings import Finding, Status, checked
 
 _PLUGIN = "ssd"
 """The name of our entry point."""
 _STYLES = {"ok": "green", "warning": "yellow", "error": "bold red"}
 
 
-class Status(StrEnum):
-    """How serious a finding is."""
+class Asked(NamedTuple):
+    """What to look at beside the machine; None for nothing."""
 
-    OK = "ok"
-    WARNING = "warning"
-    """SSD works, but slowly or not for everything."""
-    ERROR = "error"
-    """SSD would refuse to start."""
-
-
-class Finding(NamedTuple):
-    """The result of one check."""
-
-    check: str
-    status: Status
-    found: str
-    mend: str = ""
+    target: str | None = None
+    """Folder or hub name of the target."""
+    draft: str | None = None
+    """Of the draft, to be a pair with it."""
+    address: str | None = None
+    """Of a draft server."""
+    key_file: str | None = None
+    """Of that server."""
 
 
-def run(target: str | None, draft: str | None, as_json: bool) -> bool:
+def run(asked: Asked, as_json: bool) -> bool:
     """Check everything and print what was found.
 
     Args:
-        target: folder or hub name of the target; None for no pair.
-        draft: of the draft.
+        asked: what to look at.
         as_json: print JSON in place of a table.
 
     Returns:
@@ -62,7 +53,7 @@ def run(target: str | None, draft: str | None, as_json: bool) -> bool:
     """
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     with contextlib.redirect_stdout(sys.stderr):  # vLLM logs there
-        findings = list(_all_findings(target, draft))
+        findings = list(_all_findings(asked))
     if as_json:
         print(json.dumps([finding._asdict() for finding in findings], indent=2))
     else:
@@ -79,16 +70,16 @@ def _print(findings: list[Finding]) -> None:
     Console().print(table)
 
 
-def _all_findings(target: str | None, draft: str | None) -> Iterator[Finding]:
+def _all_findings(asked: Asked) -> Iterator[Finding]:
     """The findings; what a check did not expect ends them, as the last one."""
     try:
-        yield from _examine(target, draft)
+        yield from _examine(asked)
     except Exception as error:  # of vLLM, transformers, the hub: what was found so far still counts
         said = f"{type(error).__name__}: {error}"
         yield Finding("doctor", Status.ERROR, said, "report this, with the findings above")
 
 
-def _examine(target: str | None, draft: str | None) -> Iterator[Finding]:
+def _examine(asked: Asked) -> Iterator[Finding]:
     try:
         import vllm  # noqa: F401
     except ImportError as error:
@@ -104,8 +95,10 @@ def _examine(target: str | None, draft: str | None) -> Iterator[Finding]:
     yield _hooks()
     yield from _settings()
     yield from _machine()
-    if target is not None and draft is not None:
-        yield from _pair(target, draft)
+    if asked.target is not None and asked.draft is not None:
+        yield from examine_pair(asked.target, asked.draft)
+    if asked.address is not None:
+        yield from examine_server(asked.address, asked.key_file, asked.target)
 
 
 # ---- what is installed
@@ -115,7 +108,7 @@ def _versions() -> Iterator[Finding]:
     from vllm_ssd.compat import check_vllm_version, vllm_version
 
     build, version = vllm_version()
-    yield _checked("vLLM", check_vllm_version, f"{build} {version}")
+    yield checked("vLLM", check_vllm_version, f"{build} {version}")
     packages = [f"{name} {_version(name)}" for name in ("vllm-ssd", "torch")]
     python = f"Python {platform.python_version()}"
     yield Finding("versions", Status.OK, ", ".join([python, *packages]))
@@ -171,7 +164,7 @@ def _hooks() -> Finding:
 def _settings() -> Iterator[Finding]:
     from vllm_ssd.preflight import check_runner
 
-    yield _checked("model runner", lambda: check_runner(None), "V1")
+    yield checked("model runner", lambda: check_runner(None), "V1")
 
 
 # ---- the machine
@@ -183,7 +176,7 @@ def _machine() -> Iterator[Finding]:
     from vllm_ssd.preflight import check_device
 
     name = current_platform.device_name
-    yield _checked("platform", lambda: check_device("auto", name, None), name)
+    yield checked("platform", lambda: check_device("auto", name, None), name)
     if current_platform.is_cpu():
         yield _cores()
         yield _openmp()
@@ -269,107 +262,3 @@ def _memory() -> Finding:
     memory = psutil.virtual_memory()
     found = f"{memory.available / 2**30:.1f} GiB free of {memory.total / 2**30:.1f}"
     return Finding("memory of the host", Status.OK, found)
-
-
-# ---- the pair
-
-
-def _pair(target_name: str, draft_name: str) -> Iterator[Finding]:
-    from vllm.engine.arg_utils import EngineArgs
-
-    from vllm_ssd.config import SSDConfig
-    from vllm_ssd.draft_vocab import select_draft_vocab
-    from vllm_ssd.preflight import check_draft
-    from vllm_ssd.target.draft_config import draft_model_config, first_line
-    from vllm_ssd.vocabulary import check_vocabulary
-
-    try:
-        target = EngineArgs(model=target_name).create_model_config()
-    except Exception as error:  # vLLM, transformers and hub clients each raise their own
-        mend = (
-            "give the folder or the hub name of a model that this vLLM supports; with options of "
-            "its own (--trust-remote-code, --hf-token) only the server itself can tell"
-        )
-        yield Finding("target", Status.ERROR, f"{target_name}: {first_line(error)}", mend)
-        return
-    yield Finding("target", Status.OK, f"{target.model}, {target.max_model_len} tokens")
-    config = SSDConfig.parse({"model": draft_name, "num_speculative_tokens": 4})
-    try:
-        draft = draft_model_config(config, target)
-    except ValueError as error:
-        yield _refused("draft", error)
-        return
-    longest, length = draft.max_model_len, target.max_model_len
-    short = longest < length
-    yield Finding(
-        "draft",
-        Status.WARNING if short else Status.OK,
-        f"{draft.model}, {longest} tokens" + (f", fewer than the target's {length}" * short),
-        "longer texts are decoded plainly; choose another draft, or lower --max-model-len" * short,
-    )
-    attention = _checked("attention", lambda: check_draft(draft), "full: it can be forked")
-    yield attention
-    if attention.status == Status.ERROR:
-        return
-    sizes = f"{draft.get_vocab_size()} tokens, the target's {target.get_vocab_size()}"
-    yield _vocabulary(sizes, lambda: check_vocabulary(config, target, draft))
-    try:
-        head = select_draft_vocab(config, target, draft)
-    except ValueError as error:
-        yield _refused("head", error)
-        return
-    rows = None if head is None else len(head)
-    yield Finding("head", Status.OK, "all tokens" if rows is None else f"{rows} tokens")
-    yield _draft_memory(config, draft, rows)
-
-
-def _vocabulary(sizes: str, check: Callable[[], bool]) -> Finding:
-    try:
-        compared = check()
-    except ValueError as error:
-        return _refused("vocabulary", error)
-    if compared:
-        return Finding("vocabulary", Status.OK, sizes)
-    return Finding(
-        "vocabulary",
-        Status.WARNING,
-        f"{sizes}; the tokenizers could not be read, so they were not compared",
-        "see that both models have the same tokenizer",
-    )
-
-
-def _draft_memory(config: SSDConfig, draft: ModelConfig, head_rows: int | None) -> Finding:
-    from vllm.platforms import current_platform
-
-    from vllm_ssd.target import memory
-    from vllm_ssd.target.checkpoint import checkpoint_tensors
-
-    tensors = checkpoint_tensors(draft.model, config.draft_revision, None)
-    weights = memory.weight_bytes(
-        tensors,
-        memory.shape_of(draft),
-        draft.dtype.itemsize,
-        head_rows,
-        current_platform.is_cpu(),
-    )
-    kv = memory.draft_kv_bytes_per_token(draft)
-    found = f"weights {weights / 2**20:.0f} MiB, KV cache {kv / 2**10:.0f} KiB a token"
-    return Finding("memory of the draft", Status.OK, found)
-
-
-# ---- refusals
-
-
-def _checked(check: str, call: Callable[[], object], found: str) -> Finding:
-    """``found`` if a check passes, else its refusal."""
-    try:
-        call()
-    except (ValueError, RuntimeError) as error:
-        return _refused(check, error)
-    return Finding(check, Status.OK, found)
-
-
-def _refused(check: str, error: Exception) -> Finding:
-    """A refusal of ours: one sentence, the mend behind the last semicolon."""
-    found, _, mend = str(error).removeprefix("ssd: ").rpartition("; ")
-    return Finding(check, Status.ERROR, found or mend, mend if found else "")

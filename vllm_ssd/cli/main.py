@@ -58,17 +58,23 @@ def doctor(
     draft: Annotated[
         str | None, typer.Argument(metavar="DRAFT]", help="Folder or hub name of the draft.")
     ] = None,
+    draft_address: Annotated[
+        str | None, typer.Option(help="Of a draft server; in place of DRAFT.")
+    ] = None,
+    draft_key_file: Annotated[str | None, typer.Option(help="The key of that server.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Check the installation, the machine and, if given, a pair of models; load neither.
+    """Check the installation, the machine and, if given, a pair of models or a draft server.
 
-    The exit status is 1 if a check fails.
+    No model is loaded. The exit status is 1 if a check fails.
     """
-    if (target is None) != (draft is None):
+    if (target is None) != (draft is None) and draft_address is None:
         raise typer.BadParameter("name both models, or none", param_hint="MODEL DRAFT")
-    from vllm_ssd.cli.doctor import run
+    if draft is not None and draft_address is not None:
+        raise typer.BadParameter("name a DRAFT or an address", param_hint="--draft-address")
+    from vllm_ssd.cli.doctor import Asked, run
 
-    if not run(target, draft, as_json):
+    if not run(Asked(target, draft, draft_address, draft_key_file), as_json):
         raise typer.Exit(1)
 
 
