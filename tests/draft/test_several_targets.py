@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -172,7 +173,7 @@ def test_a_target_that_is_quiet_gives_its_rows_up() -> None:
     burst = [busy.start([4, 5, n]) for n in range(5)]
     busy.settle()
     assert sum(holds_trunk(busy, request) for request in burst) < 5
-    quiet.session.share.quiet = True
+    quiet.session.share.last_heard = -math.inf
     for request in burst:
         busy.confirm(request, 0, busy.best(request.text)[0])
     busy.propose(burst)

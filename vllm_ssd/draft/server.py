@@ -108,7 +108,7 @@ class DraftServer:
             counters = self._engine.counters
             figures |= {**counters, **self._engine.gauges()}
             figures["draft_step_rows"] = counters["draft_rows"]
-            figures["draft_rows"] = self._engine.max_rows
+            figures["draft_rows_in_all"] = self._engine.max_rows
         return figures
 
     @property
@@ -139,26 +139,27 @@ class DraftServer:
         if engine is None or offer is None or not isinstance(message, Join):
             raise OutOfStepError(f"{type(message).__name__} to a draft that is not up")
         try:
-            if self.targets >= self._most_targets:
+            policy = agree(message, offer)
+            if message.stay and self.targets >= self._most_targets:
                 raise ValueError(
                     f"the draft serves {self.targets} targets, and no more; end one of them, or "
                     f"start the draft server with --max-targets {self.targets + 1}"
                 )
-            policy = agree(message, offer)
         except ValueError as error:
             self._refused += 1
             self._log_refusal(str(error))
             line.send([Failed(str(error))])
             return
-        vocab_size, longest = min(message.vocab_size, offer.vocab_size), offer.max_model_len
-        bounds = Bounds(vocab_size, longest, policy.num_speculative_tokens)
-        line.serve(engine, engine.open(policy), bounds)
-        self._joined += 1
-        blocks = engine.allocator.blocks
-        sizes = engine.max_rows, blocks.count + 1, blocks.block_size
-        line.send([Ready(*sizes, longest, offer.model)])
-        if self._listener is not None:
-            logger.info("ssd draft: a target has joined, %d in all", self.targets)
+        longest, blocks = offer.max_model_len, engine.allocator.blocks
+        ready = Ready(engine.max_rows, blocks.count + 1, blocks.block_size, longest, offer.model)
+        if message.stay:
+            vocab_size = min(message.vocab_size, offer.vocab_size)
+            bounds = Bounds(vocab_size, longest, policy.num_speculative_tokens)
+            line.serve(engine, engine.open(policy), bounds)
+            self._joined += 1
+            if self._listener is not None:
+                logger.info("ssd draft: a target has joined, %d in all", self.targets)
+        line.send([ready])
 
     def _log_refusal(self, reason: str) -> None:
         """A line, unless it was the last one just now: who is refused comes again soon."""

@@ -266,14 +266,12 @@ class Session:
         """Learn from the last verifications, while the device is busy."""
         self._learning.learn()
 
-    def grow(self, grown: Grown, others: int) -> None:
-        """Grow the trees by a step; :meth:`fork` comes next.
+    def observe_others(self, rows: int) -> None:
+        """Take in how many rows a step decoded for other targets."""
+        self._times.observe_others(rows)
 
-        Args:
-            grown: the rows of this target that grew.
-            others: how many rows the step decoded for other targets.
-        """
-        self._times.others = others
+    def grow(self, grown: Grown) -> None:
+        """Grow the trees by a step, in which these rows of the target grew."""
         self.trees.step(grown, chances_of(self._outcomes, grown))
 
     def fork(self) -> None:

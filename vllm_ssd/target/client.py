@@ -424,8 +424,9 @@ class DraftClient:
                 self.up = self._was_up = True
                 self._up_since = time.monotonic()
                 logger.info(
-                    "ssd: %s is up: %d rows, %d KV blocks of %d tokens",
+                    "ssd: %s is up%s: %d rows, %d KV blocks of %d tokens",
                     self.link,
+                    f" ({message.model})" if message.model else "",
                     message.max_rows,
                     message.num_blocks,
                     message.block_size,
