@@ -81,7 +81,7 @@ def work(shift: Shift, tell: Callable[[Any], None]) -> Done:
     return Done(tokens, seconds, found)
 
 
-def measure(config: dict[str, Any] | None, count: int, options: argparse.Namespace) -> list[Done]:
+def measure(config: dict[str, Any], count: int, options: argparse.Namespace) -> list[Done]:
     """Run so many engines at once."""
     together = multiprocessing.get_context("spawn").Barrier(count)
     shifts = [
