@@ -81,7 +81,7 @@ def work(shift: Shift, tell: Callable[[Any], None]) -> Done:
     return Done(tokens, seconds, found)
 
 
-def measure(config: dict[str, Any] | None, count: int, options: argparse.Namespace) -> list[Done]:
+def measure(config: dict[str, Any], count: int, options: argparse.Namespace) -> list[Done]:
     """Run so many engines at once."""
     together = multiprocessing.get_context("spawn").Barrier(count)
     shifts = [
@@ -90,7 +90,8 @@ def measure(config: dict[str, Any] | None, count: int, options: argparse.Namespa
             speculative_config=config,
             enforce_eager=True,
             dtype=options.dtype,
-            cores=available_cores()[:1],
+            # Beside a draft of its own the plugin puts the target there.
+            cores=None if "model" in config else available_cores()[:1],
             prompts=prompts("mt-bench")[FURTHER * index :],
             seconds=options.seconds,
             max_tokens=options.max_tokens,
@@ -137,7 +138,7 @@ def main() -> None:
     parser.add_argument("--engines", type=numbers, default=[1, 2], help="how many at once")
     parser.add_argument(
         "--delays-ms",
-        type=lambda text: [float(part) for part in text.split(",")],
+        type=lambda text: [float(part) for part in text.split(",") if part],
         default=[0.0, 0.2, 1.0, 5.0],
         help="each way, between one engine and the server",
     )

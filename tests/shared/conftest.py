@@ -10,7 +10,7 @@ import pytest
 
 from tests.robustness import harness
 from tests.robustness.harness import Decoding
-from tests.shared.servers import Server
+from tests.shared.servers import Server, free_port, new_key
 from tests.tiny_models import TinyModels
 
 TEXTS = harness.prompts(3)
@@ -26,15 +26,16 @@ def expected(tiny_pair: TinyModels) -> list[list[int]]:
 
 @pytest.fixture(scope="package")
 def folder() -> Iterator[Path]:
-    """For sockets; pytest's own may be too long for these."""
+    """For logs, keys and sockets; pytest's own may be too long for these."""
     with tempfile.TemporaryDirectory(prefix="ssd-") as folder:
         yield Path(folder)
 
 
 @pytest.fixture(scope="package")
 def server(tiny_pair: TinyModels, folder: Path) -> Iterator[Server]:
-    """A server whose draft is the target, so that a look-up in time is a hit."""
-    server = Server(tiny_pair.itself, f"unix:{folder}/draft", folder)
+    """A server on TCP whose draft is the target, so that a look-up in time is a hit."""
+    address = f"tcp://127.0.0.1:{free_port()}"
+    server = Server(tiny_pair.itself, address, folder, new_key(folder))
     server.start_and_wait()
     try:
         yield server

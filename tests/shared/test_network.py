@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from vllm import LLM
@@ -21,7 +20,7 @@ from tests.shared.hits import (
     seconds_until_back,
 )
 from tests.shared.relay import Relay
-from tests.shared.servers import Server, attached, free_port, new_key
+from tests.shared.servers import Server, attached
 from tests.tiny_models import TinyModels
 from vllm_ssd.target import client
 from vllm_ssd.wire.address import parse_address
@@ -30,32 +29,19 @@ from vllm_ssd.wire.network import connect
 
 
 @pytest.fixture(scope="module")
-def tcp_server(tiny_pair: TinyModels, folder: Path) -> Iterator[Server]:
-    """A server on TCP."""
-    (folder / "tcp").mkdir()
-    key, port = new_key(folder), free_port()
-    server = Server(tiny_pair.itself, f"tcp://127.0.0.1:{port}", folder / "tcp", key)
-    server.start_and_wait()
-    try:
-        yield server
-    finally:
-        server.end_anyhow()
-
-
-@pytest.fixture(scope="module")
-def relay(tcp_server: Server) -> Iterator[Relay]:
-    """The network to it."""
-    relay = Relay(int(tcp_server.address.rpartition(":")[2]))
+def relay(server: Server) -> Iterator[Relay]:
+    """The network to the server."""
+    relay = Relay(int(server.address.rpartition(":")[2]))
     yield relay
     relay.close()
 
 
 @pytest.fixture(scope="module")
 def engine(
-    tiny_pair: TinyModels, relay: Relay, folder: Path, expected: list[list[int]]
+    tiny_pair: TinyModels, relay: Relay, server: Server, expected: list[list[int]]
 ) -> Iterator[LLM]:
     """An engine at the other end of it."""
-    options = attached(relay.address, folder / "draft.key")
+    options = attached(relay.address, server.key_file)
     with harness.running_engine(tiny_pair, options) as llm:
         seconds_until_back(llm, expected)
         yield llm
@@ -63,12 +49,13 @@ def engine(
 
 @pytest.mark.parametrize("delay_ms", [0.0, 0.2, 1.0, 5.0])
 def test_a_delay_costs_time_and_no_text(
-    engine: LLM, relay: Relay, folder: Path, expected: list[list[int]], delay_ms: float
+    engine: LLM, relay: Relay, server: Server, expected: list[list[int]], delay_ms: float
 ) -> None:
     relay.delay = 1e-3 * delay_ms
     try:
         began = time.monotonic()
-        connect(parse_address(relay.address), read_key(folder / "draft.key"), 5.0).close()
+        assert server.key_file is not None
+        connect(parse_address(relay.address), read_key(server.key_file), 5.0).close()
         assert time.monotonic() - began > 2 * relay.delay  # there and back at least
         before = stats(engine)
         for _ in range(2):
@@ -130,9 +117,9 @@ def test_a_short_cut_costs_no_connection(
 
 
 def test_connections_that_break_are_made_again(
-    engine: LLM, relay: Relay, tcp_server: Server, expected: list[list[int]]
+    engine: LLM, relay: Relay, server: Server, expected: list[list[int]]
 ) -> None:
-    sockets = open_sockets(os.getpid()), open_sockets(tcp_server.process.pid)
+    sockets = open_sockets(os.getpid()), open_sockets(server.process.pid)
     for _ in range(3):
         decoding = Decoding(engine, TEXTS, MAX_TOKENS)
         decoding.steps(3)
@@ -142,8 +129,8 @@ def test_connections_that_break_are_made_again(
     # And those that broke are closed.
     harness.wait_for(
         lambda: (
-            sockets == (open_sockets(os.getpid()), open_sockets(tcp_server.process.pid))
-            and tcp_server.targets == 1
+            sockets == (open_sockets(os.getpid()), open_sockets(server.process.pid))
+            and server.targets == 1
         ),
         BACK_SECONDS,
         "as many sockets as before",

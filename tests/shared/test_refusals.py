@@ -31,6 +31,11 @@ def refusal(target: Path, **options: Any) -> str:
     return sentence
 
 
+def at(server: Server) -> dict[str, str]:
+    """Where a server is, as options."""
+    return {"draft_address": server.address, "draft_key_file": str(server.key_file)}
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -78,21 +83,20 @@ def test_a_server_refuses_another_vocabulary(
     server: Server, tiny_pair: TinyModels, tmp_path: Path
 ) -> None:
     target = byte_models(tiny_pair, tmp_path).target
-    sentence = refusal(target, draft_address=server.address)
+    sentence = refusal(target, **at(server))
     assert f"option 'draft_address' = {server.address!r}" in sentence
     assert "the tokenizer of the draft model" in sentence
     assert "choose a draft with the target's tokenizer" in sentence
 
 
 def test_a_server_refuses_a_larger_k_than_its_own(server: Server, tiny_pair: TinyModels) -> None:
-    address = server.address
-    sentence = refusal(tiny_pair.target, draft_address=address, num_speculative_tokens=9)
+    sentence = refusal(tiny_pair.target, **at(server), num_speculative_tokens=9)
     assert "'num_speculative_tokens' = 9: the draft drafts at most 8" in sentence
     assert "lower it, or start the draft server with --num-speculative-tokens 9" in sentence
 
 
 def test_a_server_refuses_other_samples_than_its_own(server: Server, tiny_pair: TinyModels) -> None:
-    sentence = refusal(tiny_pair.target, draft_address=server.address, draft_top_n=10)
+    sentence = refusal(tiny_pair.target, **at(server), draft_top_n=10)
     assert "'draft_top_n' = 10: the draft samples from 64" in sentence
 
 

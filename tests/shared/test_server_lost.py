@@ -115,7 +115,9 @@ def test_a_server_killed_and_started_with_other_models(
     assert seconds_until_back(engine, expected) < BACK_SECONDS
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_a_server_asked_to_end_leaves_nothing(
     engine: LLM, server: Server, expected: list[list[int]], number: signal.Signals
 ) -> None:

@@ -13,7 +13,7 @@ from tests.robustness import harness
 from tests.shared.conftest import MAX_TOKENS, TEXTS
 from tests.shared.engines import EngineProcess, running_engines
 from tests.shared.script import Order, Report
-from tests.shared.servers import Server, attached, free_port, new_key
+from tests.shared.servers import Server, attached
 from tests.tiny_models import TinyModels
 
 FREED_SECONDS = 2.0
@@ -24,7 +24,7 @@ ENDLESS = 10_000
 @pytest.fixture(scope="module")
 def pair(server: Server, folder: Path) -> Iterator[list[EngineProcess]]:
     """Two engines at it."""
-    with running_engines(2, attached(server.address), folder) as engines:
+    with running_engines(2, attached(server.address, server.key_file), folder) as engines:
         yield engines
 
 
@@ -84,21 +84,21 @@ def test_what_a_killed_engine_held_is_freed_at_once(
 
 
 @pytest.mark.slow
-def test_four_engines_over_tcp_get_their_shares(
-    tiny_pair: TinyModels, tmp_path: Path, expected: list[list[int]]
+def test_four_engines_at_a_unix_socket_get_their_shares(
+    tiny_pair: TinyModels, folder: Path, expected: list[list[int]]
 ) -> None:
-    key = new_key(tmp_path)
-    server = Server(tiny_pair.itself, f"tcp://127.0.0.1:{free_port()}", tmp_path, key)
+    (folder / "four").mkdir()
+    server = Server(tiny_pair.itself, f"unix:{folder}/four/draft", folder / "four")
     server.start_and_wait()
     try:
-        with running_engines(4, attached(server.address, key), tmp_path) as engines:
+        with running_engines(4, attached(server.address), folder / "four") as engines:
             check_all(engines, expected, rounds=6)
             assert server.targets == 4
             for victim in engines[:2]:
                 victim.signal(signal.SIGKILL)
             server.wait_for_targets(2, FREED_SECONDS)
             check_all(engines[2:], expected, rounds=3)
-            with running_engines(1, attached(server.address, key), tmp_path) as next_ones:
+            with running_engines(1, attached(server.address), folder / "four") as next_ones:
                 check_all([*engines[2:], *next_ones], expected, rounds=3)
         server.wait_for_targets(0, FREED_SECONDS)
     finally:
