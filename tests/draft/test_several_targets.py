@@ -221,6 +221,33 @@ def test_a_target_that_loses_its_place_costs_the_others_nothing() -> None:
     assert holds_trunk(other, request)
 
 
+def test_a_row_of_another_target_brings_none_of_its_settings() -> None:
+    several = Simulation(Sizes(sampling="auto", fan_out=None))
+    one = Simulation(Sizes(sampling="greedy", fan_out=None), beside=several)
+    assert several.session._drafting.settings.count > one.session._drafting.settings.count
+    first = one.start([1, 2, 3])
+    one.settle()
+    one.confirm(first, 0, one.best(first.text)[0])
+    one.propose([first], speculate=False)
+    one.settle()
+    sampled = several.start(PROMPT, temperature=1.0)
+    several.settle()
+    several.verify(sampled, 0, several.best(sampled.text)[0])
+    several.settle()
+    row = several.session.share.requests[sampled.handle].trunk
+    assert several.rows.sampled.setting[row] > 0
+    several.finish([sampled])
+    several.settle()
+    resting = one.start([4, 5, 6])  # nothing is drafted for it, so nothing says how
+    one.draft_receives(10)
+    assert one.session.share.requests[resting.handle].trunk == row
+    one.confirm(resting, 0, one.best(resting.text)[0])
+    one.propose([resting], speculate=False)
+    several.start(PROMPT[:4])
+    several.settle()
+    check_all([several, one])
+
+
 def test_what_an_error_lost_is_found_again() -> None:
     sim, other = together(Sizes(), Sizes())
     sim.start(PROMPT)

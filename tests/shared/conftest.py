@@ -35,7 +35,8 @@ def folder() -> Iterator[Path]:
 def server(tiny_pair: TinyModels, folder: Path) -> Iterator[Server]:
     """A server on TCP whose draft is the target, so that a look-up in time is a hit."""
     address = f"tcp://127.0.0.1:{free_port()}"
-    server = Server(tiny_pair.itself, address, folder, new_key(folder))
+    options = {"metrics-port": free_port()}
+    server = Server(tiny_pair.itself, address, folder, new_key(folder), options)
     server.start_and_wait()
     try:
         yield server

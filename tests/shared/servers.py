@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,13 @@ class Server:
         began = time.monotonic()
         harness.wait_for(lambda: self.targets == count, seconds, f"{count} targets: {self.log}")
         return time.monotonic() - began
+
+    def metrics(self) -> dict[str, float]:
+        """What its metrics port says, by name."""
+        url = f"http://127.0.0.1:{self._options['metrics-port']}/metrics"
+        with urllib.request.urlopen(url, timeout=10.0) as answer:
+            lines = answer.read().decode().splitlines()
+        return {line.split("{")[0]: float(line.split()[-1]) for line in lines if line[0] != "#"}
 
     def signal(self, number: int) -> None:
         """Send it a signal."""

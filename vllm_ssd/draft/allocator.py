@@ -83,6 +83,7 @@ class Allocator:
         request.shared_blocks = len(request.blocks)
         self.rows.tables.set(trunk, 0, [block.block_id for block in request.blocks])
         self.rows.owner[trunk] = request.share.index
+        self.rows.sampled.begin(trunk)
         self.rows.stop[trunk] = request.stop
         self.cut_back(request, len(request.blocks) * self.blocks.block_size)
         return True

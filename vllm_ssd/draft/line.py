@@ -58,6 +58,9 @@ class Line:
         self._last_lost = 0.0
         self._last_report = 0.0
         self._steps_reported = 0
+        self._reads = False
+        """Whether the target has sent something since the last report: one that is idle does not
+        read, and steps go on for the others."""
 
     @property
     def joined(self) -> bool:
@@ -90,6 +93,7 @@ class Line:
         frames = self.channel.receive(0.0)
         if frames and self._session is not None:
             self._session.share.last_heard = time.monotonic()
+            self._reads = True
         for frame in frames:
             self._take(frame)
         return bool(frames)
@@ -164,8 +168,10 @@ class Line:
 
     @property
     def unreported(self) -> bool:
-        """Whether there were steps since the last report."""
-        return self._engine is not None and self._engine.steps != self._steps_reported
+        """Whether there were steps since the last report, of which the target wants to know."""
+        return (
+            self._reads and self._engine is not None and self._engine.steps != self._steps_reported
+        )
 
     def report(self, now: float) -> None:
         """Send the counters, if there were steps since the last time and it is not too early."""
@@ -175,6 +181,7 @@ class Line:
         if now - self._last_report > REPORT_SECONDS:
             seconds = engine.step_seconds_since(self._steps_reported)
             self._last_report, self._steps_reported = now, engine.steps
+            self._reads = False
             self.send([Report(session.counters, seconds.tobytes(), engine.gauges())])
 
     def beat(self) -> None:

@@ -98,6 +98,16 @@ class SampledRows:
             self.weigh,
         )
 
+    def begin(self, row: int) -> None:
+        """A row is the trunk of a request that nothing is drafted for yet.
+
+        The row may have been another target's, whose settings mean something else.
+        """
+        self.temperature[row] = self.top_k[row] = self.setting[row] = 0
+        self.top_p[row] = self.weight[row] = 1.0
+        self.samples[row] = self._keeps[row] = False
+        self.guess_at[row] = -1
+
     def fork(self, rows: Int32Array, trunks: Int32Array, starts: Int32Array) -> None:
         """Rows sample as the trunks they leave; their first token is a guess."""
         self.guess_at[rows] = starts

@@ -69,11 +69,16 @@ class DraftServer:
         """Bring it up to the end. Raises as :meth:`BringUp.allocate`."""
         if self._rising is None:
             raise OutOfStepError("no model yet")
-        engine, offer = self._rising.allocate(kv_cache_memory_bytes, self._interrupted)
-        self._engine, self._offer = engine, offer
+        engine, offer = self._rising.allocate(kv_cache_memory_bytes, self.interrupted)
+        self.use(engine, offer)
         return offer
 
-    def _interrupted(self) -> bool:
+    def use(self, engine: DraftEngine, offer: Offer) -> None:
+        """Draft with an engine that is up; it asks :meth:`interrupted`."""
+        self._engine, self._offer = engine, offer
+
+    def interrupted(self) -> bool:
+        """Whether a message from a target waits for the step under way."""
         return any(line.channel.has_input() for line in self._lines)
 
     # ---- targets
@@ -153,8 +158,8 @@ class DraftServer:
         longest, blocks = offer.max_model_len, engine.allocator.blocks
         ready = Ready(engine.max_rows, blocks.count + 1, blocks.block_size, longest, offer.model)
         if message.stay:
-            vocab_size = min(message.vocab_size, offer.vocab_size)
-            bounds = Bounds(vocab_size, longest, policy.num_speculative_tokens)
+            # A text may hold the target's own ids beyond the draft's, which the model maps to one.
+            bounds = Bounds(message.vocab_size, longest, policy.num_speculative_tokens)
             line.serve(engine, engine.open(policy), bounds)
             self._joined += 1
             if self._listener is not None:
@@ -224,7 +229,7 @@ class DraftServer:
 
     def _wait(self) -> bool:
         """Wait until something arrives; False if nothing has for a while."""
-        if self._interrupted():
+        if self.interrupted():
             return True
         poll = select.poll()
         for line in self._lines:

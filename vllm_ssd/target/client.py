@@ -150,6 +150,8 @@ class DraftClient:
         elif self.link.channel is not None:
             self._opened = True
             if self._setup is None:
+                # Nothing has looked while the target came up: that does not count.
+                self._started_at = time.monotonic()
                 self._put([self._join])
                 return
             self._put([self._setup])
@@ -190,10 +192,24 @@ class DraftClient:
                     f"{self._startup_timeout_s:g}; raise it or choose a smaller draft model"
                 )
 
+    def wait_for_answer(self, seconds: float) -> None:
+        """Wait until a draft server has answered, or is found not to be there.
+
+        Args:
+            seconds: no longer than that.
+        """
+        deadline = time.monotonic() + seconds
+        while not self.up and self.link is not None:
+            left = deadline - time.monotonic()
+            if left <= 0.0:
+                return
+            self.poll(left)
+
     def maintain(self) -> None:
         """Replace a draft that hangs; start the next one after its back-off. Never blocks."""
         if self._closed or self._asleep:
             return
+        self._open()
         now = time.monotonic()
         if self.link is None:
             if now >= self._start_after:

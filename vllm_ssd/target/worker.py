@@ -31,6 +31,8 @@ else:
 
 SNAPSHOT_SECONDS = 0.25
 """From one writing of the counters to the next at least."""
+SERVER_SECONDS = 5.0
+"""How long a start waits for a draft server; it may come later."""
 AFTER_AN_ERROR_SECONDS = 60.0
 """The same after one that failed."""
 logger = logging.getLogger("vllm.vllm_ssd")
@@ -199,6 +201,8 @@ class SSDWorker(PlatformWorker):
             if self._plan.shares_device:
                 self._client.allocate(self._plan.kv_cache_memory_bytes)
             self._client.wait_until_up()
+        elif self._client is not None:
+            self._client.wait_for_answer(SERVER_SECONDS)
         return result
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
