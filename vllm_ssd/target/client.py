@@ -209,7 +209,8 @@ class DraftClient:
         """Replace a draft that hangs; start the next one after its back-off. Never blocks."""
         if self._closed or self._asleep:
             return
-        self._open()
+        if not self.up:
+            self.poll()  # the answer may be there already
         now = time.monotonic()
         if self.link is None:
             if now >= self._start_after:
