@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import BaseModel, ConfigDict, Field
 
 
@@ -12,7 +14,7 @@ class DraftResources(BaseModel):
     """
 
     model_config = ConfigDict(extra="allow", frozen=True, strict=True)
-    __pydantic_extra__: dict[str, float] = Field(init=False)
+    __pydantic_extra__: dict[str, Annotated[float, Field(ge=0.0)]] = Field(init=False)
 
     num_cpus: float | None = Field(default=None, ge=0.0)
     """Default: 1 on CPU, none on CUDA. On CPU the draft has as many threads (at least 1)."""

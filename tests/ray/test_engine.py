@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +16,7 @@ import pytest
 from tests.ray.conftest import Nodes, draft_actors, node_of, pids_of, the_actor, wait_until_gone
 from tests.robustness import harness
 from tests.tiny_models import TinyModels
+from vllm_ssd.on_ray.finding import LINGER_SECONDS
 
 TEXTS = harness.prompts(4)
 MAX_TOKENS = 48
@@ -70,4 +75,75 @@ def test_draft_of_a_node_that_dies_comes_up_on_another(
         wait_until_gone(actor, server)
         new_actor, _ = pids_of(the_actor())
         assert node_of(new_actor) != node_of(actor)
+    harness.wait_for(lambda: not draft_actors(), 20.0, "no actor left")
+
+
+ENGINE = """
+import json, sys
+from tests.robustness import harness
+from tests.tiny_models import tiny_models
+
+options, texts, max_tokens = json.loads(sys.argv[1])
+
+if __name__ == "__main__":
+    import vllm_ssd
+    with harness.running_engine(tiny_models(), options) as llm:
+        prompts = [{"prompt_token_ids": text} for text in texts]
+        answers = llm.generate(prompts, harness.greedy(max_tokens), use_tqdm=False)
+        tokens = [list(answer.outputs[0].token_ids) for answer in answers]
+        print("ANSWER", json.dumps([tokens, vllm_ssd.get_stats(llm)]), flush=True)
+        sys.stdin.readline()
+"""
+"""An engine whose worker is a process of vLLM's, which stays until it is told to end."""
+
+
+def start_engine(folder: Path, options: dict[str, Any]) -> subprocess.Popen[str]:
+    """The engine above, speculating in every round; it answers all texts."""
+    script = folder / "engine.py"
+    script.write_text(ENGINE)
+    arguments = json.dumps([options, TEXTS, MAX_TOKENS])
+    root = str(Path(__file__).parents[2])
+    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "PYTHONPATH": root}
+    return subprocess.Popen(
+        [sys.executable, str(script), arguments],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def answers_of(engine: subprocess.Popen[str]) -> tuple[list[list[int]], dict[str, float]]:
+    """Its answers and counters, once it has them."""
+    assert engine.stdout is not None
+    for line in engine.stdout:
+        if line.startswith("ANSWER"):
+            tokens, stats = json.loads(line.removeprefix("ANSWER"))
+            return tokens, stats
+    raise AssertionError("the engine has ended")
+
+
+@pytest.mark.slow
+def test_two_engines_of_worker_processes_share_one_draft(
+    tiny_pair: TinyModels, expected: list[list[int]], nodes: Nodes, tmp_path: Path
+) -> None:
+    nodes.address_is_known()
+    options = ray_options(tiny_pair, draft_name="ours", draft_resources={"draft": 1.0})
+    engines = [start_engine(tmp_path, options) for _ in range(2)]
+    try:
+        for engine in engines:
+            tokens, stats = answers_of(engine)
+            assert tokens == expected
+            assert stats["hits"] > 0
+            assert stats["errors"] == stats["resyncs"] == stats["restarts"] == 0
+        assert list(draft_actors()) == ["vllm_ssd_draft_ours"]
+        pids = pids_of(the_actor())
+        engines[0].kill()
+        engines[1].communicate("end\n", timeout=60.0)
+        assert engines[1].returncode == 0
+    finally:
+        for engine in engines:
+            engine.kill()
+            engine.wait()
+    wait_until_gone(*pids, seconds=LINGER_SECONDS + 20.0)
     harness.wait_for(lambda: not draft_actors(), 20.0, "no actor left")

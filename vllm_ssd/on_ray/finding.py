@@ -6,6 +6,7 @@ import logging
 import secrets
 import threading
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from vllm_ssd.draft_resources import DraftResources
@@ -25,6 +26,7 @@ PLACING_SECONDS = 10.0
 """After so long without an answer the log says what Ray is asked for."""
 SUCCESSOR_SECONDS = 20.0
 """An actor that is just ending still has its name; so long it is tried to get a new one."""
+REMOVAL_SECONDS = 5.0
 LINGER_SECONDS = 10.0
 """A shared draft outlives its last engine by this: an engine that lost its line comes back."""
 
@@ -138,10 +140,11 @@ class PlacedByRay:
         """End the actor that this engine had before: it may hang, and nobody else has it."""
         import ray
 
-        try:
-            ray.kill(ray.get_actor(self.name, namespace=NAMESPACE))
-        except ValueError:
-            return  # there is none
+        deadline = time.monotonic() + REMOVAL_SECONDS
+        with suppress(ValueError):  # as soon as there is none
+            while time.monotonic() < deadline:
+                ray.kill(ray.get_actor(self.name, namespace=NAMESPACE))
+                time.sleep(ASK_SECONDS)
 
 
 def actor_of(checked: Checked, plan: DraftPlan, vllm_config: Any) -> PlacedByRay:
