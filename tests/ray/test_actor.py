@@ -148,10 +148,14 @@ def test_nodes_by_ip_and_id(nodes: Nodes) -> None:
             placing(DraftResources(bundle=1), True)
 
 
-def chosen_bundle(resources: DraftResources) -> Any:
-    """In an engine's place: which bundle of its group its draft would get."""
-    strategy = placing(resources, True)["scheduling_strategy"]
-    return getattr(strategy, "placement_group_bundle_index", strategy)
+class Engine:
+    """In an engine's place, an actor."""
+
+    def chosen(self, resources: DraftResources) -> Any:
+        """Which bundle of its group its draft would get, as a thread of the engine finds it."""
+        with ThreadPoolExecutor(1) as thread:
+            strategy = thread.submit(placing, resources, True).result()["scheduling_strategy"]
+        return getattr(strategy, "placement_group_bundle_index", strategy)
 
 
 def test_the_first_bundle_that_the_target_leaves_free(nodes: Nodes) -> None:
@@ -162,14 +166,14 @@ def test_the_first_bundle_that_the_target_leaves_free(nodes: Nodes) -> None:
     group = ray.util.placement_group(bundles)
     ray.get(group.ready(), timeout=30.0)
     in_first = PlacementGroupSchedulingStrategy(group, 0)
-    engine = ray.remote(num_cpus=0, resources={"target": 0.5})(chosen_bundle)
-    engine = engine.options(scheduling_strategy=in_first)
+    engine_class = ray.remote(num_cpus=0, resources={"target": 0.5})(Engine)
+    engine = engine_class.options(scheduling_strategy=in_first).remote()
     # The second is taken whole: the target's second worker would be there.
     worker = ray.remote(num_cpus=0, resources={"target": 1.0})(time.sleep)
     worker.options(scheduling_strategy=PlacementGroupSchedulingStrategy(group, 1)).remote(30)
 
     def chosen(**resources: Any) -> Any:
-        return ray.get(engine.remote(DraftResources(**resources)), timeout=30.0)
+        return ray.get(engine.chosen.remote(DraftResources(**resources)), timeout=30.0)
 
     assert chosen() == 2
     harness.wait_for(lambda: chosen(num_cpus=0.5) == 0, 20.0, "the engine's own has a half left")

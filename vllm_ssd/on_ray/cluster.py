@@ -101,7 +101,7 @@ def _strategy(resources: DraftResources, amounts: Mapping[str, float]) -> Any:
         if resources.bundle is not None:
             raise ValueError(
                 f"ssd: option 'draft_resources': bundle = {resources.bundle}, but the engine is in "
-                "no placement group; start it as an actor or a task in one, or leave it out"
+                "no placement group; start it in an actor of one, or leave it out"
             )
         return "DEFAULT"
     count = group.bundle_count
