@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -14,51 +14,50 @@ from tests.robustness import harness
 
 ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
 
+ROOT = Path(__file__).parents[2]
 START_SECONDS = 120.0
 """An actor comes up within this time on a busy machine."""
 
 
 @dataclass
 class Nodes:
-    """The cluster; only its second node has the resource ``draft``."""
+    """The cluster; this process is on its first node, and only the second has ``draft``."""
 
     cluster: Any
     second: Any
 
-    def kill_second(self) -> None:
-        """As when a machine fails."""
-        self.cluster.remove_node(self.second, allow_graceful=False)
+    @property
+    def address(self) -> str:
+        """For a process that is started."""
+        return str(self.cluster.address)
 
     def add(self, **resources: float) -> Any:
         """One more node."""
         return self.cluster.add_node(num_cpus=2, resources=resources)
 
-    def address_is_known(self) -> None:
-        """Let processes that are started find the cluster."""
-        os.environ["RAY_ADDRESS"] = self.cluster.address
+    def kill(self, node: Any) -> None:
+        """As when a machine fails."""
+        self.cluster.remove_node(node, allow_graceful=False)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def nodes() -> Iterator[Nodes]:
-    """Started for each test: some of them break it."""
+    """Its processes find our packages whether they are installed or not."""
     from ray.cluster_utils import Cluster
 
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     head = {"num_cpus": 2, "include_dashboard": False, "resources": {"target": 8.0}}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
-    try:
-        second = cluster.add_node(num_cpus=2, resources={"draft": 1.0})
-        ray.init(
-            address=cluster.address,
-            namespace="tests",
-            configure_logging=False,
-            log_to_driver=False,
-        )
-        yield Nodes(cluster, second)
-    finally:
-        ray.shutdown()
-        cluster.shutdown()
-        os.environ.pop("RAY_ADDRESS", None)
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        environment.setenv("PYTHONPATH", str(ROOT))
+        cluster = Cluster(initialize_head=True, head_node_args=head)
+        try:
+            second = cluster.add_node(num_cpus=2, resources={"draft": 1.0})
+            quiet = {"configure_logging": False, "log_to_driver": False}
+            ray.init(address=cluster.address, namespace="tests", **quiet)
+            yield Nodes(cluster, second)
+        finally:
+            ray.shutdown()
+            cluster.shutdown()
 
 
 def draft_actors() -> dict[str, Any]:
@@ -85,6 +84,12 @@ def pids_of(actor: Any) -> tuple[int, int]:
 def node_of(pid: int) -> int:
     """The process id of the raylet that a worker belongs to."""
     return psutil.Process(pid).ppid()
+
+
+def raylet(node: Any) -> int:
+    """The process id of a node's raylet."""
+    (process,) = node.all_processes["raylet"]
+    return int(process.process.pid)
 
 
 def wait_until_gone(*pids: int, seconds: float = 20.0) -> None:

@@ -17,7 +17,7 @@ from tests.robustness import harness
 from tests.tiny_models import TinyModels
 from vllm_ssd.draft_resources import DraftResources
 from vllm_ssd.on_ray.cluster import connected, placing
-from vllm_ssd.on_ray.finding import LINGER_SECONDS, PlacedByRay
+from vllm_ssd.on_ray.finding import PlacedByRay
 from vllm_ssd.on_ray.order import Order
 from vllm_ssd.target.attachment import ask
 from vllm_ssd.wire.channel import Channel, peer_channel
@@ -27,6 +27,8 @@ from vllm_ssd.wire.network import connect
 
 K = 3
 BRANCHES = 4
+LINGER = 2.0
+"""Seconds."""
 NEVER = threading.Event()
 
 
@@ -60,7 +62,7 @@ def order(model: object, **changes: Any) -> Order:
         "cores": (),
         "kv_cache_bytes": 0,
         "useful_kv_bytes": 1 << 24,
-        "linger_s": LINGER_SECONDS,
+        "linger_s": LINGER,
     }
     return Order(**{**values, **changes})
 
@@ -112,12 +114,29 @@ def test_engines_that_ask_at_once_share_one_actor_until_the_last_has_gone(
     with joined(drafts[0]), suppress(ZeroDivisionError), joined(drafts[1]):
         raise ZeroDivisionError  # the second goes first, without a word
     with joined(drafts[1]):
-        time.sleep(LINGER_SECONDS + 1.0)  # the first has gone, and the draft has one engine left
+        time.sleep(LINGER + 1.0)  # the first has gone, and the draft has one engine left
         assert pids_of(the_actor()) == (actor, server)
-    wait_until_pids_gone(actor, server, seconds=LINGER_SECONDS + 20.0)
+    wait_until_pids_gone(actor, server, seconds=LINGER + 20.0)
     harness.wait_for(lambda: not draft_actors(), 10.0, "no actor left")
 
 
+@pytest.mark.slow
+def test_a_detached_draft_stays_without_engines_until_it_is_killed(
+    tiny_pair: TinyModels, nodes: Nodes
+) -> None:
+    import ray
+
+    draft = shared(tiny_pair.draft, linger_s=None)
+    with joined(draft):
+        pids = pids_of(the_actor())
+    time.sleep(LINGER + 1.0)
+    with joined(draft):
+        assert pids_of(the_actor()) == pids
+    ray.kill(the_actor())
+    wait_until_pids_gone(*pids)
+
+
+@pytest.mark.slow
 def test_a_draft_that_cannot_come_up_says_why_and_goes(tmp_path: object, nodes: Nodes) -> None:
     with pytest.raises(OSError, match=r"the draft does not come up: .*no-model"):
         shared(f"{tmp_path}/no-model").find(NEVER)
@@ -169,17 +188,23 @@ def test_the_first_bundle_that_the_target_leaves_free(nodes: Nodes) -> None:
     engine_class = ray.remote(num_cpus=0, resources={"target": 0.5})(Engine)
     engine = engine_class.options(scheduling_strategy=in_first).remote()
     # The second is taken whole: the target's second worker would be there.
-    worker = ray.remote(num_cpus=0, resources={"target": 1.0})(time.sleep)
-    worker.options(scheduling_strategy=PlacementGroupSchedulingStrategy(group, 1)).remote(30)
+    in_second = PlacementGroupSchedulingStrategy(group, 1)
+    worker_class = ray.remote(num_cpus=0, resources={"target": 1.0})(Engine)
+    worker = worker_class.options(scheduling_strategy=in_second).remote()
 
     def chosen(**resources: Any) -> Any:
         return ray.get(engine.chosen.remote(DraftResources(**resources)), timeout=30.0)
 
-    assert chosen() == 2
-    harness.wait_for(lambda: chosen(num_cpus=0.5) == 0, 20.0, "the engine's own has a half left")
+    harness.wait_for(lambda: chosen() == 2, 20.0, "the bundle with a whole core")
+    harness.wait_for(lambda: chosen(num_cpus=0.5) == 0, 20.0, "the engine's own has half a core")
     assert chosen(bundle=1) == 1
     harness.wait_for(
         lambda: chosen(num_cpus=0.0, target=1.0) == "DEFAULT", 20.0, "Ray to know what is taken"
     )
     with pytest.raises(ValueError, match="has 3, which count from 0"):
         chosen(bundle=3)
+    ray.kill(worker)
+    harness.wait_for(
+        lambda: chosen(num_cpus=0.0, target=1.0) == 1, 20.0, "Ray to know what is free again"
+    )
+    ray.util.remove_placement_group(group)

@@ -13,7 +13,16 @@ from typing import Any
 
 import pytest
 
-from tests.ray.conftest import Nodes, draft_actors, node_of, pids_of, the_actor, wait_until_gone
+from tests.ray.conftest import (
+    ROOT,
+    Nodes,
+    draft_actors,
+    node_of,
+    pids_of,
+    raylet,
+    the_actor,
+    wait_until_gone,
+)
 from tests.robustness import harness
 from tests.tiny_models import TinyModels
 from vllm_ssd.on_ray.finding import LINGER_SECONDS
@@ -50,7 +59,7 @@ def test_draft_on_another_node_killed_and_gone_with_the_engine(
     options = ray_options(tiny_pair, draft_resources={"draft": 0.5})
     with harness.running_engine(tiny_pair, options) as llm:
         actor, server = pids_of(the_actor())
-        assert node_of(actor) != node_of(os.getpid())
+        assert node_of(actor) == raylet(nodes.second)
         assert harness.Decoding(llm, TEXTS, MAX_TOKENS).finish() == expected
         stats = harness.stats(llm)
         assert stats["hits"] > 10
@@ -68,13 +77,16 @@ def test_draft_on_another_node_killed_and_gone_with_the_engine(
 def test_draft_of_a_node_that_dies_comes_up_on_another(
     tiny_pair: TinyModels, expected: list[list[int]], nodes: Nodes
 ) -> None:
-    options = ray_options(tiny_pair, draft_resources={"node": nodes.second.node_id})
+    third = nodes.add()
+    of_third = raylet(third)
+    options = ray_options(tiny_pair, draft_resources={"node": third.node_id})
     with harness.running_engine(tiny_pair, options) as llm:
         actor, server = pids_of(the_actor())
-        check_loss(llm, expected, nodes.kill_second)
+        assert node_of(actor) == of_third
+        check_loss(llm, expected, lambda: nodes.kill(third))
         wait_until_gone(actor, server)
         new_actor, _ = pids_of(the_actor())
-        assert node_of(new_actor) != node_of(actor)
+        assert node_of(new_actor) != of_third
     harness.wait_for(lambda: not draft_actors(), 20.0, "no actor left")
 
 
@@ -97,15 +109,18 @@ if __name__ == "__main__":
 """An engine whose worker is a process of vLLM's, which stays until it is told to end."""
 
 
-def start_engine(folder: Path, options: dict[str, Any]) -> subprocess.Popen[str]:
+def start_engine(folder: Path, options: dict[str, Any], nodes: Nodes) -> subprocess.Popen[str]:
     """The engine above, speculating in every round; it answers all texts."""
     script = folder / "engine.py"
     script.write_text(ENGINE)
-    arguments = json.dumps([options, TEXTS, MAX_TOKENS])
-    root = str(Path(__file__).parents[2])
-    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "PYTHONPATH": root}
+    environment = {
+        **os.environ,
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+        "RAY_ADDRESS": nodes.address,
+        "PYTHONPATH": str(ROOT),
+    }
     return subprocess.Popen(
-        [sys.executable, str(script), arguments],
+        [sys.executable, str(script), json.dumps([options, TEXTS, MAX_TOKENS])],
         env=environment,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -127,9 +142,8 @@ def answers_of(engine: subprocess.Popen[str]) -> tuple[list[list[int]], dict[str
 def test_two_engines_of_worker_processes_share_one_draft(
     tiny_pair: TinyModels, expected: list[list[int]], nodes: Nodes, tmp_path: Path
 ) -> None:
-    nodes.address_is_known()
     options = ray_options(tiny_pair, draft_name="ours", draft_resources={"draft": 1.0})
-    engines = [start_engine(tmp_path, options) for _ in range(2)]
+    engines = [start_engine(tmp_path, options, nodes) for _ in range(2)]
     try:
         for engine in engines:
             tokens, stats = answers_of(engine)

@@ -21,7 +21,7 @@ from vllm_ssd.target.process import draft_environment
 from vllm_ssd.wire.address import TCPAddress
 from vllm_ssd.wire.keys import new_key
 
-FAREWELL_SECONDS = 5.0
+FAREWELL_SECONDS = 2.0
 """An actor whose server did not come up stays so long, for the engines that wait to learn why."""
 
 
