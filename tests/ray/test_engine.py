@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,7 @@ def start_engine(folder: Path, options: dict[str, Any], nodes: Nodes) -> subproc
         env=environment,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
+        start_new_session=True,
         text=True,
     )
 
@@ -152,12 +154,13 @@ def test_two_engines_of_worker_processes_share_one_draft(
             assert stats["errors"] == stats["resyncs"] == stats["restarts"] == 0
         assert list(draft_actors()) == ["vllm_ssd_draft_ours"]
         pids = pids_of(the_actor())
-        engines[0].kill()
+        os.killpg(engines[0].pid, signal.SIGKILL)  # vLLM leaves the other processes be
         engines[1].communicate("end\n", timeout=60.0)
         assert engines[1].returncode == 0
     finally:
         for engine in engines:
-            engine.kill()
+            with suppress(ProcessLookupError):
+                os.killpg(engine.pid, signal.SIGKILL)
             engine.wait()
     wait_until_gone(*pids, seconds=LINGER_SECONDS + 20.0)
     harness.wait_for(lambda: not draft_actors(), 20.0, "no actor left")

@@ -78,7 +78,8 @@ def _stop_unneeded(server: DraftServer, linger_s: float) -> None:
     needed_until = time.monotonic() + FIRST_TARGET_SECONDS
     while time.monotonic() < needed_until:
         time.sleep(LOOK_SECONDS)
-        if server.targets:
+        # A target that is here joins when it has itself come up, which can take minutes.
+        if server.connections:
             needed_until = time.monotonic() + linger_s + LOOK_SECONDS
     server.stop()
     time.sleep(ENDING_SECONDS)
