@@ -79,11 +79,12 @@ def join() -> Join:
 
 
 @contextmanager
-def joined(draft: PlacedByRay) -> Iterator[Channel[TargetBound]]:
-    """A target of the draft."""
+def joined(draft: PlacedByRay, late_s: float = 0.0) -> Iterator[Channel[TargetBound]]:
+    """A target of the draft, which joins it so many seconds after it has connected."""
     address, key = draft.find(NEVER)
     channel = peer_channel(connect(address, key, 5.0), TargetBound)
     try:
+        time.sleep(late_s)
         channel.send(DraftBound(1, 0, [join()]))
         deadline = time.monotonic() + 10.0
         answers: list[Any] = []
@@ -113,8 +114,8 @@ def test_engines_that_ask_at_once_share_one_actor_until_the_last_has_gone(
 
     with joined(drafts[0]), suppress(ZeroDivisionError), joined(drafts[1]):
         raise ZeroDivisionError  # the second goes first, without a word
-    with joined(drafts[1]):
-        time.sleep(LINGER + 1.0)  # the first has gone, and the draft has one engine left
+    # As long as an engine is there the draft stays, also for one that still loads its target.
+    with joined(drafts[1], late_s=LINGER + 1.0):
         assert pids_of(the_actor()) == (actor, server)
     wait_until_pids_gone(actor, server, seconds=LINGER + 20.0)
     harness.wait_for(lambda: not draft_actors(), 10.0, "no actor left")
