@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ _lock = threading.Lock()
 _users = 0
 _joined = False
 """Whether we have connected this process to a cluster that runs without it."""
+_address = ""
+"""Of that cluster, for the next time."""
 
 
 @contextmanager
@@ -50,6 +53,7 @@ def connected() -> Iterator[None]:
 
 def _connect() -> bool:
     """Join the running cluster, else start one; whether it was running."""
+    global _address
     import ray
 
     common: dict[str, Any] = {
@@ -58,12 +62,15 @@ def _connect() -> bool:
         "log_to_driver": False,
     }
     try:
-        ray.init(address="auto", **common)
+        ray.init(address=_address or "auto", **common)
     except ConnectionError:
+        if _address or os.environ.get("RAY_ADDRESS"):
+            raise  # a cluster that is lost: another one would not have the draft's resources
         ray.init(address="local", include_dashboard=False, **common)
         logger.info("ssd: no Ray cluster runs, so one was started on this machine for the draft")
         return False
-    logger.info("ssd: connected to Ray at %s", ray.get_runtime_context().gcs_address)
+    _address = ray.get_runtime_context().gcs_address
+    logger.info("ssd: connected to Ray at %s", _address)
     return True
 
 
