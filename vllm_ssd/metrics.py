@@ -48,7 +48,10 @@ COUNTERS = {
 GAUGES = {
     "ssd_draft_up": ("draft_up", "1 while the draft is up."),
     "ssd_draft_rows_used": ("draft_rows_used", "Rows of the draft's batch that are taken."),
-    "ssd_draft_kv_cache_usage_perc": ("draft_kv_usage", "Of the draft's KV cache; 1: all of it."),
+    "ssd_draft_kv_cache_usage_perc": (
+        "draft_kv_cache_usage_perc",
+        "Of the draft's KV cache; 1: all of it.",
+    ),
 }
 """The same for what goes up and down."""
 MISSES = ("no_branch", "not_ready", "resync", "draft_down")

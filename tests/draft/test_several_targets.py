@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
@@ -36,7 +37,7 @@ def check_all(sims: list[Simulation]) -> None:
 def test_trees_are_exact_whatever_the_others_do(short: bool, lookahead: bool) -> None:
     rng = random.Random(7 * short + lookahead)
     hits = narrowed = 0
-    for _ in range(25):
+    for _ in range(10):
         sizes = Sizes(depth=4, fan_out=None, lookahead=lookahead, max_length=48)
         if short:
             sizes = sizes._replace(
@@ -64,7 +65,7 @@ def test_trees_are_exact_whatever_the_others_do(short: bool, lookahead: bool) ->
         check_always(sims[0])
         sims[0].leave()
         assert sims[0].blocks.all_free
-    assert hits > 100
+    assert hits > 40
     assert narrowed > 0 or not short
 
 
@@ -123,6 +124,19 @@ def test_a_common_beginning_is_computed_once() -> None:
     assert second.engine.counters["draft_prefill_tokens"] - before <= first.sizes.block_size
 
 
+def test_counters_are_those_since_a_target_has_joined() -> None:
+    early = Simulation(Sizes())
+    early.start(PROMPT)
+    early.settle()
+    late = Simulation(Sizes(), beside=early)
+    assert early.session.counters["draft_steps"] > 0
+    assert late.session.counters["draft_steps"] == 0
+    late.start(PROMPT[2:])
+    late.settle()
+    counters = late.session.counters
+    assert 0 < counters["draft_steps"] < early.session.counters["draft_steps"]
+
+
 def test_a_burst_takes_no_live_trunk_from_another_target() -> None:
     sizes = Sizes(max_rows=8, num_blocks=400)
     calm, busy = together(sizes, sizes)
@@ -159,7 +173,7 @@ def test_a_target_that_is_quiet_gives_its_rows_up() -> None:
     burst = [busy.start([4, 5, n]) for n in range(5)]
     busy.settle()
     assert sum(holds_trunk(busy, request) for request in burst) < 5
-    quiet.session.share.quiet = True
+    quiet.session.share.last_heard = -math.inf
     for request in burst:
         busy.confirm(request, 0, busy.best(request.text)[0])
     busy.propose(burst)

@@ -52,6 +52,7 @@ def test_preemption(start_pair: Callable[[Spec], Pair]) -> None:
     assert stats["tokens_accepted"] > 0
 
 
+@pytest.mark.slow
 def test_padded_misses(start_pair: Callable[[Spec], Pair]) -> None:
     options = {"fan_out": 1, "max_wait_ms": LONG_WAIT_MS, "pad_misses": True}
     pair = start_pair(Spec("near", 4, options))

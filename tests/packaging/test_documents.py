@@ -55,5 +55,10 @@ def test_the_dashboard_shows_metrics_that_there_are() -> None:
 def test_operations_explains_every_metric() -> None:
     """The table under "Metrics"."""
     text = (ROOT / "docs" / "operations.md").read_text()
-    names = [*metrics.COUNTERS, *metrics.GAUGES, metrics.DEPTH, *(name for name, _ in metrics.TIMES.values())]
+    names = [
+        *metrics.COUNTERS,
+        *metrics.GAUGES,
+        metrics.DEPTH,
+        *(name for name, _ in metrics.TIMES.values()),
+    ]
     assert [name for name in names if f"`vllm:{name}" not in text] == []

@@ -135,6 +135,11 @@ class Decoding:
             assert self.running, "the requests ended too early for this test"
             self.step()
 
+    def abort(self, index: int) -> None:
+        """Abort one of the requests in mid-flight."""
+        self._engine.abort_request([self._ids[index]])
+        self._unfinished.discard(self._ids[index])
+
     def finish(self) -> list[list[int]]:
         """Step to the end.
 
@@ -143,7 +148,7 @@ class Decoding:
         """
         while self.running:
             self.step()
-        return [self._answers[req_id] for req_id in self._ids]
+        return [self._answers.get(req_id, []) for req_id in self._ids]
 
 
 def stats(llm: LLM) -> dict[str, float]:

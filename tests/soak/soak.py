@@ -135,6 +135,7 @@ def _soak(folder: Path, minutes: float, seed: int, pause: float) -> bool:
     draft = ["-m", "vllm_ssd.cli.main", "draft-server", "--model", str(tiny_models().near)]
     draft += ["--listen", address, "--dtype", "float32", "--enforce-eager", "--max-requests", "16"]
     draft += ["--kv-cache-memory-bytes", str(64 << 20)]
+    draft += ["--cores", str(max(os.sched_getaffinity(0)))]
     server = Process("server", [sys.executable, *draft], log)
     targets = [
         Process(f"target {n}", [sys.executable, "-m", "tests.soak.target", str(n), address], log)

@@ -19,12 +19,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+_CORES = sorted(os.sched_getaffinity(0))
+os.sched_setaffinity(0, _CORES[:-1] or _CORES)  # the last one is the draft server's
 
-from vllm import LLM, SamplingParams
+from vllm import LLM, SamplingParams  # noqa: E402
 
-from tests.robustness.harness import ENGINE, prompts
-from tests.tiny_models import tiny_models
-from vllm_ssd import get_stats
+from tests.robustness.harness import ENGINE, prompts  # noqa: E402
+from tests.tiny_models import tiny_models  # noqa: E402
+from vllm_ssd import get_stats  # noqa: E402
 
 POOL = 24
 LONGEST = 160

@@ -149,6 +149,23 @@ def test_a_draft_that_never_comes_up_again_is_tried_for_ever(
     assert waited == client_module.LONGEST_BACKOFF_SECONDS
 
 
+def test_a_server_is_tried_every_second_and_the_log_tells_it_once_a_minute(
+    clock: Clock, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_module.logger, "handlers", [caplog.handler])
+    monkeypatch.setattr(client_module.logger, "propagate", False)
+    client = DraftClient(Draft, JOIN, TIMEOUT, Stats(), lambda: None)
+    client.launch()
+    for _ in range(180):
+        assert lose(client, clock) <= client_module.LONGEST_REJOIN_SECONDS
+    assert 2 <= len(caplog.records) <= 4
+    assert "not reached: " in caplog.text
+    bring_up(client, clock)
+    caplog.clear()
+    assert lose(client, clock) <= client_module.LONGEST_REJOIN_SECONDS
+    assert len(caplog.records) == 1
+
+
 def test_the_drafts_counters_go_on_after_a_restart(client: DraftClient, clock: Clock) -> None:
     client.launch()
     client.allocate(1 << 20)

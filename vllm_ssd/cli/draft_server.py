@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vllm.vllm_ssd.draft")
 
 _STARTED = "VLLM_SSD_DRAFT_SERVER"
-"""Set in the environment of the process that serves."""
+"""Set in the environment of the process that is to serve; it takes it out again."""
 
 
 @dataclass(kw_only=True)
@@ -51,6 +51,8 @@ def run(options: Options) -> None:
     Raises:
         CommandError: an option is wrong, or the model or the address cannot be used.
     """
+    for ending in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(ending, lambda *_: sys.exit())  # nobody is served yet
     try:
         config = SSDConfig.parse(options.draft)
         address, key = _listens_at(options)
@@ -60,6 +62,10 @@ def run(options: Options) -> None:
         _serve(setup, kv_cache_bytes, options, address, key)
     except (ValueError, RuntimeError, OSError) as error:
         raise CommandError(str(error).removeprefix("ssd: ")) from error
+    # Without the interpreter's shutdown: the engine holds threads and compiled code.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def core_numbers(text: str) -> list[int]:
@@ -113,7 +119,7 @@ def _device(config: SSDConfig) -> str | None:
 
 def _start_anew(cores: list[int], device: str | None) -> None:
     """Start this program again: OpenMP is preloaded, and counts its cores, at the start only."""
-    if os.environ.get(_STARTED):
+    if os.environ.pop(_STARTED, None):
         return
     if cores:
         os.sched_setaffinity(0, cores)
@@ -200,14 +206,14 @@ def _serve(
         setup.engine_args["model"], revision, trust_remote_code=options.trust_remote_code
     )
     server = DraftServer(options.max_targets)
-    for ending in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(ending, lambda *_: server.stop())
     if options.metrics_port is not None:
         serve_metrics(server, options.metrics_host, options.metrics_port)
     # An address that is in use is found out before anything is loaded.
     listener = Listener(address, key)
     try:
         offer = bring_up(server, setup, kv_cache_bytes, vocabulary)
+        for ending in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(ending, lambda *_: server.stop())
         logger.info("ssd: draft server for %s listens on %s", offer.model, listener.address)
         server.serve_all(listener)
     finally:

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 GAUGES = {
     "targets": "Targets that it drafts for.",
-    "draft_rows": "Rows of its batch.",
+    "draft_rows_in_all": "Rows of its batch.",
     "draft_rows_used": "Rows that are taken.",
-    "draft_kv_usage": "Of its KV cache; 1: all of it.",
+    "draft_kv_cache_usage_perc": "Of its KV cache; 1: all of it.",
 }
 COUNTERS = {
     "targets_joined": "Targets that have joined.",

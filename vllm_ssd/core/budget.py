@@ -36,7 +36,7 @@ def worth_of_a_hit(
     acceptance: float,
     prepared: bool,
     lookahead: bool = False,
-    others: int = 0,
+    others: float = 0.0,
 ) -> Float64Array:
     """How many more tokens a round yields on a hit, with 1, 2, ... branches for every request.
 
@@ -86,8 +86,8 @@ class RoundTimes:
     """
 
     def __init__(self, depth: int, lookahead: bool, steps: StepTimeModel) -> None:
-        self.others = 0
-        """Rows that the newest step decoded for other targets."""
+        self._others = 0.0
+        """Rows that a step decodes for other targets, smoothed."""
         self._steps = steps
         self._depth, self._lookahead = depth, lookahead
         self._batch = 1
@@ -115,6 +115,10 @@ class RoundTimes:
         self._batch, self._verifying = batch, verifying
         self._worth = None
 
+    def observe_others(self, rows: int) -> None:
+        """Take in how many rows a step decoded for other targets."""
+        self._others += _SMOOTHING * (rows - self._others)
+
     def observe_plan(self, seconds: float) -> None:
         """Take in what it took to follow outcomes and to plan and fork the next trees."""
         self._plan_seconds += _SMOOTHING * (seconds - self._plan_seconds)
@@ -127,7 +131,7 @@ class RoundTimes:
             if seconds:
                 seconds = max(1e-9, seconds - self._plan_seconds)
             shared = (most, self._steps, seconds, self._batch, self._depth, acceptance)
-            more = self._lookahead, self.others
+            more = self._lookahead, self._others
             self._worth = np.stack(
                 [worth_of_a_hit(*shared, prepared, *more) for prepared in (False, True)]
             )

@@ -16,7 +16,7 @@ import numpy as np
 
 from vllm_ssd.core.arrays import Float64Array, Int32Array
 from vllm_ssd.draft.blocks import KVBlocks
-from vllm_ssd.draft.fairness import Fairness
+from vllm_ssd.draft.fairness import Fairness, Part
 from vllm_ssd.draft.model import BlockChanges
 from vllm_ssd.draft.request import DORMANT, Request
 from vllm_ssd.draft.rows import Rows
@@ -41,7 +41,7 @@ class Allocator:
         self.blocks = blocks
         self.shares: list[Share] = []
         """One for each target."""
-        self._fairness = Fairness(self.shares, rows, blocks.count)
+        self._fairness = Fairness(self.shares, Part(len(rows.start), blocks.count))
         self.catching_up: dict[Request, None] = {}
         """Requests whose trunk has more than one confirmed token to compute, in their order."""
 
@@ -270,43 +270,69 @@ class Allocator:
         """
         if self._has_room(rows, blocks):
             return True
-        fairness, share = self._fairness, wanting.share
-        lenders = fairness.lenders(share, rows, blocks)
-        idle = [request for request in fairness.idle(lenders) if request is not wanting]
+        lenders = self._fairness.lenders(wanting.share, Part(rows, blocks))
+        idle = [one for share in lenders for one in share.idle() if one is not wanting]
         if blocks > self._within_reach(lenders, idle):
             return False
-        for request, row in fairness.least_likely(lenders):
-            if fairness.must_give(request.share, share):
-                request.share.counters["draft_narrowed"] += 1
-                self.prune(request, [row])
-                if self._has_room(rows, blocks):
-                    return True
+        self._take_forks(lenders, rows, blocks)
+        idle.sort(
+            key=lambda request: (not request.share.quiet, request.last_used - request.share.round)
+        )
         for request in idle:
-            if fairness.must_give(request.share, share):
+            if self._has_room(rows, blocks):
+                return True
+            if max(lenders[request.share]) > 0:
+                lenders[request.share] -= Part(1, len(request.blocks))
                 request.share.counters["draft_evictions"] += 1
                 self.release(request)
-                if self._has_room(rows, blocks):
-                    return True
-        return False
+        return self._has_room(rows, blocks)
 
     def _claim(self, share: Share, rows: int, blocks: int) -> None:
         """Take forks that other targets hold beyond their fair share, up to one's own."""
-        rows_left, blocks_left = self._fairness.left(share)
-        rows, blocks = min(rows, rows_left), min(blocks, blocks_left)
         if self._has_room(rows, blocks):
             return
-        lenders = self._fairness.lenders(share, rows, blocks)
-        for request, row in self._fairness.least_likely(lenders[1:]):
-            if self._fairness.must_give(request.share, share):
-                request.share.counters["draft_narrowed"] += 1
-                self.prune(request, [row])
-                if self._has_room(rows, blocks):
-                    return
+        left = self._fairness.left(share)
+        rows, blocks = int(min(rows, left.rows)), int(min(blocks, left.blocks))
+        lenders = self._fairness.lenders(share, Part(rows, blocks))
+        del lenders[share]
+        self._take_forks(lenders, rows, blocks)
+
+    def _take_forks(self, lenders: dict[Share, Part], rows: int, blocks: int) -> None:
+        """Free forks, the least likely first, until there are so many free rows and blocks.
+
+        Args:
+            lenders: whose, and at most how much of each; what is taken is taken off.
+            rows: to be free.
+            blocks: to be free.
+        """
+        free_rows, free_blocks = self.rows.free_count, self.blocks.free_count
+        taken: dict[Request, list[int]] = {}
+        forks = [
+            (request, row)
+            for share in lenders
+            for request in share.requests.values()
+            for row in request.forks
+        ]
+        chances = self.rows.chance[[row for _, row in forks]]
+        for i in np.argsort(chances, kind="stable").tolist():
+            if free_rows >= rows and free_blocks >= blocks:
+                break
+            request, row = forks[i]
+            if max(lenders[request.share]) <= 0:
+                continue
+            own = len(request.forks[row])
+            lenders[request.share] -= Part(1, own)
+            taken.setdefault(request, []).append(row)
+            free_rows += self.rows.is_free_at_once(row)
+            free_blocks += own
+        for request, its in taken.items():
+            request.share.counters["draft_narrowed"] += len(its)
+            self.prune(request, its)
 
     def _has_room(self, rows: int, blocks: int) -> bool:
         return self.rows.free_count >= rows and self.blocks.free_count >= blocks
 
-    def _within_reach(self, shares: Sequence[Share], idle: Sequence[Request]) -> int:
+    def _within_reach(self, shares: Iterable[Share], idle: Sequence[Request]) -> int:
         """The most blocks that can be freed; shared ones count twice."""
         forks = sum(
             len(own)

@@ -93,7 +93,7 @@ class DraftEngine:
         blocks = self.allocator.blocks
         return {
             "draft_rows_used": float(self.max_rows - self._rows.free_count),
-            "draft_kv_usage": 1.0 - blocks.free_count / max(1, blocks.count),
+            "draft_kv_cache_usage_perc": 1.0 - blocks.free_count / max(1, blocks.count),
         }
 
     @property
@@ -139,17 +139,18 @@ class DraftEngine:
     def _follow_up(self, taken: Taken) -> None:
         """Give the sessions what a step has found."""
         if len(self.sessions) == 1:
-            self.sessions[0].grow(taken.grown, 0)
+            self.sessions[0].grow(taken.grown)
         else:
             owners = self._rows.owner[taken.grown.rows]
+            decoding = self._rows.owner[taken.decoding]
             for session in self.sessions:
-                own = owners == session.share.index
-                session.grow(taken.grown.of(own), taken.decoded - int(own.sum()))
+                session.grow(taken.grown.of(owners == session.share.index))
+                session.observe_others(int((decoding != session.share.index).sum()))
         # Forks may take rows of others: all that grew must be in the trees by now.
         for session in self.sessions:
             session.fork()
         seconds = self._tally.step(taken, self._pipeline.model_seconds)
         if not taken.prefilled:
-            self.step_times.observe(taken.decoded, seconds)
+            self.step_times.observe(len(taken.decoding), seconds)
         for session in self.sessions:
             session.end_idle_round()

@@ -8,73 +8,61 @@ within its fair share is its own. One that has been quiet for a while is not usi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from typing import NamedTuple
 
-import numpy as np
-
-from vllm_ssd.draft.request import Request
-from vllm_ssd.draft.rows import Rows
 from vllm_ssd.draft.share import Share
 
 
+class Part(NamedTuple):
+    """Rows and KV blocks."""
+
+    rows: float
+    blocks: float
+
+    def __sub__(self, other: Part) -> Part:
+        return Part(self.rows - other.rows, self.blocks - other.blocks)
+
+
+ALL = Part(math.inf, math.inf)
+
+
 class Fairness:
-    """Decides who gives up what.
+    """Decides who gives up how much.
 
     Args:
         shares: of all targets; the list is the caller's and changes.
-        rows: the rows of the batch.
-        blocks: how many KV blocks there are.
+        whole: rows and blocks of the draft.
     """
 
-    def __init__(self, shares: list[Share], rows: Rows, blocks: int) -> None:
+    def __init__(self, shares: list[Share], whole: Part) -> None:
         self._shares = shares
-        self._rows = rows
-        self._blocks = blocks
+        self._whole = whole
 
-    def left(self, share: Share) -> tuple[int, int]:
-        """Rows and blocks that a target may still claim; negative if it holds more than is fair."""
-        count = len(self._shares)
-        rows = len(self._rows.start) // count - share.held_rows()
-        return rows, self._blocks // count - share.held_blocks()
+    def left(self, share: Share) -> Part:
+        """What a target may still claim; negative where it holds more than is fair."""
+        return self._fair() - Part(share.held_rows(), share.held_blocks())
 
-    def lenders(self, share: Share, rows: int, blocks: int) -> list[Share]:
-        """The targets that may have to give something up.
+    def lenders(self, share: Share, wanted: Part) -> dict[Share, Part]:
+        """The targets that have to give something up, and at most how much.
 
         Args:
-            share: of the target that wants more.
-            rows: how many.
-            blocks: how many.
+            share: of the target that wants more; it gives up whatever it can itself.
+            wanted: how much.
         """
+        found = {share: ALL}
         others = [other for other in self._shares if other is not share]
         if others:
-            rows_left, blocks_left = self.left(share)
-            fair = rows <= rows_left and blocks <= blocks_left
-            others = [other for other in others if other.quiet or (fair and self._beyond(other))]
-        return [share, *others]
+            left = self.left(share)
+            fair = wanted.rows <= left.rows and wanted.blocks <= left.blocks
+            for other in others:
+                beyond = Part(0.0, 0.0) - self.left(other)
+                if other.quiet:
+                    found[other] = ALL
+                elif fair and max(beyond) > 0.0:
+                    found[other] = beyond
+        return found
 
-    def idle(self, lenders: Sequence[Share]) -> list[Request]:
-        """Their requests that are not in use, those of quiet targets and the oldest first."""
-        idle = [request for share in lenders for request in share.idle()]
-        idle.sort(
-            key=lambda request: (not request.share.quiet, request.last_used - request.share.round)
-        )
-        return idle
-
-    def least_likely(self, lenders: Sequence[Share]) -> list[tuple[Request, int]]:
-        """Their forks with their rows, the least likely first."""
-        forks = [
-            (request, row)
-            for share in lenders
-            for request in share.requests.values()
-            for row in request.forks
-        ]
-        chances = self._rows.chance[[row for _, row in forks]]
-        return [forks[i] for i in np.argsort(chances, kind="stable").tolist()]
-
-    def must_give(self, lender: Share, share: Share) -> bool:
-        """Whether one of :meth:`lenders` still has to give something up."""
-        return lender is share or lender.quiet or self._beyond(lender)
-
-    def _beyond(self, share: Share) -> bool:
-        """Whether a target holds more than its fair share."""
-        return min(self.left(share)) < 0
+    def _fair(self) -> Part:
+        count = max(1, len(self._shares))
+        return Part(self._whole.rows // count, self._whole.blocks // count)

@@ -28,8 +28,6 @@ logger = logging.getLogger("vllm.vllm_ssd.draft")
 ALIVE_SECONDS = 0.5
 """During a step longer than this, signs of life are sent."""
 REPORT_SECONDS = 0.25
-QUIET_SECONDS = 2.0
-"""A target that has sent nothing for so long is not using its requests."""
 _LOST_SECONDS = 0.05
 
 
@@ -56,10 +54,15 @@ class Line:
         self._expected = 0
         self._broken = False
         self._number = 0
-        self._last_heard = self._last_sent = time.monotonic()
+        self._last_sent = time.monotonic()
         self._last_lost = 0.0
         self._last_report = 0.0
         self._steps_reported = 0
+
+    @property
+    def joined(self) -> bool:
+        """Whether it is a target's that has joined."""
+        return self._session is not None
 
     def serve(self, engine: DraftEngine, session: Session, bounds: Bounds) -> None:
         """The target has joined: what it sends from now on is for this session."""
@@ -85,11 +88,8 @@ class Line:
             ConnectionError: the target is gone.
         """
         frames = self.channel.receive(0.0)
-        now = time.monotonic()
-        if frames:
-            self._last_heard = now
-        if self._session is not None:
-            self._session.share.quiet = now - self._last_heard > QUIET_SECONDS
+        if frames and self._session is not None:
+            self._session.share.last_heard = time.monotonic()
         for frame in frames:
             self._take(frame)
         return bool(frames)

@@ -30,8 +30,8 @@ class Taken(NamedTuple):
 
     grown: Grown
     """The rows that grew, and by what."""
-    decoded: int
-    """How many rows were decoded."""
+    decoding: Int32Array
+    """The rows that were decoded."""
     prefilled: int
     """How many prompt tokens were prefilled."""
     began: float
@@ -115,8 +115,12 @@ class Pipeline:
 
     def has_work_for(self, share: Share) -> bool:
         """The same for one target's rows and prompts."""
-        if self._under_way is not None:
-            return True
+        step = self._under_way
+        if step is not None:
+            if (self._rows.owner[step.decoding] == share.index).any():
+                return True
+            if any(request.share is share for request, _ in step.chunks):
+                return True
         if any(request.share is share for request in self._allocator.catching_up):
             return True
         return bool((self._rows.pending & (self._rows.owner == share.index)).any())
@@ -302,4 +306,4 @@ class Pipeline:
             sampling = None if sampling is None else sampling.of(at)
         grown = rows.take_step(fed, choices, sampling)
         prefilled = sum(count for _, count in step.chunks)
-        return Taken(grown, len(decoding), prefilled, step.began)
+        return Taken(grown, decoding, prefilled, step.began)

@@ -192,6 +192,10 @@ class Rows:
         for row in rows:
             (self._waiting if self._ahead[row] else self._free).append(row)
 
+    def is_free_at_once(self, row: int) -> bool:
+        """Whether a row that is given back now can be taken now."""
+        return not self._ahead[row]
+
     def launched_ahead(self, rows: Int32Array) -> None:
         """A step of these rows is under way; the one before it has been taken."""
         self._free += self._waiting

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("vllm.vllm_ssd.draft")
 
+LOG_AGAIN_SECONDS = 60.0
+"""The same refusal is logged once in this time."""
+
 
 class DraftServer:
     """Drafts for the targets that it has, until :meth:`stop`.
@@ -50,6 +53,8 @@ class DraftServer:
         self._engine: DraftEngine | None = None
         self._offer: Offer | None = None
         self._in_step = False
+        self._refusal = ("", 0.0)
+        """The last one that was logged, and when."""
         self._joined = self._refused = 0
         """Targets."""
         self._stopped = threading.Event()
@@ -103,7 +108,7 @@ class DraftServer:
             counters = self._engine.counters
             figures |= {**counters, **self._engine.gauges()}
             figures["draft_step_rows"] = counters["draft_rows"]
-            figures["draft_rows"] = self._engine.max_rows
+            figures["draft_rows_in_all"] = self._engine.max_rows
         return figures
 
     @property
@@ -139,23 +144,35 @@ class DraftServer:
         if engine is None or offer is None or not isinstance(message, Join):
             raise OutOfStepError(f"{type(message).__name__} to a draft that is not up")
         try:
-            if self.targets >= self._most_targets:
-                raise ValueError(f"the draft serves {self.targets} targets, and no more")
             policy = agree(message, offer)
+            if message.stay and self.targets >= self._most_targets:
+                raise ValueError(
+                    f"the draft serves {self.targets} targets, and no more; end one of them, or "
+                    f"start the draft server with --max-targets {self.targets + 1}"
+                )
         except ValueError as error:
             self._refused += 1
-            logger.warning("ssd draft: a target is refused: %s", error)
+            self._log_refusal(str(error))
             line.send([Failed(str(error))])
             return
-        vocab_size, longest = min(message.vocab_size, offer.vocab_size), offer.max_model_len
-        bounds = Bounds(vocab_size, longest, policy.num_speculative_tokens)
-        line.serve(engine, engine.open(policy), bounds)
-        self._joined += 1
-        blocks = engine.allocator.blocks
-        sizes = engine.max_rows, blocks.count + 1, blocks.block_size
-        line.send([Ready(*sizes, longest, offer.model)])
-        if self._listener is not None:
-            logger.info("ssd draft: a target has joined, %d in all", self.targets)
+        longest, blocks = offer.max_model_len, engine.allocator.blocks
+        ready = Ready(engine.max_rows, blocks.count + 1, blocks.block_size, longest, offer.model)
+        if message.stay:
+            vocab_size = min(message.vocab_size, offer.vocab_size)
+            bounds = Bounds(vocab_size, longest, policy.num_speculative_tokens)
+            line.serve(engine, engine.open(policy), bounds)
+            self._joined += 1
+            if self._listener is not None:
+                logger.info("ssd draft: a target has joined, %d in all", self.targets)
+        line.send([ready])
+
+    def _log_refusal(self, reason: str) -> None:
+        """A line, unless it was the last one just now: who is refused comes again soon."""
+        now = time.monotonic()
+        known, logged_at = self._refusal
+        if reason != known or now - logged_at > LOG_AGAIN_SECONDS:
+            self._refusal = reason, now
+            logger.warning("ssd draft: a target is refused: %s", reason)
 
     # ---- the loop
 
@@ -230,8 +247,10 @@ class DraftServer:
 
     def _drop(self, line: Line, reason: str) -> None:
         self._lines.remove(line)
+        joined = line.joined
         line.close()
-        logger.info("ssd draft: a target is gone (%s), %d left", reason, self.targets)
+        if joined:
+            logger.info("ssd draft: a target is gone (%s), %d left", reason, self.targets)
 
     def _beat(self) -> None:
         """Signs of life during steps that take long."""

@@ -76,11 +76,14 @@ class Session:
         self._forking = Forking(allocator, self.share, policy, outcomes, self._times)
         self._resting = False
         """Nothing is proposed: no branches are drafted, only the texts are kept."""
+        self._steps_before = dict(engine.counters)
 
     @property
     def counters(self) -> dict[str, float]:
-        """Of the engine's steps and of this target's rounds, since the start."""
-        return {**self._engine.counters, **self._tally.counters}
+        """Of the engine's steps and of this target's rounds, since it has joined."""
+        before = self._steps_before
+        steps = {name: count - before[name] for name, count in self._engine.counters.items()}
+        return {**steps, **self._tally.counters}
 
     # ---- messages from the target
 
@@ -263,14 +266,12 @@ class Session:
         """Learn from the last verifications, while the device is busy."""
         self._learning.learn()
 
-    def grow(self, grown: Grown, others: int) -> None:
-        """Grow the trees by a step; :meth:`fork` comes next.
+    def observe_others(self, rows: int) -> None:
+        """Take in how many rows a step decoded for other targets."""
+        self._times.observe_others(rows)
 
-        Args:
-            grown: the rows of this target that grew.
-            others: how many rows the step decoded for other targets.
-        """
-        self._times.others = others
+    def grow(self, grown: Grown) -> None:
+        """Grow the trees by a step, in which these rows of the target grew."""
         self.trees.step(grown, chances_of(self._outcomes, grown))
 
     def fork(self) -> None:

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import time
+
 from vllm_ssd.draft.request import DORMANT, Request
 from vllm_ssd.draft.trees import Trees
+
+QUIET_SECONDS = 5.0
+"""A target that has sent nothing for so long counts as idle; during a step it sends nothing."""
 
 
 class Share:
@@ -25,15 +31,21 @@ class Share:
         """Those whose trunk the target waits for: it decides later what it proposes."""
         self.round = 0
         """Rounds so far: the clock of :attr:`Request.last_used`."""
-        self.quiet = False
+        self.last_heard = math.inf
+        """When the target last sent something, by ``time.monotonic``."""
+
+    @property
+    def quiet(self) -> bool:
         """Whether the target has sent nothing for a while: all of its requests count as idle."""
+        return time.monotonic() - self.last_heard > QUIET_SECONDS
 
     def idle(self) -> list[Request]:
         """Requests that hold a trunk and were not used in this round."""
+        quiet = self.quiet
         return [
             request
             for request in self.requests.values()
-            if request.trunk != DORMANT and (self.quiet or request.last_used < self.round)
+            if request.trunk != DORMANT and (quiet or request.last_used < self.round)
         ]
 
     def held_rows(self) -> int:

@@ -52,7 +52,7 @@ class StepTally:
         self._counted = now
         counters = self.counters
         counters["draft_steps"] += 1
-        counters["draft_rows"] += taken.decoded
+        counters["draft_rows"] += len(taken.decoding)
         counters["draft_prefill_tokens"] += taken.prefilled
         counters["draft_step_seconds"] += seconds
         self.steps.add(seconds)

@@ -123,7 +123,13 @@ class Trees:
         """Take forks off a request's tree."""
         self.cache.prune([handle], [len(rows)], np.array(rows, np.int32))
         self._close()
-        self._messages.append(Pruned(pack([handle]), pack([len(rows)]), pack(rows)))
+        handles, counts, packed = pack([handle]), pack([len(rows)]), pack(rows)
+        last = self._messages[-1] if self._messages else None
+        if isinstance(last, Pruned):  # those of several requests share a message
+            handles, counts = last.handles + handles, last.counts + counts
+            self._messages[-1] = Pruned(handles, counts, last.rows + packed)
+        else:
+            self._messages.append(Pruned(handles, counts, packed))
 
     def step(self, grown: Grown, chances: Float32Array) -> None:
         """One decode step: rows grow by a token each, some end with it.

@@ -8,6 +8,8 @@ import time
 import weakref
 from collections.abc import Callable
 
+from msgspec.structs import replace
+
 from vllm_ssd.config import SSDConfig
 from vllm_ssd.wire.address import Address, TCPAddress, parse_address
 from vllm_ssd.wire.channel import Channel, peer_channel
@@ -61,8 +63,9 @@ class Attachment:
         return self._opening.failure
 
     def wait(self, timeout: float) -> None:
-        """Wait until it is open, or has failed."""
-        self._thread.join(timeout)
+        """Wait until it is open, or has failed, or was ended: nothing else depends on that."""
+        if self.end.alive:
+            self._thread.join(timeout)
 
     def __str__(self) -> str:
         """For the log."""
@@ -128,8 +131,8 @@ def server_of(config: SSDConfig) -> tuple[Address, Key | None]:
     return parsed, key
 
 
-def ask(address: Address, key: Key | None, join: Join) -> Ready:
-    """Ask a draft server what it offers a target, without staying.
+def ask(address: Address, key: Key | None, join: Join) -> None:
+    """Ask a draft server whether it would draft for a target, without joining it.
 
     Args:
         address: where it listens.
@@ -143,12 +146,12 @@ def ask(address: Address, key: Key | None, join: Join) -> Ready:
     channel = peer_channel(connect(address, key, CONNECT_SECONDS), TargetBound)
     deadline = time.monotonic() + CONNECT_SECONDS
     try:
-        channel.send(DraftBound(1, 0, [join]))
+        channel.send(DraftBound(1, 0, [replace(join, stay=False)]))
         while (left := deadline - time.monotonic()) > 0.0:
             for frame in channel.receive(left):
                 for answer in frame.messages if frame is not None else ():
                     if isinstance(answer, Ready):
-                        return answer
+                        return
                     if isinstance(answer, Failed):
                         raise ValueError(answer.reason)
     finally:

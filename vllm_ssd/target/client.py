@@ -45,6 +45,11 @@ SILENCE_SECONDS = 5.0
 """A draft that leaves a frame unanswered for so long is presumed hung and replaced."""
 FIRST_BACKOFF_SECONDS = 0.5
 LONGEST_BACKOFF_SECONDS = 60.0
+"""Before a process is started again, which takes cores and memory from the others."""
+LONGEST_REJOIN_SECONDS = 1.0
+"""Before the next attempt to reach a server, which costs a thread of ours next to nothing."""
+LOG_AGAIN_SECONDS = 60.0
+"""The same failure is logged once in this time."""
 CLOSE_SECONDS = 10.0
 """How long closing waits for the draft to be gone; a killed process is gone in much less."""
 EXIT_CODE_SECONDS = 1.0
@@ -65,6 +70,7 @@ class DraftClient:
         forget_requests: called when all requests must be announced again.
         setup: how a process of the target's own brings its model up; None for a draft that is up.
         agreed: called with the limits of the draft that has come up.
+        starts_server: whether reaching a draft that is up may mean to start it first.
     """
 
     def __init__(
@@ -76,6 +82,7 @@ class DraftClient:
         forget_requests: Callable[[], None],
         setup: Setup | None = None,
         agreed: Callable[[Ready], None] = lambda ready: None,
+        starts_server: bool = False,
     ) -> None:
         self.up = False
         """Whether the draft has come up and takes requests."""
@@ -92,6 +99,9 @@ class DraftClient:
         self._join = join
         self._setup = setup
         self._agreed = agreed
+        self._longest_backoff = LONGEST_BACKOFF_SECONDS
+        if setup is None and not starts_server:
+            self._longest_backoff = LONGEST_REJOIN_SECONDS
         self._memory: int | None = None
         """What a process of our own may take for its KV cache, once that is known."""
         self._opened = False
@@ -111,6 +121,8 @@ class DraftClient:
         self._start_after = 0.0
         self._unanswered_since: float | None = None
         self._failure = ""
+        self._logged = ("", 0.0)
+        """The failure last logged, and when."""
         self._doing = ""
         """What it does to come up."""
         self._was_up = False
@@ -243,14 +255,19 @@ class DraftClient:
         stable = was_up and now - self._up_since > STABLE_SECONDS
         self._failures = 1 if stable else self._failures + 1
         doubled = 2 ** min(self._failures - 1, 10)
-        backoff = min(FIRST_BACKOFF_SECONDS * doubled, LONGEST_BACKOFF_SECONDS)
+        backoff = min(FIRST_BACKOFF_SECONDS * doubled, self._longest_backoff)
         self._start_after = now + backoff
         self._counters_before = self.draft_counters
         self._begin_epoch()
-        if self._was_up:
+        # At its start the engine itself reports what became of its process.
+        known, logged_at = self._logged
+        again = now - logged_at > LOG_AGAIN_SECONDS or self._failure != known
+        if (self._was_up or self._setup is None) and (was_up or again):
+            self._logged = self._failure, now
             logger.warning(
-                "ssd: %s lost: %s; decoding plainly, next start in %.1f s",
+                "ssd: %s %s: %s; decoding plainly, next start in %.1f s",
                 link or "draft",
+                "lost" if was_up else "not reached",
                 self._failure,
                 backoff,
             )
@@ -411,8 +428,9 @@ class DraftClient:
                 self.up = self._was_up = True
                 self._up_since = time.monotonic()
                 logger.info(
-                    "ssd: %s is up: %d rows, %d KV blocks of %d tokens",
+                    "ssd: %s is up%s: %d rows, %d KV blocks of %d tokens",
                     self.link,
+                    f" ({message.model})" if message.model else "",
                     message.max_rows,
                     message.num_blocks,
                     message.block_size,

@@ -135,6 +135,7 @@ class SSDWorker(PlatformWorker):
             self._proposer.stats,
             requests.forget_all,
             agreed=agreed,
+            starts_server=self._config.draft_placement == "ray",
         )
         client.launch()
         return client

@@ -87,7 +87,7 @@ def read_key(path: str | os.PathLike[str]) -> Key:
     """
     form = f"a key is {2 * KEY_BYTES} hexadecimal digits in one line"
     quoted = shlex.quote(os.fspath(path))
-    make = f"make one: (umask 077; openssl rand -hex {KEY_BYTES} > {quoted})"
+    make = f"make one: vllm-ssd draft-key {quoted}"
     try:
         # A pipe would keep us waiting for a writer.
         file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)

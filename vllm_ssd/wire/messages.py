@@ -135,6 +135,8 @@ class Join(Message, frozen=True):
     """The target has room for so many tokens that one is sampled from."""
     saguaro_c: float = 1.0
     """C of arXiv 2603.03251, Definition 14; -1: learned."""
+    stay: bool = True
+    """False: only asks whether it could join."""
 
 
 class Start(Message, frozen=True):

@@ -1,0 +1,56 @@
+"""Decoding while a draft server comes and goes."""
+
+from __future__ import annotations
+
+import time
+
+from vllm import LLM
+
+from tests.robustness import harness
+from tests.robustness.harness import Decoding, stats
+from tests.shared.conftest import MAX_TOKENS, TEXTS
+
+BACK_SECONDS = 2.0
+"""After this time a draft that can be reached again is used."""
+
+
+def decode(engine: LLM, expected: list[list[int]]) -> None:
+    """Decode once: the texts are right, and no step is long."""
+    decoding = Decoding(engine, TEXTS, MAX_TOKENS)
+    assert decoding.finish() == expected
+    assert decoding.longest_step < harness.STEP_SECONDS
+
+
+def decode_for(engine: LLM, expected: list[list[int]], seconds: float) -> None:
+    """Decode again and again."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        decode(engine, expected)
+
+
+def decode_until_given_up(engine: LLM, expected: list[list[int]], seconds: float) -> None:
+    """Decode until the engine has given its draft up.
+
+    Raises:
+        AssertionError: it has not within this time.
+    """
+    deadline = time.monotonic() + seconds
+    while harness.client_of(engine).up:
+        assert time.monotonic() < deadline, f"not given up in {seconds:g} s"
+        decode(engine, expected)
+
+
+def seconds_until_back(engine: LLM, expected: list[list[int]]) -> float:
+    """Decode until look-ups hit again; how long that took."""
+    began, before = time.monotonic(), stats(engine)["hits"]
+    while True:
+        decoding = Decoding(engine, TEXTS, MAX_TOKENS)
+        while decoding.running and stats(engine)["hits"] == before:
+            decoding.step()
+        seconds = time.monotonic() - began
+        found = decoding.running
+        assert decoding.finish() == expected
+        assert decoding.longest_step < harness.STEP_SECONDS
+        if found:
+            return seconds
+        assert seconds < harness.RECOVERY_SECONDS, "hits did not come back"
