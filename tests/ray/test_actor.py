@@ -13,6 +13,7 @@ import pytest
 
 from tests.ray.conftest import START_SECONDS, Nodes, draft_actors, pids_of, the_actor
 from tests.ray.conftest import wait_until_gone as wait_until_pids_gone
+from tests.ray.stand_in import Engine
 from tests.robustness import harness
 from tests.tiny_models import TinyModels
 from vllm_ssd.draft_resources import DraftResources
@@ -168,23 +169,13 @@ def test_nodes_by_ip_and_id(nodes: Nodes) -> None:
             placing(DraftResources(bundle=1), True)
 
 
-class Engine:
-    """In an engine's place, an actor."""
-
-    def chosen(self, resources: DraftResources) -> Any:
-        """Which bundle of its group its draft would get, as a thread of the engine finds it."""
-        with ThreadPoolExecutor(1) as thread:
-            strategy = thread.submit(placing, resources, True).result()["scheduling_strategy"]
-        return getattr(strategy, "placement_group_bundle_index", strategy)
-
-
 def test_the_first_bundle_that_the_target_leaves_free(nodes: Nodes) -> None:
     import ray
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
     bundles = [{"target": 1.0, "CPU": 0.5}, {"target": 1.0}, {"CPU": 1.0}]
     group = ray.util.placement_group(bundles)
-    ray.get(group.ready(), timeout=30.0)
+    ray.get(group.ready(), timeout=START_SECONDS)
     in_first = PlacementGroupSchedulingStrategy(group, 0)
     engine_class = ray.remote(num_cpus=0, resources={"target": 0.5})(Engine)
     engine = engine_class.options(scheduling_strategy=in_first).remote()
@@ -194,7 +185,7 @@ def test_the_first_bundle_that_the_target_leaves_free(nodes: Nodes) -> None:
     worker = worker_class.options(scheduling_strategy=in_second).remote()
 
     def chosen(**resources: Any) -> Any:
-        return ray.get(engine.chosen.remote(DraftResources(**resources)), timeout=30.0)
+        return ray.get(engine.chosen.remote(DraftResources(**resources)), timeout=START_SECONDS)
 
     harness.wait_for(lambda: chosen() == 2, 20.0, "the bundle with a whole core")
     harness.wait_for(lambda: chosen(num_cpus=0.5) == 0, 20.0, "the engine's own has half a core")
