@@ -16,7 +16,7 @@ import time
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 
-from vllm_ssd.on_ray.order import Order, State
+from vllm_ssd.on_ray.order import Order, Whereabouts
 from vllm_ssd.target.process import draft_environment
 from vllm_ssd.wire.address import TCPAddress
 from vllm_ssd.wire.keys import new_key
@@ -40,9 +40,9 @@ class DraftActor:
         self._pid = 0
         threading.Thread(target=self._run, name="vllm-ssd-draft", daemon=True).start()
 
-    def state(self) -> State:
+    def whereabouts(self) -> Whereabouts:
         """Whether the server is up, and where."""
-        return State(self._order.model, self._address, self._key, self._failure)
+        return Whereabouts(self._order.model, self._address, self._key, self._failure)
 
     def pids(self) -> tuple[int, int]:
         """Process ids of the actor and of its server (0: not started yet)."""

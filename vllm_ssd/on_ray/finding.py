@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_ssd.draft_resources import DraftResources
 from vllm_ssd.on_ray.actor import DraftActor
 from vllm_ssd.on_ray.cluster import NAMESPACE, connected, placing
-from vllm_ssd.on_ray.order import Order, State
+from vllm_ssd.on_ray.order import Order, Whereabouts
 from vllm_ssd.wire.address import TCPAddress
 from vllm_ssd.wire.keys import Key
 
@@ -63,23 +63,23 @@ class PlacedByRay:
 
         try:
             with connected():
-                state = self._find(ended)
+                found = self._find(ended)
         except (OSError, ValueError):
             raise
         except RayError as error:
             raise OSError(f"Ray: {str(error).strip().splitlines()[0]}") from error
         except Exception as error:  # Ray's own and its parts' raise many kinds
             raise OSError(f"Ray: {type(error).__name__}: {error}") from error
-        if state.model != self._order.model:
+        if found.model != self._order.model:
             raise ValueError(
-                f"option 'draft_name': the draft of this name has the model {state.model!r}, not "
+                f"option 'draft_name': the draft of this name has the model {found.model!r}, not "
                 f"{self._order.model!r}; use that one, or another name"
             )
-        if state.address is None:
-            raise OSError(f"the draft does not come up: {state.failure}")
-        return state.address, state.key
+        if found.address is None:
+            raise OSError(f"the draft does not come up: {found.failure}")
+        return found.address, found.key
 
-    def _find(self, ended: threading.Event) -> State:
+    def _find(self, ended: threading.Event) -> Whereabouts:
         from ray.exceptions import RayActorError
 
         if not self._shared:
@@ -87,14 +87,14 @@ class PlacedByRay:
         deadline = time.monotonic() + SUCCESSOR_SECONDS
         while True:
             try:
-                state = self._ask(self._actor(), ended)
+                found = self._ask(self._actor(), ended)
             except RayActorError:
                 # That was one on its way out.
                 if time.monotonic() > deadline or ended.wait(ASK_SECONDS):
                     raise
                 continue
-            if state is not None:
-                return state
+            if found is not None:
+                return found
             if not self._shared:
                 self._remove()
             raise OSError("the engine has ended")
@@ -117,12 +117,12 @@ class PlacedByRay:
             .remote(self._order)
         )
 
-    def _ask(self, actor: Any, ended: threading.Event) -> State | None:
+    def _ask(self, actor: Any, ended: threading.Event) -> Whereabouts | None:
         """What the actor tells when its server is up or has failed; None if that came first."""
         import ray
 
         began, told = time.monotonic(), False
-        asked = actor.state.remote()
+        asked = actor.whereabouts.remote()
         while not ended.wait(ASK_SECONDS):
             if not ray.wait([asked], timeout=0.0)[0]:
                 if not told and time.monotonic() > began + PLACING_SECONDS:
@@ -130,10 +130,10 @@ class PlacedByRay:
                     amounts = self._resources.amounts(self._order.on_cpu)
                     logger.warning("ssd: Ray has not placed the draft yet; it asks for %s", amounts)
                 continue
-            state: State = ray.get(asked)
-            if state.address is not None or state.failure:
-                return state
-            asked = actor.state.remote()
+            found: Whereabouts = ray.get(asked)
+            if found.address is not None or found.failure:
+                return found
+            asked = actor.whereabouts.remote()
         return None
 
     def _remove(self) -> None:

@@ -36,7 +36,7 @@ class Order:
         return str(self.setup.engine_args["model"])
 
 
-class State(NamedTuple):
+class Whereabouts(NamedTuple):
     """What the actor tells."""
 
     model: str
