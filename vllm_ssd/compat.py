@@ -40,7 +40,7 @@ TARGET: Names = {
     "vllm.config:CUDAGraphMode": "has_full_cudagraphs(self) separate_routine(self)",
     "vllm.config:LoadConfig": "download_dir",
     "vllm.config:VllmConfig": (
-        "additional_config cache_config compilation_config load_config model_config "
+        "additional_config cache_config compilation_config instance_id load_config model_config "
         "parallel_config scheduler_config speculative_config"
     ),
     "vllm.config:ModelConfig": (

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_core import ErrorDetails
 
 from vllm_ssd.core.forks import geometric_fan_out
+from vllm_ssd.draft_resources import DraftResources
 
 ADDITIONAL_CONFIG_KEY = "ssd"
 """The options' key in vLLM's ``additional_config``, its one free-form field."""
@@ -26,6 +27,10 @@ _NEEDS = {
     f"num_speculative_tokens + 1 integers from 0 to {MAX_FAN_OUT}, not all 0, or "
     "{'geometric': an integer}",
     "branches": f"needs an integer from 1 to {MAX_BRANCHES}, or 'auto'",
+    "draft_placement": "needs 'process' or 'ray'",
+    "draft_resources": "needs a dictionary: 'num_cpus' and 'num_gpus' (at least 0), 'node' (an IP "
+    "or an id), 'bundle' (an index), and amounts of custom resources",
+    "draft_name": "needs letters, digits, '.', '_' and '-', 64 at most",
     "draft_device": "needs 'auto', 'cpu', 'cuda' or 'cuda:<index>'",
     "draft_cpu_cores": "needs a list of core numbers",
     "max_wait_ms": "needs milliseconds from 0 to 10,000, or 'auto'",
@@ -36,8 +41,12 @@ _NEEDS = {
 }
 """What an option takes, where pydantic's own message would not say it."""
 
+_OF_RAY = ("draft_resources", "draft_name", "draft_detached")
+"""Options that only a draft placed by Ray has."""
+
 _OF_THE_SERVER = (
     "model",
+    "draft_placement",
     "draft_device",
     "draft_cpu_cores",
     "draft_dtype",
@@ -97,6 +106,20 @@ class SSDConfig(BaseModel):
 
     draft_key_file: str | None = Field(default=None, min_length=1)
     """The file with the key of that server, which TCP needs."""
+
+    draft_placement: Literal["process", "ray"] = "process"
+    """Who places the draft. ``"process"``: it is a process beside the target. ``"ray"``: it is an
+    actor that Ray places on any node, and that several engines may share (docs/ray.md)."""
+
+    draft_resources: DraftResources | None = None
+    """What that actor asks Ray for."""
+
+    draft_name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9._-]{1,64}$")
+    """Its name, if it is shared: the engines of one Ray cluster that name the same one have one
+    draft. The first describes it, the others must suit it."""
+
+    draft_detached: bool = False
+    """A shared actor stays when its last engine has gone, until ``ray.kill``."""
 
     num_speculative_tokens: int = Field(ge=1, le=MAX_SPECULATIVE_TOKENS)
     """K, the most tokens drafted for one verification."""
@@ -242,14 +265,37 @@ class SSDConfig(BaseModel):
                     f"option 'draft_key_file' = {self.draft_key_file!r}: it is the key of a draft "
                     "server; set 'draft_address', or leave it out"
                 )
+            self._check_ray()
             return self
-        of_the_server = [name for name in _OF_THE_SERVER if name in self.model_fields_set]
+        given = self.model_fields_set
+        of_the_server = [name for name in (*_OF_THE_SERVER, *_OF_RAY) if name in given]
         if of_the_server:
             raise ValueError(
                 f"option {of_the_server[0]!r} = {getattr(self, of_the_server[0])!r}: with "
                 "'draft_address' that is the draft server's own; leave it out"
             )
         return self
+
+    def _check_ray(self) -> None:
+        """Refuse what does not go with the placement."""
+        if self.draft_placement != "ray":
+            of_ray = [name for name in _OF_RAY if name in self.model_fields_set]
+            if of_ray:
+                raise ValueError(
+                    f"option {of_ray[0]!r} = {getattr(self, of_ray[0])!r}: only a draft that Ray "
+                    "places has it; set 'draft_placement' to 'ray', or leave it out"
+                )
+            return
+        if self.draft_device != "auto":
+            raise ValueError(
+                f"option 'draft_device' = {self.draft_device!r}: Ray chooses the device; set "
+                "'draft_resources', or leave it out"
+            )
+        if self.draft_detached and self.draft_name is None:
+            raise ValueError(
+                "option 'draft_detached' = True: only a draft with a name can be found again; set "
+                "'draft_name', or leave it out"
+            )
 
     @model_validator(mode="after")
     def _fan_out_length(self) -> SSDConfig:
@@ -273,6 +319,11 @@ class SSDConfig(BaseModel):
             return cls.model_validate(options)
         except ValidationError as error:
             raise ValueError(_explain(error, options)) from None
+
+    @property
+    def has_process(self) -> bool:
+        """Whether the draft is a process beside the target."""
+        return self.draft_address is None and self.draft_placement == "process"
 
     @property
     def fan_out_per_k(self) -> tuple[int, ...] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -96,6 +97,7 @@ def check(
     check_device(config.draft_device, current_platform.device_name, count)
     _check_parallelism(parallel)
     check_runner(async_scheduling)
+    check_ray(config.draft_placement)
     if config.draft_address is not None:
         return Checked(config, None, None, check_server(config, target))
     draft = draft_model_config(config, target)
@@ -109,7 +111,9 @@ def check(
             block_size(on_cpu),
         )
     check_vocabulary(config, target, draft)
-    join = join_of(config, target.get_vocab_size())
+    # Others may join a draft that has a name.
+    shared = config.draft_name is not None
+    join = join_of(config, target.get_vocab_size(), _tokenizer_hash(target) if shared else "")
     return Checked(config, draft, select_draft_vocab(config, target, draft), join)
 
 
@@ -127,13 +131,7 @@ def check_server(config: SSDConfig, target: ModelConfig) -> Join:
     from vllm_ssd.target.attachment import ask, server_of
 
     address, key = server_of(config)
-    tokenizer = tokenizer_hash(
-        target.tokenizer,
-        target.tokenizer_revision,
-        trust_remote_code=target.trust_remote_code,
-        token=target.hf_token,
-    )
-    join = join_of(config, target.get_vocab_size(), tokenizer)
+    join = join_of(config, target.get_vocab_size(), _tokenizer_hash(target))
     try:
         ask(address, key, join)
     except ValueError as error:
@@ -142,6 +140,28 @@ def check_server(config: SSDConfig, target: ModelConfig) -> Join:
     except OSError as error:
         logger.warning("ssd: %s; decoding plainly until there is a draft", error)
     return join
+
+
+def _tokenizer_hash(target: ModelConfig) -> str:
+    return tokenizer_hash(
+        target.tokenizer,
+        target.tokenizer_revision,
+        trust_remote_code=target.trust_remote_code,
+        token=target.hf_token,
+    )
+
+
+def check_ray(placement: str) -> None:
+    """Refuse a draft that Ray is to place where there is no Ray.
+
+    Raises:
+        ValueError: says what to install.
+    """
+    if placement == "ray" and find_spec("ray") is None:
+        raise ValueError(
+            "ssd: option 'draft_placement' = 'ray': Ray is not installed; "
+            "pip install 'vllm-ssd[ray]'"
+        )
 
 
 def absolute_paths(config: SSDConfig) -> SSDConfig:

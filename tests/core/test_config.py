@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from vllm_ssd.config import AUTO_BRANCHES, SSDConfig
+from vllm_ssd.draft_resources import DraftResources
 
 
 def parse(**options: Any) -> SSDConfig:
@@ -124,3 +125,53 @@ def test_every_wrong_option_is_reported_at_once() -> None:
 def test_options_cannot_be_changed_afterwards() -> None:
     with pytest.raises(ValueError, match="frozen"):
         parse().fan_out = 5
+
+
+def test_what_ray_is_asked_for() -> None:
+    resources = parse(draft_placement="ray").draft_resources
+    assert resources is None
+    assert DraftResources().amounts(on_cpu=True) == {"CPU": 1.0}
+    assert DraftResources().amounts(on_cpu=False) == {"GPU": 1.0}
+    given = {"num_gpus": 0.5, "num_cpus": 2, "fast_disk": 1, "node": "10.0.0.7"}
+    resources = parse(draft_placement="ray", draft_resources=given).draft_resources
+    assert resources is not None
+    assert resources.node == "10.0.0.7"
+    for on_cpu in (True, False):
+        assert resources.amounts(on_cpu) == {"GPU": 0.5, "CPU": 2.0, "fast_disk": 1.0}
+
+
+def test_ray_options_survive_the_way_to_the_worker() -> None:
+    config = parse(
+        draft_placement="ray", draft_resources={"num_cpus": 2, "disk": 1}, draft_name="a"
+    )
+    assert SSDConfig.parse(config.model_dump(exclude_unset=True)) == config
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"draft_placement": "slurm"}, "'draft_placement' = 'slurm': needs 'process' or 'ray'"),
+        ({"draft_name": "ours"}, "'draft_name' = 'ours': only a draft that Ray places has it"),
+        ({"draft_resources": {"num_gpus": 1}}, "only a draft that Ray places has it"),
+        (
+            {"draft_placement": "ray", "draft_device": "cuda:1"},
+            "'draft_device' = 'cuda:1': Ray chooses the device",
+        ),
+        ({"draft_placement": "ray", "draft_detached": True}, "set 'draft_name'"),
+        ({"draft_placement": "ray", "draft_name": "no spaces"}, "needs letters, digits"),
+        (
+            {"draft_placement": "ray", "draft_resources": {"num_gpus": -1}},
+            "'num_gpus' (at least 0)",
+        ),
+        ({"draft_placement": "ray", "draft_resources": {"disk": "big"}}, "custom resources"),
+        ({"draft_placement": "ray", "draft_resources": {"disk": -1}}, "custom resources"),
+    ],
+)
+def test_options_that_do_not_go_with_the_placement(options: dict[str, Any], said: str) -> None:
+    assert said in complaint(**options)
+
+
+@pytest.mark.parametrize("option", [{"draft_placement": "ray"}, {"draft_name": "ours"}])
+def test_a_draft_at_an_address_is_not_placed(option: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="that is the draft server's own"):
+        SSDConfig.parse({"num_speculative_tokens": 4, "draft_address": "unix:/run/ssd", **option})

@@ -27,8 +27,6 @@ logger = logging.getLogger("vllm.vllm_ssd.draft")
 
 _STARTED = "VLLM_SSD_DRAFT_SERVER"
 """Set in the environment of the process that is to serve; it takes it out again."""
-_PART_OF_FREE_MEMORY = 2
-"""By default the KV cache takes one part in so many of a CPU machine's free memory at most."""
 
 
 @dataclass(kw_only=True)
@@ -131,13 +129,13 @@ def _start_anew(cores: list[int], device: str | None) -> None:
 
 def _plan(config: SSDConfig, options: Options) -> tuple[Setup, int]:
     """How the model is brought up, and the size of its KV cache (0: what vLLM finds)."""
-    import psutil
     from vllm.config import ModelConfig
     from vllm.platforms import current_platform
 
     from vllm_ssd import compat
     from vllm_ssd.draft_vocab import select_draft_vocab
     from vllm_ssd.preflight import check_device, check_draft, check_load_format
+    from vllm_ssd.serving import kv_cache_on_cpu
     from vllm_ssd.target import memory
     from vllm_ssd.target.draft_config import (
         absolute_folder,
@@ -187,8 +185,7 @@ def _plan(config: SSDConfig, options: Options) -> tuple[Setup, int]:
     size = config.draft_kv_cache_memory_bytes or 0
     per_token = memory.draft_kv_bytes_per_token(draft)
     if on_cpu and not size:
-        wanted = options.max_requests * draft.max_model_len * per_token
-        size = min(wanted, psutil.virtual_memory().available // _PART_OF_FREE_MEMORY)
+        size = kv_cache_on_cpu(options.max_requests * draft.max_model_len * per_token)
     if size:
         block = memory.block_size(on_cpu)
         memory.check_kv_cache(size, per_token, draft.max_model_len, block)
@@ -200,6 +197,7 @@ def _serve(
 ) -> None:
     from vllm_ssd.cli.server_metrics import serve_metrics
     from vllm_ssd.draft.server import DraftServer
+    from vllm_ssd.serving import bring_up
     from vllm_ssd.vocabulary import tokenizer_hash
     from vllm_ssd.wire.listener import Listener
 
@@ -213,10 +211,7 @@ def _serve(
     # An address that is in use is found out before anything is loaded.
     listener = Listener(address, key)
     try:
-        server.bring_up(
-            setup, lambda what: logger.info("ssd: the draft server %s", what), vocabulary
-        )
-        offer = server.allocate(kv_cache_bytes)
+        offer = bring_up(server, setup, kv_cache_bytes, vocabulary)
         for ending in (signal.SIGTERM, signal.SIGINT):
             signal.signal(ending, lambda *_: server.stop())
         logger.info("ssd: draft server for %s listens on %s", offer.model, listener.address)

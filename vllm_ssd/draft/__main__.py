@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import os
 import signal
 import socket
 import sys
 
-_PR_SET_PDEATHSIG = 1
+from vllm_ssd.parent import die_with
 
 
 def main() -> None:
@@ -20,7 +19,7 @@ def main() -> None:
     parser.add_argument("--cores", help="comma-separated cores to run on")
     options = parser.parse_args()
 
-    _die_with(options.parent)
+    die_with(options.parent)
     # Ctrl-C goes to the whole foreground group; the target decides when the draft ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if options.cores:
@@ -41,15 +40,6 @@ def main() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
-
-
-def _die_with(parent: int) -> None:
-    """Let the kernel end this process when the target ends, however it ends."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        # It died before the line above.
-        os._exit(1)
 
 
 if __name__ == "__main__":

@@ -117,6 +117,11 @@ class DraftServer:
         return figures
 
     @property
+    def connections(self) -> int:
+        """Targets that are here, joined or about to; may be called by another thread."""
+        return len(self._lines)
+
+    @property
     def targets(self) -> int:
         """How many have joined."""
         return len(self._engine.sessions) if self._engine is not None else 0

@@ -1,4 +1,4 @@
-"""The link to a draft server at an address (option ``draft_address``)."""
+"""The link to a draft server: at an address (option ``draft_address``), or where Ray has put it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import threading
 import time
 import weakref
+from collections.abc import Callable
 
 from msgspec.structs import replace
 
@@ -22,24 +23,29 @@ ATTACH_SECONDS = 15.0
 """How long it may take in all until the draft has accepted the target."""
 
 
+Find = Callable[[threading.Event], tuple[Address, Key | None]]
+"""Finds where a server listens, and the key (None for a Unix socket), until an event is set; raises
+OSError or ValueError with a sentence."""
+
+
 class Attachment:
     """A connection to a draft server, opened by a thread (:class:`vllm_ssd.target.link.Link`).
 
     Args:
-        address: where it listens.
-        key: which both ends have; None for a Unix socket.
+        name: of the server, for the log.
+        find: called by the thread, and may take its time.
     """
 
     pid = None
     exit_code = None
 
-    def __init__(self, address: Address, key: Key | None) -> None:
-        self._address = address
+    def __init__(self, name: str, find: Find) -> None:
+        self._name = name
         self._opening = _Opening()
         # Also when the engine is dropped without a shutdown.
         self.end = weakref.finalize(self, _end, self._opening, os.getpid())
         self._thread = threading.Thread(
-            target=self._opening.run, args=(address, key), name="vllm-ssd-attach", daemon=True
+            target=self._opening.run, args=(find,), name="vllm-ssd-attach", daemon=True
         )
         try:
             self._thread.start()
@@ -63,7 +69,7 @@ class Attachment:
 
     def __str__(self) -> str:
         """For the log."""
-        return f"draft server {self._address}"
+        return self._name
 
 
 class _Opening:
@@ -73,24 +79,25 @@ class _Opening:
         self.channel: Channel[TargetBound] | None = None
         self.failure: str | None = None
         self._lock = threading.Lock()
-        self._ended = False
+        self._ended = threading.Event()
 
-    def run(self, address: Address, key: Key | None) -> None:
+    def run(self, find: Find) -> None:
         try:
+            address, key = find(self._ended)
             stream = connect(address, key, CONNECT_SECONDS)
         except (OSError, ValueError) as error:
             self.failure = str(error)
             return
         channel = peer_channel(stream, TargetBound)
         with self._lock:
-            if not self._ended:
+            if not self._ended.is_set():
                 self.channel = channel
                 return
         channel.close()
 
     def end(self) -> None:
         with self._lock:
-            self._ended = True
+            self._ended.set()
         if self.channel is not None:
             self.channel.close()
 

@@ -70,6 +70,7 @@ class DraftClient:
         forget_requests: called when all requests must be announced again.
         setup: how a process of the target's own brings its model up; None for a draft that is up.
         agreed: called with the limits of the draft that has come up.
+        starts_server: whether reaching a draft that is up may mean to start it first.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class DraftClient:
         forget_requests: Callable[[], None],
         setup: Setup | None = None,
         agreed: Callable[[Ready], None] = lambda ready: None,
+        starts_server: bool = False,
     ) -> None:
         self.up = False
         """Whether the draft has come up and takes requests."""
@@ -97,6 +99,9 @@ class DraftClient:
         self._join = join
         self._setup = setup
         self._agreed = agreed
+        self._longest_backoff = LONGEST_BACKOFF_SECONDS
+        if setup is None and not starts_server:
+            self._longest_backoff = LONGEST_REJOIN_SECONDS
         self._memory: int | None = None
         """What a process of our own may take for its KV cache, once that is known."""
         self._opened = False
@@ -267,8 +272,7 @@ class DraftClient:
         stable = was_up and now - self._up_since > STABLE_SECONDS
         self._failures = 1 if stable else self._failures + 1
         doubled = 2 ** min(self._failures - 1, 10)
-        longest = LONGEST_REJOIN_SECONDS if self._setup is None else LONGEST_BACKOFF_SECONDS
-        backoff = min(FIRST_BACKOFF_SECONDS * doubled, longest)
+        backoff = min(FIRST_BACKOFF_SECONDS * doubled, self._longest_backoff)
         self._start_after = now + backoff
         self._counters_before = self.draft_counters
         self._begin_epoch()

@@ -11,7 +11,7 @@ from vllm_ssd.preflight import Checked
 from vllm_ssd.target import memory
 from vllm_ssd.target.checkpoint import checkpoint_tensors
 from vllm_ssd.target.draft_config import fits_length, source_arguments
-from vllm_ssd.target.placement import place_draft
+from vllm_ssd.target.placement import place_by_ray, place_draft
 from vllm_ssd.wire.messages import MAX_ROWS, Setup, pack
 
 if TYPE_CHECKING:
@@ -61,6 +61,13 @@ class DraftPlan:
         if not self.shares_device:
             return True
         return (self.target_size_is_given or self.has_room) and not self.fits_length
+
+    @property
+    def useful_kv_bytes(self) -> int:
+        """A KV cache for all requests of full length, and for their forks."""
+        # A fork owns a copy of one block, and the block it grows into.
+        fork_tokens = 2 * self.rows * self.block_size
+        return self.kv_bytes_per_token * (self.requests * self.max_model_len + fork_tokens)
 
     def share_memory(self, available: int, target_kv_bytes_per_token: float) -> None:
         """Give the draft its part of ``available`` bytes, unless it has a device of its own.
@@ -137,7 +144,10 @@ def plan_draft(checked: Checked, vllm_config: Any) -> DraftPlan:
     if draft is None:
         raise ValueError("ssd: a draft server brings its own model up")
     target = vllm_config.model_config
-    placement = place_draft(config.draft_device, vllm_config.parallel_config)
+    if config.draft_placement == "ray":
+        placement = place_by_ray()
+    else:
+        placement = place_draft(config.draft_device, vllm_config.parallel_config)
     on_cpu = placement.device is None
     requests = vllm_config.scheduler_config.max_num_seqs
     rows = draft_rows(requests, config.max_branches)

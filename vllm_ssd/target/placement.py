@@ -105,6 +105,13 @@ def place_draft(wanted: str, parallel: ParallelConfig) -> Placement:
     return placement
 
 
+def place_by_ray() -> Placement:
+    """A device that Ray gives the draft, on whichever node: not one of the target's."""
+    from vllm.platforms import current_platform
+
+    return Placement(None if current_platform.is_cpu() else "", shared=False)
+
+
 def workers_here(local_world_size: int, assigned: Sequence[int] | None) -> int:
     """How many of the target's workers are on this node.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.parallel_state import get_tp_group
@@ -14,6 +15,7 @@ from vllm_ssd import affinity, compat
 from vllm_ssd.core.stats import add_draft_ratios
 from vllm_ssd.preflight import Checked, check_engine, engine_options
 from vllm_ssd.stats_file import Snapshot, Writer
+from vllm_ssd.target.attachment import ATTACH_SECONDS, Attachment, server_of
 from vllm_ssd.target.client import DraftClient
 from vllm_ssd.target.cores import bind_target, split_cores
 from vllm_ssd.target.draft_setup import DraftPlan, plan_draft
@@ -73,7 +75,7 @@ class SSDWorker(PlatformWorker):
     def init_device(self) -> None:
         """Bring up the device, and the draft process beside it."""
         cores: list[int] = []
-        if current_platform.is_cpu() and self._config.draft_address is None:
+        if current_platform.is_cpu() and self._config.has_process:
             in_process = self.parallel_config.distributed_executor_backend == "uni"
             split = split_cores(
                 self._config.draft_cpu_cores, in_process, self.parallel_config.world_size
@@ -94,7 +96,7 @@ class SSDWorker(PlatformWorker):
         # Our draft model is elsewhere: vLLM need not keep K positions free for one in this process.
         self.model_runner.effective_drafter_max_model_len += proposer.depth
         if self._checked is not None:
-            if self._config.draft_address is None:
+            if self._config.has_process:
                 self._client = self._start_draft(self._checked, cores)
             else:
                 self._client = self._attach(self._checked)
@@ -121,25 +123,35 @@ class SSDWorker(PlatformWorker):
         return client
 
     def _attach(self, checked: Checked) -> DraftClient:
-        """A draft server at an address."""
-        from vllm_ssd.target.attachment import ATTACH_SECONDS, Attachment, server_of
-
-        address, key = server_of(self._config)
+        """A draft server at an address, or where Ray puts it."""
+        reach, timeout_s = self._way(checked)
         requests = self._proposer.requests
 
         def agreed(ready: Ready) -> None:
             requests.max_length = min(self._longest, ready.max_model_len)
 
         client = DraftClient(
-            lambda: Attachment(address, key),
+            reach,
             checked.join,
-            ATTACH_SECONDS,
+            timeout_s,
             self._proposer.stats,
             requests.forget_all,
             agreed=agreed,
+            starts_server=self._config.draft_placement == "ray",
         )
         client.launch()
         return client
+
+    def _way(self, checked: Checked) -> tuple[Callable[[], Attachment], float]:
+        """What connects to the server, and how many seconds it may take until it is joined."""
+        if self._config.draft_placement == "ray":
+            from vllm_ssd.on_ray.finding import actor_of
+
+            actor = actor_of(checked, plan_draft(checked, self.vllm_config), self.vllm_config)
+            timeout_s = self._config.draft_startup_timeout_s
+            return lambda: Attachment(f"draft actor {actor.name}", actor.find), timeout_s
+        where = server_of(self._config)
+        return lambda: Attachment(f"draft server {where[0]}", lambda _: where), ATTACH_SECONDS
 
     @property
     def _longest(self) -> int:
@@ -197,8 +209,8 @@ class SSDWorker(PlatformWorker):
         """Warm the target up; then, with its memory taken, let the draft allocate its own."""
         result = super().compile_or_warm_up_model()
         self._proposer.warmed_up(self.vllm_config)
-        if self._client is not None and self._plan is not None:
-            if self._plan.shares_device:
+        if self._client is not None and self._config.draft_address is None:
+            if self._plan is not None and self._plan.shares_device:
                 self._client.allocate(self._plan.kv_cache_memory_bytes)
             self._client.wait_until_up()
         elif self._client is not None:
