@@ -17,6 +17,7 @@ from tests.shared.hits import (
     decode,
     decode_for,
     decode_until_given_up,
+    decode_until_most_hit,
     seconds_until_back,
 )
 from tests.shared.relay import Relay
@@ -58,16 +59,13 @@ def test_a_delay_costs_time_and_no_text(
         connect(parse_address(relay.address), read_key(server.key_file), 5.0).close()
         assert time.monotonic() - began > 2 * relay.delay  # there and back at least
         before = stats(engine)
-        for _ in range(2):
-            decode(engine, expected)
+        # The engine waits for its draft: a delay costs no hits, if the machine keeps up.
+        decode_until_most_hit(engine, expected)
         after = stats(engine)
     finally:
         relay.delay = 0.0
     for name in ("misses_draft_down", "resyncs", "errors", "restarts"):
         assert after[name] == before[name], name
-    # The engine waits for its draft: a delay costs no hits, if nothing goes wrong.
-    look_ups = after["look_ups"] - before["look_ups"]
-    assert after["hits"] - before["hits"] > 0.5 * look_ups
 
 
 @pytest.mark.parametrize(
