@@ -14,10 +14,12 @@ from tests.robustness.harness import Decoding, stats
 from tests.shared.conftest import MAX_TOKENS, TEXTS
 from tests.shared.hits import (
     BACK_SECONDS,
+    NOTICE_SECONDS,
     decode,
     decode_for,
-    decode_until_given_up,
+    decode_until,
     decode_until_most_hit,
+    is_up,
     seconds_until_back,
 )
 from tests.shared.relay import Relay
@@ -89,7 +91,7 @@ def test_a_cut_is_noticed_and_what_comes_after_it_is_used(
     try:
         assert decoding.finish() == expected
         assert decoding.longest_step < harness.STEP_SECONDS
-        decode_until_given_up(engine, expected, silence + 1.0)
+        decode_until(engine, expected, lambda: not is_up(engine), silence + NOTICE_SECONDS)
         decode_for(engine, expected, seconds - (time.monotonic() - began))
     finally:
         relay.heal()
