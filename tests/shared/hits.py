@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 from vllm import LLM
 
@@ -12,6 +13,8 @@ from tests.shared.conftest import MAX_TOKENS, TEXTS
 
 BACK_SECONDS = 2.0
 """After this time a draft that can be reached again is used."""
+NOTICE_SECONDS = 3.0
+"""After this time beyond the silence that is allowed, it has been noticed on a busy machine."""
 
 
 def decode(engine: LLM, expected: list[list[int]]) -> None:
@@ -28,16 +31,23 @@ def decode_for(engine: LLM, expected: list[list[int]], seconds: float) -> None:
         decode(engine, expected)
 
 
-def decode_until_given_up(engine: LLM, expected: list[list[int]], seconds: float) -> None:
-    """Decode until the engine has given its draft up.
+def decode_until(
+    engine: LLM, expected: list[list[int]], condition: Callable[[], bool], seconds: float
+) -> None:
+    """Decode again and again until the condition holds.
 
     Raises:
-        AssertionError: it has not within this time.
+        AssertionError: it does not within this time.
     """
     deadline = time.monotonic() + seconds
-    while harness.client_of(engine).up:
-        assert time.monotonic() < deadline, f"not given up in {seconds:g} s"
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds:g} s"
         decode(engine, expected)
+
+
+def is_up(engine: LLM) -> bool:
+    """Whether the engine has a draft."""
+    return harness.client_of(engine).up
 
 
 def seconds_until_back(engine: LLM, expected: list[list[int]]) -> float:
@@ -54,3 +64,15 @@ def seconds_until_back(engine: LLM, expected: list[list[int]]) -> float:
         if found:
             return seconds
         assert seconds < harness.RECOVERY_SECONDS, "hits did not come back"
+
+
+def decode_until_most_hit(engine: LLM, expected: list[list[int]]) -> None:
+    """Decode until most look-ups of an answer hit; a draft that has just started is slow."""
+    began = time.monotonic()
+    while True:
+        before = stats(engine)
+        decode(engine, expected)
+        after = stats(engine)
+        if after["hits"] - before["hits"] > 0.5 * (after["look_ups"] - before["look_ups"]):
+            return
+        assert time.monotonic() - began < harness.RECOVERY_SECONDS, after

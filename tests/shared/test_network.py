@@ -14,9 +14,12 @@ from tests.robustness.harness import Decoding, stats
 from tests.shared.conftest import MAX_TOKENS, TEXTS
 from tests.shared.hits import (
     BACK_SECONDS,
+    NOTICE_SECONDS,
     decode,
     decode_for,
-    decode_until_given_up,
+    decode_until,
+    decode_until_most_hit,
+    is_up,
     seconds_until_back,
 )
 from tests.shared.relay import Relay
@@ -58,16 +61,13 @@ def test_a_delay_costs_time_and_no_text(
         connect(parse_address(relay.address), read_key(server.key_file), 5.0).close()
         assert time.monotonic() - began > 2 * relay.delay  # there and back at least
         before = stats(engine)
-        for _ in range(2):
-            decode(engine, expected)
+        # The engine waits for its draft: a delay costs no hits, if the machine keeps up.
+        decode_until_most_hit(engine, expected)
         after = stats(engine)
     finally:
         relay.delay = 0.0
     for name in ("misses_draft_down", "resyncs", "errors", "restarts"):
         assert after[name] == before[name], name
-    # The engine waits for its draft: a delay costs no hits, if nothing goes wrong.
-    look_ups = after["look_ups"] - before["look_ups"]
-    assert after["hits"] - before["hits"] > 0.5 * look_ups
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_a_cut_is_noticed_and_what_comes_after_it_is_used(
     try:
         assert decoding.finish() == expected
         assert decoding.longest_step < harness.STEP_SECONDS
-        decode_until_given_up(engine, expected, silence + 1.0)
+        decode_until(engine, expected, lambda: not is_up(engine), silence + NOTICE_SECONDS)
         decode_for(engine, expected, seconds - (time.monotonic() - began))
     finally:
         relay.heal()
