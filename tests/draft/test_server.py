@@ -75,7 +75,13 @@ class Served:
     def client(self, join: Join = JOIN) -> DraftClient:
         """A target's client, that has joined."""
         address = self.address
-        client = DraftClient(lambda: Attachment(address, None), join, 15.0, Stats(), lambda: None)
+        client = DraftClient(
+            lambda: Attachment("server", lambda _: (address, None)),
+            join,
+            15.0,
+            Stats(),
+            lambda: None,
+        )
         client.launch()
         until(lambda: client.up, client)
         return client
@@ -178,7 +184,9 @@ def test_a_target_that_was_busy_while_it_joined_is_served(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     address = served.address
-    client = DraftClient(lambda: Attachment(address, None), JOIN, 0.5, Stats(), lambda: None)
+    client = DraftClient(
+        lambda: Attachment("server", lambda _: (address, None)), JOIN, 0.5, Stats(), lambda: None
+    )
     client.launch()
     time.sleep(1.0)  # it loads its weights, and looks at nothing meanwhile
     client.maintain()
