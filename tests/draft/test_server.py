@@ -180,9 +180,7 @@ def test_asking_is_not_joining(tmp_path: Path) -> None:
     served.end()
 
 
-def test_a_target_that_was_busy_while_it_joined_is_served(
-    served: Served, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_target_that_was_busy_while_it_joined_is_served(served: Served) -> None:
     address = served.address
     client = DraftClient(
         lambda: Attachment("server", lambda _: (address, None)), JOIN, 0.5, Stats(), lambda: None
