@@ -151,6 +151,50 @@ def test_garbage_of_a_peer_costs_the_others_nothing(served: Served) -> None:
     assert served.blocks.all_free
 
 
+@pytest.mark.parametrize(
+    "wants",
+    [
+        {"protocol": PROTOCOL + 1},
+        {"vocabulary": "other"},
+        {"vocab_size": VOCABULARY - 1},
+        {"num_speculative_tokens": K + 1},
+        {"fan_out": [1]},
+        {"fan_out": [2**63] * (K + 1)},
+        {"branches": 9, "max_branches": 8},
+        {"draft_sampling": "best"},
+        {"draft_top_n": 5},
+        {"saguaro_c": 2.0},
+    ],
+)
+def test_what_the_draft_cannot_do_is_refused(served: Served, wants: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"\w+ \w+"):
+        ask(served.address, None, msgspec.structs.replace(JOIN, **wants))
+    assert served.server.figures()["targets_refused"] == 1
+
+
+def test_a_step_that_fails_ends_no_connection(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clients = [served.client(), served.client()]
+    for client in clients:
+        draft_for(client, 1)
+    step = served.engine.step
+    failed: list[bool] = []
+
+    def fails_once() -> None:
+        if not failed:
+            failed.append(True)
+            raise IndexError("as a bug would")
+        step()
+
+    monkeypatch.setattr(served.engine, "step", fails_once)
+    clients[0].send([Start(2, pack([9, 8]), LONGEST - 1, [])])
+    until(lambda: all(client._stats.resyncs == 1 for client in clients), *clients)
+    for client in clients:
+        draft_for(client, 3)
+        client.close()
+
+
 def test_a_peer_has_no_say_in_what_the_server_loads(served: Served) -> None:
     peer = served.stranger()
     setup = Setup({"model": "evil", "trust_remote_code": True}, K, 8, True, VOCABULARY)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from vllm_ssd.core.arms import arms_of
 from vllm_ssd.draft.forking import Policy
-from vllm_ssd.wire.messages import PROTOCOL, Join
+from vllm_ssd.wire.messages import MAX_ROWS, PROTOCOL, Join
 
 
 class Offer(NamedTuple):
@@ -55,10 +55,11 @@ def agree(join: Join, offer: Offer) -> Policy:
             f"{offer.num_speculative_tokens}; lower it, or start the draft server with "
             f"--num-speculative-tokens {k}"
         )
-    if join.fan_out and (len(join.fan_out) != k + 1 or min(join.fan_out) < 0):
-        raise ValueError(f"option 'fan_out': {k + 1} numbers are needed, not {join.fan_out}")
+    each = join.fan_out
+    if each and not (len(each) == k + 1 and min(each) >= 0 and max(each) <= MAX_ROWS):
+        raise ValueError(f"option 'fan_out': {k + 1} numbers are needed, not {each[: k + 2]}")
     if not 0 <= join.branches <= join.max_branches or join.max_branches < 1:
-        raise ValueError(f"{join.branches} of {join.max_branches} branches")
+        raise ValueError(f"option 'branches' = {join.branches}: there are {join.max_branches}")
     sampling = join.draft_sampling if offer.sampled_from else "greedy"
     if sampling not in ("greedy", "probabilistic", "auto"):
         raise ValueError(f"option 'draft_sampling' = {sampling!r} is not known to the draft")
@@ -69,7 +70,7 @@ def agree(join: Join, offer: Offer) -> Policy:
             f"{join.draft_top_n}"
         )
     if not (join.saguaro_c == -1.0 or 0.0 <= join.saguaro_c <= 1.0):
-        raise ValueError(f"option 'saguaro_c' = {join.saguaro_c}")
+        raise ValueError(f"option 'saguaro_c' = {join.saguaro_c}: it is from 0 to 1, or learned")
     return Policy(
         k,
         tuple(join.fan_out) or None,

@@ -101,10 +101,10 @@ class Line:
     def _take(self, frame: DraftBound | ServerBound | None) -> None:
         """Apply a frame if it is the one expected; ask for a new epoch if one is missing."""
         if frame is None:
-            self._lost("a frame that cannot be decoded")
+            self.lost("a frame that cannot be decoded")
             return
         if frame.epoch > self._epoch + MAX_EPOCH_JUMP:
-            self._lost(f"a frame of epoch {frame.epoch}")
+            self.lost(f"a frame of epoch {frame.epoch}")
             return
         if frame.epoch > self._epoch:
             if self._session is not None:
@@ -115,14 +115,14 @@ class Line:
         if late and not self._broken:
             return
         if self._broken or frame.number != self._expected:
-            self._lost(f"frame {frame.number} in place of {self._expected}")
+            self.lost(f"frame {frame.number} in place of {self._expected}")
             return
         self._expected += 1
         try:
             for message in frame.messages:
                 self._handle(message)
         except (OutOfStepError, ValueError, IndexError, OverflowError) as error:
-            self._lost(str(error))
+            self.lost(str(error))
 
     def _handle(self, message: ToDraft) -> None:
         if self._session is None or self._bounds is None:
@@ -131,7 +131,7 @@ class Line:
         check(message, self._bounds)
         self._session.handle(message)
 
-    def _lost(self, reason: str) -> None:
+    def lost(self, reason: str) -> None:
         """Ask for a new epoch; the rest of this one is ignored."""
         self._broken = True
         if self._session is not None:

@@ -38,6 +38,10 @@ LOG_AGAIN_SECONDS = 60.0
 """The same refusal is logged once in this time."""
 
 
+_MOST_FAILED = 3
+"""So many steps in a row may fail before the server gives up."""
+
+
 class DraftServer:
     """Drafts for the targets that it has, until :meth:`stop`.
 
@@ -55,6 +59,8 @@ class DraftServer:
         self._in_step = False
         self._refusal = ("", 0.0)
         """The last one that was logged, and when."""
+        self._failed = 0
+        """Steps, one after the other."""
         self._joined = self._refused = 0
         """Targets."""
         self._stopped = threading.Event()
@@ -206,11 +212,25 @@ class DraftServer:
             self._each(lambda line: line.publish(answers=line in heard))
         engine = self._engine
         if engine is not None and engine.has_work:
-            self._in_step = True
-            engine.step()
-            self._in_step = False
+            self._step(engine)
             self._each(Line.publish)
             self._report()
+
+    def _step(self, engine: DraftEngine) -> None:
+        """One step. An error in it, whoever's, has all targets of a shared draft begin anew."""
+        self._in_step = True
+        try:
+            engine.step()
+        except Exception:
+            self._failed += 1
+            if self._listener is None or self._failed > _MOST_FAILED:
+                raise
+            logger.exception("ssd draft: a step failed")
+            self._each(lambda line: line.lost("a step failed"))
+        else:
+            self._failed = 0
+        finally:
+            self._in_step = False
 
     def _each(self, act: Callable[[Line], Any]) -> list[Line]:
         """Act on all lines, and drop those that are lost; the lines for which it was true."""

@@ -48,7 +48,7 @@ def check(message: ToDraft, bounds: Bounds) -> None:
             confirmed, proposed = unpack(message.confirmed_counts), unpack(message.proposed_counts)
             tokens = unpack(message.tokens)
             _check_tokens(tokens, bounds)
-            _check_counts(confirmed, len(tokens))
+            _check_counts(confirmed, len(tokens), least=1)  # a verification emits a token
             _check_counts(proposed, bounds.num_speculative_tokens, least=-1)
             in_all = sum(confirmed.tolist()) + sum(max(0, count) for count in proposed.tolist())
             if in_all != len(tokens):
