@@ -52,7 +52,7 @@ class Relay:
         return f"tcp://127.0.0.1:{self._listener.getsockname()[1]}"
 
     def cut(self) -> None:
-        """From now on nothing arrives any more, and nobody is told."""
+        """From now on nothing arrives any more, and nobody is told; new connections end at once."""
         self._cut = True
         self._wake.send(b"x")
 
@@ -83,18 +83,16 @@ class Relay:
                 if key.fileobj is self._woken:
                     self._woken.recv(_CHUNK)
                     self._watch()
-                elif self._cut:
-                    continue
                 elif key.fileobj is self._listener:
                     self._accept()
-                else:
+                elif not self._cut:
                     assert isinstance(key.fileobj, socket.socket)
                     self._take(key.fileobj)
             self._deliver()
 
     def _watch(self) -> None:
         """Read of nothing while it is cut: what is sent stays with the sender's system."""
-        for one in [self._listener, *self._partners]:
+        for one in self._partners:
             watched = one in self._selector.get_map()
             if self._cut and watched:
                 self._selector.unregister(one)
@@ -108,6 +106,9 @@ class Relay:
 
     def _accept(self) -> None:
         near, _ = self._listener.accept()
+        if self._cut:
+            near.close()
+            return
         try:
             far = socket.create_connection(("127.0.0.1", self._port))
         except OSError:
