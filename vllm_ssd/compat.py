@@ -56,7 +56,7 @@ TARGET: Names = {
         "local_world_size pipeline_parallel_size prefill_context_parallel_size "
         "tensor_parallel_size use_ray worker_cls world_size"
     ),
-    "vllm.config:CacheConfig": "enable_prefix_caching kv_cache_memory_bytes",
+    "vllm.config:CacheConfig": "enable_prefix_caching gpu_memory_utilization kv_cache_memory_bytes",
     "vllm.config:CompilationConfig": "cudagraph_mode",
     "vllm.config:SchedulerConfig": "max_num_seqs",
     "vllm.config:SpeculativeConfig": "num_speculative_tokens",

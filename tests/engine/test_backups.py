@@ -31,12 +31,12 @@ def check(
 @pytest.mark.parametrize("draft", ["near", pytest.param("random", marks=pytest.mark.slow)])
 def test_waiting_for_the_draft(start_pair: Callable[[Spec], Pair], draft: str) -> None:
     stats = check(start_pair, draft, backup="draft", max_wait_ms=LONG_WAIT_MS)
-    assert stats["waits"] > 20
+    assert stats["waits"] > 5  # one for the whole batch
     assert stats["waits_in_vain"] == 0
     assert stats["waited_tokens"] > 3 * stats["waits"]
     assert stats["ngram_tokens"] == 0
     # Requests can use more tokens after their misses, but for the last one of a text.
-    assert stats["waited_tokens"] > stats["look_ups"] - stats["hits"]
+    assert stats["waited_tokens"] > 0.5 * (stats["look_ups"] - stats["hits"])
     if draft == "near":
         assert stats["waited_accepted"] > 0.2 * stats["waited_tokens"]
 

@@ -78,7 +78,7 @@ def sampled_ones(texts: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
     "parameters",
     [
         pytest.param({"temperature": 1.0}, id="t1", marks=pytest.mark.slow),
-        pytest.param({"temperature": 0.7, "top_p": 0.8}, id="t0.7-top-p"),
+        pytest.param({"temperature": 0.7, "top_p": 0.8}, id="t0.7-top-p", marks=pytest.mark.slow),
         pytest.param({"temperature": 0.7}, id="t0.7", marks=pytest.mark.slow),
         pytest.param({"temperature": 1.0, "top_p": 0.8}, id="t1-top-p", marks=pytest.mark.slow),
     ],

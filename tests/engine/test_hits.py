@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
+
 from tests.engine.conftest import SPECS
 from tests.engine.harness import Job, Pair, Spec, greedy, hit_rate_after_first, prompt
 
@@ -23,6 +25,7 @@ def test_the_target_as_its_own_draft_hits_and_is_accepted(
     assert stats["tokens_drafted"] / stats["verifications"] > 0.9 * depth
 
 
+@pytest.mark.slow
 def test_the_look_up_after_the_end_of_a_text_does_not_count(
     start_pair: Callable[[Spec], Pair],
 ) -> None:

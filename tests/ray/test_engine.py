@@ -54,6 +54,7 @@ def check_loss(llm: Any, expected: list[list[int]], lose: Callable[[], None]) ->
     harness.decode_until_hits_come_back(llm, TEXTS, expected)
 
 
+@pytest.mark.slow
 def test_draft_on_another_node_killed_and_gone_with_the_engine(
     tiny_pair: TinyModels, expected: list[list[int]], nodes: Nodes
 ) -> None:

@@ -97,9 +97,10 @@ def test_draft_on_cpu_loads_while_the_target_does(
         assert harness.stats(llm)["hits"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("draft_size", "draft_length"),
-    [(1 << 20, 480), pytest.param(None, 1024, marks=pytest.mark.slow)],
+    [(1 << 20, 480), (None, 1024)],
 )
 def test_with_an_automatic_length_no_text_is_longer_than_either_cache_holds(
     tiny_pair: TinyModels,

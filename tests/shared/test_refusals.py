@@ -148,6 +148,7 @@ def test_the_command_says_that_there_is_no_model(tmp_path: Path, no_model: str) 
 
 
 def test_the_command_says_that_the_address_is_in_use(server: Server, tiny_pair: TinyModels) -> None:
-    line = command_refusal("--model", str(tiny_pair.draft), "--listen", server.address)
-    assert server.address.removeprefix("unix:") in line
-    assert "a server listens there already" in line
+    where = ["--listen", server.address, "--key-file", str(server.key_file)]
+    line = command_refusal("--model", str(tiny_pair.draft), *where)
+    assert server.address.removeprefix("tcp://") in line
+    assert "in use" in line

@@ -7,6 +7,7 @@ import os
 import re
 import stat
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,9 @@ def test_the_mend_that_is_named_makes_a_key(tmp_path: Path) -> None:
     path = tmp_path / "the key"
     with pytest.raises(ValueError, match="there is none; make one: ") as missing:
         read_key(path)
-    subprocess.run(str(missing.value).split("make one: ")[1], shell=True, check=True)
+    commands = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    made = str(missing.value).split("make one: ")[1]
+    subprocess.run(made, shell=True, check=True, env={**os.environ, "PATH": commands})
     assert read_key(path) != new_key()
 
 

@@ -39,7 +39,7 @@ class BringUp:
         self._model = VllmDraftModel(dict(setup.engine_args))
         if setup.load_early:
             self._load()
-            if not setup.engine_args.get("enforce_eager"):
+            if not setup.engine_args["enforce_eager"]:
                 tell("compiles the model")
                 self._model.compile()
 
