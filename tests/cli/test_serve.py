@@ -129,6 +129,7 @@ def test_a_server_on_cpu_takes_most_of_what_is_free(capsys: pytest.CaptureFixtur
     [
         (["MODEL", "--gpu-memory-utilization", "0.9"], {}),
         (["MODEL", "--gpu_memory_utilization=0.9"], {}),
+        (["MODEL", "--gpu-memory-util", "0.5"], {}),
         (["MODEL", "--kv-cache-memory-bytes=1G"], {}),
         (["--config", "file.yaml"], {}),
         (["--help"], {}),

@@ -20,12 +20,14 @@ from vllm_ssd.draft.blocks import KVBlocks
 from vllm_ssd.draft.engine import DraftEngine
 from vllm_ssd.draft.rows import Rows
 from vllm_ssd.draft.server import DraftServer
+from vllm_ssd.draft.session import Session
 from vllm_ssd.target.attachment import Attachment, ask
 from vllm_ssd.target.client import DraftClient
 from vllm_ssd.wire.address import Address, UnixAddress
-from vllm_ssd.wire.channel import Channel, peer_channel
+from vllm_ssd.wire.channel import Channel, ChannelClosedError, peer_channel
 from vllm_ssd.wire.listener import Listener
 from vllm_ssd.wire.messages import (
+    MAX_PEER_MESSAGES,
     PROTOCOL,
     Allocate,
     DraftBound,
@@ -192,6 +194,86 @@ def test_a_step_that_fails_ends_no_connection(
     until(lambda: all(client._stats.resyncs == 1 for client in clients), *clients)
     for client in clients:
         draft_for(client, 3)
+        client.close()
+
+
+def test_a_step_that_fails_while_a_message_waits_for_it_is_not_the_senders_fault(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clients = [served.client(), served.client()]
+    for client in clients:
+        draft_for(client, 1)
+    settle = served.engine._pipeline.settle
+    failed: list[bool] = []
+
+    def fails_once() -> Any:
+        if not failed:
+            failed.append(True)
+            raise IndexError("as a bug would")
+        return settle()
+
+    monkeypatch.setattr(served.engine._pipeline, "settle", fails_once)
+    clients[0].send([Start(2, pack([9, 8]), LONGEST - 1, [])])
+    until(lambda: all(client._stats.resyncs == 1 for client in clients), *clients)
+    for client in clients:
+        draft_for(client, 3)
+        client.close()
+
+
+def test_a_frame_of_many_messages_is_not_taken_in(served: Served) -> None:
+    peer = served.stranger()
+    starts = [Start(n, pack([1, 2]), 9, []) for n in range(MAX_PEER_MESSAGES)]
+    peer.send(DraftBound(1, 0, [JOIN]), DraftBound(1, 1, [*starts, Finished(pack([0]))]))
+    answers: list[Any] = []
+
+    def refused() -> bool:
+        answers.extend(m for frame in peer.receive(0.01) if frame for m in frame.messages)
+        return any(isinstance(answer, Lost) for answer in answers)
+
+    until(refused)
+    assert served.server.targets == 1
+    assert not any(True for _ in served.engine.allocator.requests())
+    peer.close()
+
+
+def test_connections_that_never_join_are_closed_when_there_are_too_many(served: Served) -> None:
+    good = served.client()
+    strangers = []
+    for _ in range(30):
+        strangers.append(served.stranger())
+        time.sleep(0.02)
+    # As many targets as there may be, 8 more, and the one that has joined.
+    until(lambda: len(served.server._lines) <= 4 + 8 + 1, good)
+    with pytest.raises(ChannelClosedError):
+        strangers[0].receive(1.0)
+    draft_for(good, 1)
+    good.close()
+    for stranger in strangers:
+        stranger.close()
+
+
+def test_there_are_signs_of_life_while_another_targets_message_takes_long(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow, other = served.client(), served.client()
+    draft_for(other, 1)
+    start = Session.start
+
+    def takes_long(session: Session, message: Start) -> None:
+        if message.handle == 7:
+            time.sleep(2.0)
+        start(session, message)
+
+    monkeypatch.setattr(Session, "start", takes_long)
+    slow.send([Start(7, pack([1, 2]), LONGEST - 1, [])])
+    time.sleep(0.3)
+    received = other.received
+    other.send([Start(2, pack([1, 2]), LONGEST - 1, [])])
+    time.sleep(1.2)
+    other.poll()
+    assert other.received > received
+    assert 2 not in other.published.cache.trees
+    for client in (slow, other):
         client.close()
 
 

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from vllm_ssd.draft.validation import Bounds, check
-from vllm_ssd.wire.messages import Start, pack
+from vllm_ssd.wire.messages import Start, Verified, pack
 
 BOUNDS = Bounds(vocab_size=100, max_model_len=64, num_speculative_tokens=4)
 
@@ -37,3 +37,10 @@ def test_any_sampling_that_vllm_allows_is_taken(fine: Start) -> None:
 def test_a_sampling_that_makes_no_sense_is_refused(garbage: Start) -> None:
     with pytest.raises(ValueError, match="temperature"):
         check(garbage, BOUNDS)
+
+
+def test_a_verification_confirms_a_token_at_least() -> None:
+    one, none = pack([1]), pack([0])
+    check(Verified(one, pack([2]), one, none, pack([5]), 0), BOUNDS)
+    with pytest.raises(ValueError, match="a count that is not from 1"):
+        check(Verified(one, pack([2]), none, none, b"", 0), BOUNDS)

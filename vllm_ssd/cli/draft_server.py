@@ -170,6 +170,9 @@ def _plan(config: SSDConfig, options: Options) -> tuple[Setup, int]:
     check_load_format(config.draft_load_format, draft)
     check_draft(draft)
     draft_vocab = select_draft_vocab(config, own, draft)
+    vocab_size = min(options.vocab_size or own.get_vocab_size(), own.get_vocab_size())
+    if draft_vocab is not None:
+        draft_vocab = draft_vocab[draft_vocab < vocab_size]
     rows = draft_rows(options.max_requests, config.max_branches)
     tokens = rows + prefill_tokens(on_cpu)
     arguments = engine_arguments(config, own, draft, rows, tokens, on_cpu=on_cpu)
@@ -178,7 +181,7 @@ def _plan(config: SSDConfig, options: Options) -> tuple[Setup, int]:
         num_speculative_tokens=config.num_speculative_tokens,
         max_branches=config.max_branches,
         enable_prefix_caching=True,
-        vocab_size=min(options.vocab_size or own.get_vocab_size(), own.get_vocab_size()),
+        vocab_size=vocab_size,
         draft_vocab=b"" if draft_vocab is None else pack(draft_vocab),
         draft_top_n=config.draft_top_n,
     )

@@ -102,10 +102,18 @@ def memory_arguments(
         total: bytes of the machine.
     """
     given = {argument.partition("=")[0].replace("_", "-") for argument in arguments}
-    said = {"--gpu-memory-utilization", "--kv-cache-memory-bytes", "--config", "--help", "-h"}
-    if given & said or "VLLM_CPU_KVCACHE_SPACE" in environment:
+    # vLLM takes abbreviations.
+    said = any(
+        flag.startswith(argument)
+        for flag in ("--gpu-memory-utilization", "--kv-cache-memory-bytes", "--config", "--help")
+        for argument in given
+        if len(argument) > len("--")
+    )
+    if said or "-h" in given or "VLLM_CPU_KVCACHE_SPACE" in environment:
         return []
     part = int(100 * PART_OF_FREE_MEMORY * available / total) / 100
+    if not part:
+        return []
     free = available / (1 << 30)
     print(
         f"vllm-ssd: --gpu-memory-utilization {part} for {PART_OF_FREE_MEMORY:.0%} of the "

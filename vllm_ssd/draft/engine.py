@@ -19,7 +19,7 @@ from vllm_ssd.draft.forking import Policy
 from vllm_ssd.draft.model import DraftModel
 from vllm_ssd.draft.pipeline import Pipeline, Taken
 from vllm_ssd.draft.rows import Rows
-from vllm_ssd.draft.session import Session
+from vllm_ssd.draft.session import Session, StepError
 from vllm_ssd.draft.share import Share
 from vllm_ssd.draft.tally import StepTally
 
@@ -127,10 +127,17 @@ class DraftEngine:
         self._follow_up(self._pipeline.take())
 
     def settle(self) -> None:
-        """Finish the step in flight before a message modifies its rows."""
-        taken = self._pipeline.settle()
-        if taken is not None:
-            self._follow_up(taken)
+        """Finish the step in flight before a message modifies its rows.
+
+        Raises:
+            StepError: that step failed.
+        """
+        try:
+            taken = self._pipeline.settle()
+            if taken is not None:
+                self._follow_up(taken)
+        except Exception as error:  # whatever it is, it concerns all targets
+            raise StepError(f"{type(error).__name__}: {error}") from error
 
     def abandon(self) -> None:
         """Drop the steps in flight; they are computed again."""

@@ -109,7 +109,8 @@ class Line:
         if frame.epoch > self._epoch:
             if self._session is not None:
                 self._session.reset()
-            self._epoch, self._expected, self._number = frame.epoch, 0, 0
+            with self._lock:  # signs of life are sent by another thread
+                self._epoch, self._expected, self._number = frame.epoch, 0, 0
             self._broken = False
         late = frame.epoch < self._epoch or frame.number < self._expected
         if late and not self._broken:
@@ -133,9 +134,9 @@ class Line:
 
     def lost(self, reason: str) -> None:
         """Ask for a new epoch; the rest of this one is ignored."""
-        self._broken = True
-        if self._session is not None:
+        if self._session is not None and not self._broken:
             self._session.reset()
+        self._broken = True
         now = time.monotonic()
         if now - self._last_lost > _LOST_SECONDS:
             self._last_lost = now

@@ -14,7 +14,7 @@ from vllm_ssd.draft.agreement import Offer, agree
 from vllm_ssd.draft.bring_up import BringUp
 from vllm_ssd.draft.engine import DraftEngine
 from vllm_ssd.draft.line import ALIVE_SECONDS, REPORT_SECONDS, Line
-from vllm_ssd.draft.session import OutOfStepError
+from vllm_ssd.draft.session import OutOfStepError, StepError
 from vllm_ssd.draft.validation import Bounds
 from vllm_ssd.wire.channel import Channel, peer_channel
 from vllm_ssd.wire.messages import (
@@ -40,6 +40,8 @@ LOG_AGAIN_SECONDS = 60.0
 
 _MOST_FAILED = 3
 """So many steps in a row may fail before the server gives up."""
+_MORE_WAITING = 8
+"""So many connections more than there may be targets may wait to join; the oldest goes then."""
 
 
 class DraftServer:
@@ -56,7 +58,7 @@ class DraftServer:
         self._rising: BringUp | None = None
         self._engine: DraftEngine | None = None
         self._offer: Offer | None = None
-        self._in_step = False
+        self._busy = False
         self._refusal = ("", 0.0)
         """The last one that was logged, and when."""
         self._failed = 0
@@ -206,31 +208,36 @@ class DraftServer:
         if not busy and not self._wait():
             self._report()  # not between rounds, where a target would read it in ``propose()``
             return
-        self._accept()
-        heard = self._each(Line.receive)
-        if heard:
-            self._each(lambda line: line.publish(answers=line in heard))
-        engine = self._engine
-        if engine is not None and engine.has_work:
-            self._step(engine)
-            self._each(Line.publish)
-            self._report()
+        self._busy = True
+        try:
+            self._accept()
+            heard = self._each(Line.receive)
+            if heard:
+                self._each(lambda line: line.publish(answers=line in heard))
+            engine = self._engine
+            if engine is not None and engine.has_work:
+                self._step(engine)
+                self._each(Line.publish)
+                self._report()
+        finally:
+            self._busy = False
 
     def _step(self, engine: DraftEngine) -> None:
-        """One step. An error in it, whoever's, has all targets of a shared draft begin anew."""
-        self._in_step = True
+        """One step."""
         try:
             engine.step()
-        except Exception:
-            self._failed += 1
-            if self._listener is None or self._failed > _MOST_FAILED:
-                raise
-            logger.exception("ssd draft: a step failed")
-            self._each(lambda line: line.lost("a step failed"))
+        except Exception as error:
+            self._step_failed(error)
         else:
             self._failed = 0
-        finally:
-            self._in_step = False
+
+    def _step_failed(self, error: Exception) -> None:
+        """Have all targets of a shared draft begin anew, whoever's error it was."""
+        self._failed += 1
+        if self._listener is None or self._failed > _MOST_FAILED:
+            raise error
+        logger.error("ssd draft: a step failed", exc_info=error)
+        self._each(lambda line: line.lost("a step failed"))
 
     def _each(self, act: Callable[[Line], Any]) -> list[Line]:
         """Act on all lines, and drop those that are lost; the lines for which it was true."""
@@ -241,6 +248,8 @@ class DraftServer:
                     found.append(line)
             except ConnectionError as error:
                 self._drop(line, str(error))
+            except StepError as error:
+                self._step_failed(error)
             except Exception:
                 if self._listener is None:
                     raise
@@ -269,6 +278,10 @@ class DraftServer:
         if self._listener is not None:
             for stream in self._listener.accept():
                 self._lines.append(Line(peer_channel(stream, ServerBound), self._join))
+            # A target may come long before it joins, while it loads; but not any number of them.
+            waiting = [line for line in self._lines if not line.joined]
+            for line in waiting[: -self._most_targets - _MORE_WAITING]:
+                self._drop(line, "too many wait")
 
     def _drop(self, line: Line, reason: str) -> None:
         self._lines.remove(line)
@@ -278,9 +291,9 @@ class DraftServer:
             logger.info("ssd draft: a target is gone (%s), %d left", reason, self.targets)
 
     def _beat(self) -> None:
-        """Signs of life during steps that take long."""
+        """Signs of life while a step, or what a target has sent, takes long."""
         while not self._stopped.wait(ALIVE_SECONDS):
-            if self._in_step:
+            if self._busy:
                 for line in self._lines.copy():
                     with suppress(ConnectionError):  # the loop finds out as well
                         line.beat()

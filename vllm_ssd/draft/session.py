@@ -49,6 +49,10 @@ class OutOfStepError(Exception):
     """A message does not fit those before it: a new epoch is needed."""
 
 
+class StepError(Exception):
+    """A step failed while a message waited for its result: the message is not to blame."""
+
+
 class Session:
     """Drafts for one target; :meth:`vllm_ssd.draft.engine.DraftEngine.open` makes it.
 

@@ -55,8 +55,9 @@ class Share:
         )
 
     def held_blocks(self) -> int:
-        """KV blocks of all its trunks and forks; one that requests share counts for each."""
-        return sum(
-            len(request.blocks) + sum(map(len, request.forks.values()))
-            for request in self.requests.values()
+        """KV blocks of all its trunks and forks; one that requests share counts once."""
+        trunks = {block.block_id for request in self.requests.values() for block in request.blocks}
+        forks = sum(
+            len(own) for request in self.requests.values() for own in request.forks.values()
         )
+        return len(trunks) + forks

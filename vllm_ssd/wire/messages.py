@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 from array import array
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 
 PROTOCOL = 1
 """Raised with every change of the messages: both sides must have the same."""
+MAX_PEER_MESSAGES = 64
+"""Of a frame to a draft server, which takes a frame in as a whole; a target sends a handful."""
 MAX_ROWS = 1024
 """Rows of the draft's batch, however many requests there are."""
 MAX_STOP_TOKENS = 8
@@ -318,7 +320,7 @@ class ServerBound(msgspec.Struct, frozen=True, array_like=True):
 
     epoch: int
     number: int
-    messages: list[FromPeer]
+    messages: Annotated[list[FromPeer], msgspec.Meta(max_length=MAX_PEER_MESSAGES)]
 
 
 class TargetBound(msgspec.Struct, frozen=True, array_like=True):
