@@ -1,12 +1,12 @@
 """Tokens per second of SSD for each K and number of branches, and of settings that adapt.
 
-Every set of prompts is a column. The best fixed setting of a set is marked; behind the speed of a
-setting that adapts stands its difference to that one. Engines take turns, as in
-``benchmarks/batch_sizes.py``. The best of many is also the luckiest: compare the few best again,
+Every set of prompts at every batch size is a column. The best fixed setting of each is marked;
+behind the speed of a setting that adapts stands its difference to that one. Engines take turns, as
+in ``benchmarks/batch_sizes.py``. The best of many is also the luckiest: compare the few best again,
 with more rounds, before believing a difference of the size of the spread.
 
     python -m benchmarks.settings [--texts mt-bench stories mixture] [--temperature 0.7] \\
-        [--size 1] [--k 2,3,4,6] [--branches 4,8,16] [--fan-outs 2,3] [--fixed JSON] \\
+        [--sizes 1,16] [--k 2,3,4,6] [--branches 4,8,16] [--fan-outs 2,3] [--fixed JSON] \\
         [--adaptive JSON]
 """
 
@@ -37,7 +37,7 @@ from vllm_ssd.cli.models import demo_models
 ADAPTIVE: dict[str, Any] = {"num_speculative_tokens": 6}
 
 Rates = dict[str, dict[str, Rate]]
-"""By setting and set of prompts."""
+"""By setting and column."""
 
 
 def grid(
@@ -56,9 +56,9 @@ def grid(
 
 
 def best(fixed: Rates) -> dict[str, str]:
-    """The fastest setting for each set of prompts."""
-    sets = next(iter(fixed.values()))
-    return {texts: max(fixed, key=lambda name: fixed[name][texts].median) for texts in sets}
+    """The fastest setting of each column."""
+    columns = next(iter(fixed.values()))
+    return {column: max(fixed, key=lambda name: fixed[name][column].median) for column in columns}
 
 
 def table(fixed: Rates, adaptive: Rates, title: str) -> Table:
@@ -72,16 +72,16 @@ def table(fixed: Rates, adaptive: Rates, title: str) -> Table:
     winners = best(fixed)
     shown = Table(title=title, caption="tokens/s ± spread; *: the best fixed one")
     shown.add_column("")
-    for texts in winners:
-        shown.add_column(texts, justify="right")
+    for column in winners:
+        shown.add_column(column, justify="right")
     for name, rates in fixed.items():
-        cells = [f"{'*' if winners[texts] == name else ''}{one}" for texts, one in rates.items()]
+        cells = [f"{'*' if winners[column] == name else ''}{one}" for column, one in rates.items()]
         shown.add_row(name, *cells)
     shown.add_section()
     for name, rates in adaptive.items():
         cells = []
-        for texts, one in rates.items():
-            difference = one.median / fixed[winners[texts]][texts].median - 1
+        for column, one in rates.items():
+            difference = one.median / fixed[winners[column]][column].median - 1
             cells.append(f"{one}\n{difference:+.1%}")
         shown.add_row(name, *cells)
     return shown
@@ -92,7 +92,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     add_arguments(parser)
     parser.add_argument("--texts", nargs="+", choices=SETS, default=[*MIXED, "mixture"])
-    parser.add_argument("--size", type=int, default=1, help="the batch size")
+    parser.add_argument("--sizes", type=numbers, default="1", help="the batch sizes")
     parser.add_argument("--k", type=numbers, default="2,3,4,6")
     parser.add_argument("--branches", type=numbers, default="4,8,16")
     parser.add_argument("--fan-outs", type=numbers, default="")
@@ -107,17 +107,20 @@ def main() -> None:
     fixed = grid(options.k, options.branches, options.fan_outs, options.fixed)
     adaptive = options.adaptive or [ADAPTIVE]
     engines = [Engine(ssd_name(o), ssd(draft, o), target_cores(o)) for o in fixed + adaptive]
-    number = slices(options.answers, options.size)
-    cases = [Case(prompts(texts), options.size, number) for texts in options.texts]
-    measured = take_turns(engines, cases, options)
+    columns = {
+        f"{texts} x {size}": Case(prompts(texts), size, slices(options.answers, size))
+        for texts in options.texts
+        for size in options.sizes
+    }
+    measured = take_turns(engines, list(columns.values()), options)
     rates: Rates = {
         name: {
-            texts: rate([one.slices for one in rounds])
-            for texts, rounds in zip(options.texts, of_sets, strict=True)
+            column: rate([one.slices for one in rounds])
+            for column, rounds in zip(columns, of_columns, strict=True)
         }
-        for name, of_sets in measured.items()
+        for name, of_columns in measured.items()
     }
-    title = f"batch {options.size}, temperature {options.temperature:g}, {options.rounds} rounds"
+    title = f"temperature {options.temperature:g}, {options.rounds} rounds"
     of_fixed = {ssd_name(one): rates[ssd_name(one)] for one in fixed}
     of_adaptive = {ssd_name(one): rates[ssd_name(one)] for one in adaptive}
     wide_console().print(table(of_fixed, of_adaptive, title))
