@@ -146,10 +146,11 @@ def test_what_is_said_about_memory_holds(
 @pytest.mark.parametrize(
     "arguments",
     [
-        pytest.param(["--help=Frontend"], marks=pytest.mark.slow, id="help"),
+        pytest.param(["--help=Frontend"], id="help"),
         pytest.param(["--no-such-flag", "--gpu-memory-utilization=0.5"], id="bad"),
     ],
 )
+@pytest.mark.slow
 def test_output_and_exit_status_are_those_of_vllm_serve(
     arguments: list[str], tmp_path: Path
 ) -> None:

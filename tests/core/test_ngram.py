@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 
 from vllm_ssd.core.ngram import LONGEST, SHORTEST, continuation
 
@@ -26,6 +27,7 @@ print(json.dumps(found))
 """In a process of its own: where Numba is imported, no engine can be started afterwards."""
 
 
+@pytest.mark.slow
 def test_it_finds_what_vllms_proposer_finds() -> None:
     rng = np.random.default_rng(0)
     cases = []

@@ -32,8 +32,15 @@ def check_all(sims: list[Simulation]) -> None:
         check_always(sim)
 
 
-@pytest.mark.parametrize("lookahead", [False, True], ids=["", "lookahead"])
-@pytest.mark.parametrize("short", [False, True], ids=["plenty", "short"])
+@pytest.mark.parametrize(
+    ("short", "lookahead"),
+    [
+        pytest.param(False, False, id="plenty", marks=pytest.mark.slow),
+        pytest.param(False, True, id="plenty, look-ahead"),
+        pytest.param(True, False, id="short"),
+        pytest.param(True, True, id="short, look-ahead", marks=pytest.mark.slow),
+    ],
+)
 def test_trees_are_exact_whatever_the_others_do(short: bool, lookahead: bool) -> None:
     rng = random.Random(7 * short + lookahead)
     hits = narrowed = 0

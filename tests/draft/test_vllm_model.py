@@ -181,7 +181,7 @@ def reference(tiny_pair: TinyModels) -> Any:
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param(False, id="compiled"),
+        pytest.param(False, id="compiled", marks=pytest.mark.slow),
         pytest.param(True, id="eager, inputs as on CUDA"),
     ],
 )
@@ -381,6 +381,7 @@ def test_the_model_is_compiled_by_default(
     assert any(model.compilations()[f"vllm num_{way}"] for way in ways)
 
 
+@pytest.mark.slow
 def test_the_block_size_is_the_one_that_vllm_chooses_for_the_attention(
     tiny_pair: TinyModels,
 ) -> None:

@@ -48,6 +48,7 @@ def test_ngrams_of_the_text(start_pair: Callable[[Spec], Pair]) -> None:
     assert 0 < stats["ngram_accepted"] < stats["ngram_tokens"]
 
 
+@pytest.mark.slow
 def test_what_pays(start_pair: Callable[[Spec], Pair]) -> None:
     stats = check(start_pair, fan_out=1)
     assert stats["waits"] > 0

@@ -86,6 +86,7 @@ def test_its_acceptance_stays_above_a_floor(answers: tuple[list[list[Answer]], f
     assert answers[1] > FLOOR
 
 
+@pytest.mark.slow
 def test_ssd_drafts_with_it_from_its_own_vocabulary(
     demo_pair: DemoModels, jobs: list[Job], answers: tuple[list[list[Answer]], float]
 ) -> None:

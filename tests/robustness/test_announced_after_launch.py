@@ -18,7 +18,7 @@ def worker_of(llm: LLM) -> Any:
     return core.engine_core.model_executor.driver_worker.worker
 
 
-@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("first", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_draft_follows_whether_a_step_is_announced_before_the_launch_or_after(
     engine: LLM, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch, first: bool
 ) -> None:

@@ -64,6 +64,7 @@ def test_draft_ends_when_the_target_does_not_start(
     harness.wait_for(lambda: not _drafts(), harness.GONE_SECONDS, "the draft is gone")
 
 
+@pytest.mark.slow
 def test_draft_with_a_device_of_its_own_loads_beside_the_target(
     tiny_pair: TinyModels, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

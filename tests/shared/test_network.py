@@ -50,7 +50,9 @@ def engine(
         yield llm
 
 
-@pytest.mark.parametrize("delay_ms", [0.0, 0.2, 1.0, 5.0])
+@pytest.mark.parametrize(
+    "delay_ms", [*(pytest.param(ms, marks=pytest.mark.slow) for ms in (0.0, 0.2, 5.0)), 1.0]
+)
 def test_a_delay_costs_time_and_no_text(
     engine: LLM, relay: Relay, server: Server, expected: list[list[int]], delay_ms: float
 ) -> None:

@@ -147,6 +147,7 @@ def test_the_command_says_that_there_is_no_model(tmp_path: Path, no_model: str) 
     assert not (tmp_path / "s").exists()
 
 
+@pytest.mark.slow
 def test_the_command_says_that_the_address_is_in_use(server: Server, tiny_pair: TinyModels) -> None:
     where = ["--listen", server.address, "--key-file", str(server.key_file)]
     line = command_refusal("--model", str(tiny_pair.draft), *where)
