@@ -1,4 +1,4 @@
-"""Chat with a server that runs SSD; after each answer, what speculation did meanwhile.
+"""Chat with a server that runs SSD; below each answer, as it comes, what speculation does.
 
 Start the server as in examples/serve/README.md, then
 
@@ -17,7 +17,12 @@ from typing import Any
 
 from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
+from rich.text import Text
+
+EVERY_SECONDS = 0.5
+"""How often the figures are read during an answer."""
 
 
 def counters(url: str) -> dict[str, float]:
@@ -32,6 +37,60 @@ def counters(url: str) -> dict[str, float]:
     return found
 
 
+class Figures:
+    """What speculation has done since an answer began.
+
+    Args:
+        url: the server's.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._before = counters(url)
+        self._began = time.perf_counter()
+
+    def line(self, tokens: int) -> str:
+        """A line of it.
+
+        Args:
+            tokens: of the answer so far.
+        """
+        new = {
+            name: value - self._before.get(name, 0.0) for name, value in counters(self._url).items()
+        }
+        hits, look_ups = new.get("hits_total", 0.0), new.get("look_ups_total", 0.0)
+        accepted = new.get("accepted_tokens_total", 0.0)
+        return (
+            f"{tokens} tokens, {tokens / (time.perf_counter() - self._began):.0f} a second; "
+            f"{hits:.0f} of {look_ups:.0f} look-ups hit; {accepted:.0f} drafted tokens accepted"
+        )
+
+
+def answer(stream: Any, figures: Figures, console: Console) -> str:
+    """Show an answer as it comes, and the figures below it.
+
+    Args:
+        stream: the server's chunks.
+        figures: those since it was asked.
+        console: the terminal.
+
+    Returns:
+        The answer.
+    """
+    said, tokens, line, read = "", 0, "", time.perf_counter()
+    # What is not a terminal gets the last state alone.
+    with Live(console=console, vertical_overflow="visible") as live:
+        for chunk in stream:
+            if chunk.usage is not None:
+                tokens = chunk.usage.completion_tokens
+            said += "".join(choice.delta.content or "" for choice in chunk.choices)
+            if time.perf_counter() - read > EVERY_SECONDS:
+                line, read = figures.line(tokens), time.perf_counter()
+            live.update(Group(Text(said), Text(line, style="dim")))
+        live.update(Group(Text(said), Text(figures.line(tokens), style="dim")))
+    return said
+
+
 def main() -> None:
     """Read questions until the end of input."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -44,7 +103,6 @@ def main() -> None:
     console = Console()
     console.print(f"[dim]{model.id}; an empty line or ctrl-D ends[/]")
     messages: list[Any] = []
-    before = counters(options.url)
     while True:
         try:
             question = console.input("[bold]> [/]")
@@ -53,31 +111,17 @@ def main() -> None:
         if not question.strip():
             return
         messages.append({"role": "user", "content": question})
-        began, tokens, said = time.perf_counter(), 0, ""
-        for chunk in client.chat.completions.create(
+        figures = Figures(options.url)
+        stream = client.chat.completions.create(
             model=model.id,
             messages=messages,
             stream=True,
             temperature=options.temperature,
             max_tokens=options.max_tokens,
-            stream_options={"include_usage": True},
-        ):
-            if chunk.usage is not None:
-                tokens = chunk.usage.completion_tokens
-            for choice in chunk.choices:
-                said += choice.delta.content or ""
-                console.print(choice.delta.content or "", end="", markup=False, highlight=False)
-        messages.append({"role": "assistant", "content": said})
-        seconds = time.perf_counter() - began
-        now = counters(options.url)
-        new = {name: value - before.get(name, 0.0) for name, value in now.items()}
-        before = now
-        hits, look_ups = new.get("hits_total", 0.0), new.get("look_ups_total", 0.0)
-        accepted = new.get("accepted_tokens_total", 0.0)
-        console.print(
-            f"\n[dim]{tokens} tokens, {tokens / seconds:.0f} a second; {hits:.0f} of "
-            f"{look_ups:.0f} look-ups hit; {accepted:.0f} drafted tokens accepted[/]"
+            # vLLM's: how many tokens there are so far, in every chunk.
+            stream_options={"include_usage": True, "continuous_usage_stats": True},
         )
+        messages.append({"role": "assistant", "content": answer(stream, figures, console)})
 
 
 if __name__ == "__main__":
