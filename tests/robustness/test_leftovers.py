@@ -113,6 +113,33 @@ def test_interrupted_engine_with_processes_leaves_nothing(
         script.assert_nothing_left()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("multiprocessing", [False, True], ids=["in-process", "processes"])
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [
+        pytest.param(signal.SIGUSR2, 0, id="normal"),
+        pytest.param(signal.SIGUSR1, 1, id="exception"),
+    ],
+)
+def test_ended_caller_leaves_nothing(
+    tiny_pair: TinyModels,
+    expected: list[list[int]],
+    tmp_path: Path,
+    number: int,
+    status: int,
+    multiprocessing: bool,
+) -> None:
+    with running_script(
+        tiny_pair, tiny_pair.itself, TEXTS, MAX_TOKENS, tmp_path / "t", multiprocessing
+    ) as script:
+        assert script.next_answers() == expected
+        assert len(script.drafts()) == 1
+        script.signal(number)
+        assert script.wait(START_SECONDS) == status
+        script.assert_nothing_left()
+
+
 def _named(script: Script, title: str) -> int:
     """The script's process with this title."""
     (found,) = [pid for pid in script.processes() if harness.command(pid).startswith(title)]
