@@ -33,9 +33,9 @@ from vllm_ssd.draft.rows import Rows
 from vllm_ssd.draft.session import Session
 from vllm_ssd.target.client import DraftClient
 from vllm_ssd.target.decisions import Decisions
-from vllm_ssd.target.handover import HandOver
 from vllm_ssd.target.lookup import LookUp
-from vllm_ssd.target.proposer import SSDProposer
+from vllm_ssd.target.v1.handover import HandOver
+from vllm_ssd.target.v1.proposer import SSDProposer
 from vllm_ssd.wire.channel import Channel
 from vllm_ssd.wire.messages import (
     PROTOCOL,

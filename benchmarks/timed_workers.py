@@ -6,8 +6,8 @@ import dataclasses
 import time
 from typing import Any
 
-from vllm_ssd.target.proposer import SSDProposer
-from vllm_ssd.target.worker import SSDWorker
+from vllm_ssd.target.v1.proposer import SSDProposer
+from vllm_ssd.target.v1.worker import SSDWorker
 
 
 class SwitchedProposer(SSDProposer):

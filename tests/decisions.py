@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from unittest.mock import patch
 
 from vllm_ssd.core.switch import Switch
-from vllm_ssd.target import proposer
 from vllm_ssd.target.decisions import Decisions
 from vllm_ssd.target.lookup import LookUp
+from vllm_ssd.target.v1 import proposer
 
 
 class AlwaysOn(Decisions):

@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 METHOD = "ssd"
-PROPOSER = "vllm_ssd.target.proposer.SSDProposer"
-WORKER = "vllm_ssd.target.worker.SSDWorker"
+PROPOSER = "vllm_ssd.target.v1.proposer.SSDProposer"
+WORKER = "vllm_ssd.target.v1.worker.SSDWorker"
 
 _FLAGS = {"method": "method", "model": "model", "num_speculative_tokens": "tokens"}
 """What vLLM's ``--spec-...`` options set in the speculative config."""
@@ -102,7 +102,7 @@ def _use_our_worker(parallel: Any) -> None:
         return
     from vllm.utils.import_utils import resolve_obj_by_qualname
 
-    from vllm_ssd.target.worker import SSDWorker
+    from vllm_ssd.target.v1.worker import SSDWorker
 
     if not issubclass(resolve_obj_by_qualname(parallel.worker_cls), SSDWorker):
         raise ValueError(

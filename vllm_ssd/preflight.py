@@ -17,7 +17,7 @@ from vllm_ssd.target.draft_config import (
     first_line,
     fits_length,
 )
-from vllm_ssd.target.joining import join_of
+from vllm_ssd.target.links.joining import join_of
 from vllm_ssd.target.memory import block_size, check_kv_cache, draft_kv_bytes_per_token
 from vllm_ssd.target.placement import count_devices, device_index
 from vllm_ssd.vocabulary import check_vocabulary, tokenizer_hash
@@ -128,7 +128,7 @@ def check_server(config: SSDConfig, target: ModelConfig) -> Join:
     Raises:
         ValueError: the address or the key cannot be used, or the server refuses the target.
     """
-    from vllm_ssd.target.attachment import ask, server_of
+    from vllm_ssd.target.links.attachment import ask, server_of
 
     address, key = server_of(config)
     join = join_of(config, target.get_vocab_size(), _tokenizer_hash(target))

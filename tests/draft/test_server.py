@@ -21,8 +21,8 @@ from vllm_ssd.draft.engine import DraftEngine
 from vllm_ssd.draft.rows import Rows
 from vllm_ssd.draft.server import DraftServer
 from vllm_ssd.draft.session import Session
-from vllm_ssd.target.attachment import Attachment, ask
 from vllm_ssd.target.client import DraftClient
+from vllm_ssd.target.links.attachment import Attachment, ask
 from vllm_ssd.wire.address import Address, UnixAddress
 from vllm_ssd.wire.channel import Channel, ChannelClosedError, peer_channel
 from vllm_ssd.wire.listener import Listener

@@ -20,7 +20,8 @@ from tests.engine.harness import (
     staggered,
 )
 from tests.tiny_models import EOS
-from vllm_ssd.target import notices, proposer
+from vllm_ssd.target import notices
+from vllm_ssd.target.v1 import proposer
 
 MIXED_LENGTHS = (5, 90, 17, 33, 150, 8, 1, 64, 40, 200, 12, 31, 75, 2, 110, 24)
 

@@ -17,9 +17,9 @@ from tests.robustness import harness
 from tests.robustness.conftest import MAX_TOKENS, TEXTS
 from tests.robustness.harness import Decoding, ssd_options
 from tests.tiny_models import TinyModels
-from vllm_ssd.target import worker
 from vllm_ssd.target.client import DraftClient
 from vllm_ssd.target.draft_setup import DraftPlan, plan_draft
+from vllm_ssd.target.v1 import worker
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,7 @@ from vllm_ssd.draft.forking import Policy
 from vllm_ssd.draft.model import BlockChanges, Choices, Done, Sequences
 from vllm_ssd.draft.rows import Rows
 from vllm_ssd.target.client import DraftClient
-from vllm_ssd.target.proposer import SSDProposer
+from vllm_ssd.target.v1.proposer import SSDProposer
 from vllm_ssd.wire.channel import Channel
 from vllm_ssd.wire.messages import (
     PROTOCOL,

@@ -13,8 +13,8 @@ from vllm_ssd.affinity import available_cores
 from vllm_ssd.cli import CommandError
 from vllm_ssd.cli.env import run_python, with_openmp
 from vllm_ssd.config import SSDConfig
+from vllm_ssd.target.links.process import draft_environment
 from vllm_ssd.target.placement import device_index
-from vllm_ssd.target.process import draft_environment
 from vllm_ssd.wire.address import Address, TCPAddress, parse_address
 from vllm_ssd.wire.keys import Key, read_key
 

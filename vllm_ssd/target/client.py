@@ -14,7 +14,7 @@ from collections.abc import Callable
 import numpy as np
 
 from vllm_ssd.core.stats import Stats
-from vllm_ssd.target.link import Link
+from vllm_ssd.target.links.link import Link
 from vllm_ssd.target.published import PublishedTrees
 from vllm_ssd.wire.channel import ChannelClosedError, ChannelFullError
 from vllm_ssd.wire.messages import (

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 from vllm_ssd.config import ADDITIONAL_CONFIG_KEY, SSDConfig
 from vllm_ssd.core.stats import Stats
 from vllm_ssd.target.decisions import Decisions
-from vllm_ssd.target.handover import HandOver, SparseRows
 from vllm_ssd.target.lookup import Batch, LookUp, answer, choose, lacking, look_up
 from vllm_ssd.target.notices import Notices
 from vllm_ssd.target.pace import Pace
-from vllm_ssd.target.padding import pad, pads
 from vllm_ssd.target.requests import RequestTable, can_draft
+from vllm_ssd.target.v1.handover import HandOver, SparseRows
+from vllm_ssd.target.v1.padding import pad, pads
 from vllm_ssd.target.waiting import Waiting
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ class SSDProposer:
         if self._runner is None:
             raise ValueError(
                 "ssd: SSDProposer needs its own worker; "
-                "set worker_cls (--worker-cls) to vllm_ssd.target.worker.SSDWorker"
+                "set worker_cls (--worker-cls) to vllm_ssd.target.v1.worker.SSDWorker"
             )
 
     def scheduled(self, scheduler_output: SchedulerOutput) -> None:

@@ -16,12 +16,12 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from tests.engine.exact_distribution import p_value
 from vllm_ssd.core.stats import Stats
-from vllm_ssd.target import handover
-from vllm_ssd.target.handover import HandOver
 from vllm_ssd.target.lookup import LookUp, answer
 from vllm_ssd.target.published import PublishedTrees
-from vllm_ssd.target.rejection import fix_cpu_rejection_sampler
 from vllm_ssd.target.requests import Tracked
+from vllm_ssd.target.v1 import handover
+from vllm_ssd.target.v1.handover import HandOver
+from vllm_ssd.target.v1.rejection import fix_cpu_rejection_sampler
 from vllm_ssd.wire.messages import Forked, Planted, Ready, Stepped, pack, pack_floats
 
 DEPTH, VOCABULARY, SUPPORT = 3, 12, 8

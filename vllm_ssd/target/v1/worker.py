@@ -15,15 +15,15 @@ from vllm_ssd import affinity, compat
 from vllm_ssd.core.stats import add_draft_ratios
 from vllm_ssd.preflight import Checked, check_engine, engine_options
 from vllm_ssd.stats_file import Snapshot, Writer
-from vllm_ssd.target.attachment import ATTACH_SECONDS, Attachment, server_of
 from vllm_ssd.target.client import DraftClient
 from vllm_ssd.target.cores import bind_target, split_cores
 from vllm_ssd.target.draft_setup import DraftPlan, plan_draft
-from vllm_ssd.target.handover import HandOver, most_bytes
+from vllm_ssd.target.links.attachment import ATTACH_SECONDS, Attachment, server_of
+from vllm_ssd.target.links.process import DraftProcess
 from vllm_ssd.target.memory import target_kv_bytes_per_token
-from vllm_ssd.target.process import DraftProcess
-from vllm_ssd.target.proposer import SSDProposer
-from vllm_ssd.target.rejection import RejectionSampler, fix_cpu_rejection_sampler
+from vllm_ssd.target.v1.handover import HandOver, most_bytes
+from vllm_ssd.target.v1.proposer import SSDProposer
+from vllm_ssd.target.v1.rejection import RejectionSampler, fix_cpu_rejection_sampler
 from vllm_ssd.wire.messages import Ready
 
 if TYPE_CHECKING or not current_platform.is_cpu():
@@ -176,7 +176,7 @@ class SSDWorker(PlatformWorker):
         if not isinstance(proposer, SSDProposer):
             raise ValueError(
                 f"ssd: worker_cls is SSDWorker but the proposer is {type(proposer).__name__}; set "
-                'the speculative "model" to vllm_ssd.target.proposer.SSDProposer'
+                'the speculative "model" to vllm_ssd.target.v1.proposer.SSDProposer'
             )
         return proposer
 
