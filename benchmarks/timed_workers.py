@@ -32,7 +32,7 @@ class SwitchedProposer(SSDProposer):
             length = int(lengths[row])
             prefix = texts[row, :length].tolist()
             match = next((text for text in self.record if text[:length] == prefix), [])
-            proposals.append(match[length : length + self.depth])
+            proposals.append(match[length : length + self.rounds.depth])
         return proposals
 
 

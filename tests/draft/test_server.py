@@ -333,7 +333,7 @@ def test_an_idle_target_is_told_nothing(served: Served) -> None:
         time.sleep(0.15)
     idle.poll()
     assert idle.received <= received + 1
-    assert busy.draft_counters["draft_steps"] > 0
+    assert busy.reported.counters["draft_steps"] > 0
     for client in (idle, busy):
         client.close()
 
@@ -347,8 +347,8 @@ def test_steps_before_a_target_came_are_not_its(served: Served) -> None:
     second = served.client()
     draft_for(second, 1)
     second.send([Start(2, pack([7, 8, 9]), LONGEST - 1, [])])
-    until(lambda: second.draft_counters, first, second)
-    assert second.draft_counters["draft_steps"] <= served.engine.steps - before
+    until(lambda: second.reported.counters, first, second)
+    assert second.reported.counters["draft_steps"] <= served.engine.steps - before
     for client in (first, second):
         client.close()
 
