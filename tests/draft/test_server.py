@@ -38,9 +38,9 @@ from vllm_ssd.wire.messages import (
     Start,
     TargetBound,
     Verified,
-    pack,
 )
 from vllm_ssd.wire.network import connect
+from vllm_ssd.wire.packing import pack
 
 K, VOCABULARY, LONGEST, BLOCKS = 3, 100, 64, 400
 JOIN = Join(PROTOCOL, "hash", VOCABULARY, K, [], 0, 8, "auto", 64, 1.0)

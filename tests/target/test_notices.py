@@ -12,7 +12,8 @@ from vllm_ssd.target.notices import Notices
 from vllm_ssd.target.published import PublishedTrees
 from vllm_ssd.target.requests import RequestTable
 from vllm_ssd.target.steps import EngineRequest, Scheduled
-from vllm_ssd.wire.messages import Finished, Start, Trimmed, unpack_list
+from vllm_ssd.wire.messages import Finished, Start, Trimmed
+from vllm_ssd.wire.packing import unpack_list
 
 PROMPT = [5, 6, 7, 8]
 

@@ -145,7 +145,8 @@ def _plan(config: SSDConfig, options: Options) -> tuple[Setup, int]:
         refusal,
     )
     from vllm_ssd.target.draft_setup import draft_rows, engine_arguments, prefill_tokens
-    from vllm_ssd.wire.messages import Setup, pack
+    from vllm_ssd.wire.messages import Setup
+    from vllm_ssd.wire.packing import pack
 
     compat.check_vllm_version()
     on_cpu = current_platform.is_cpu()

@@ -12,7 +12,8 @@ from vllm_ssd.target import memory
 from vllm_ssd.target.checkpoint import checkpoint_tensors
 from vllm_ssd.target.draft_config import fits_length, source_arguments
 from vllm_ssd.target.placement import place_by_ray, place_draft
-from vllm_ssd.wire.messages import MAX_ROWS, Setup, pack
+from vllm_ssd.wire.messages import MAX_ROWS, Setup
+from vllm_ssd.wire.packing import pack
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from vllm_ssd.target.lookup import LookUp
 from vllm_ssd.target.requests import RequestTable
 from vllm_ssd.target.steps import EngineRequest, Scheduled
-from vllm_ssd.wire.messages import Finished, Proposed, Start, ToDraft, Trimmed, Verified, pack
+from vllm_ssd.wire.messages import Finished, Proposed, Start, ToDraft, Trimmed, Verified
+from vllm_ssd.wire.packing import pack
 
 if TYPE_CHECKING:
     from vllm_ssd.target.client import DraftClient

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vllm_ssd.wire.messages import MAX_STOP_TOKENS, Start, pack
+from vllm_ssd.wire.messages import MAX_STOP_TOKENS, Start
+from vllm_ssd.wire.packing import pack
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import NewRequestData

@@ -23,7 +23,8 @@ from vllm_ssd.target.sources import read_sources
 from vllm_ssd.target.v1 import handover
 from vllm_ssd.target.v1.handover import HandOver
 from vllm_ssd.target.v1.rejection import fix_cpu_rejection_sampler
-from vllm_ssd.wire.messages import Forked, Planted, Ready, Stepped, pack, pack_floats
+from vllm_ssd.wire.messages import Forked, Planted, Ready, Stepped
+from vllm_ssd.wire.packing import pack, pack_floats
 
 DEPTH, VOCABULARY, SUPPORT = 3, 12, 8
 BASE = 20
