@@ -7,7 +7,7 @@ they are prefilled again when they come back. What targets may take from each ot
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -61,9 +61,10 @@ class Shortage:
             key=lambda request: (not request.share.quiet, request.last_used - request.share.round)
         )
         for request in idle:
-            if self._has_room(rows, blocks):
+            missing = self._missing(rows, blocks)
+            if max(missing) <= 0:
                 return True
-            if max(lenders[request.share]) > 0:
+            if lenders[request.share].helps(missing):
                 lenders[request.share] -= Part(1, len(request.blocks))
                 request.share.counters["draft_evictions"] += 1
                 self._release(request)
@@ -87,7 +88,7 @@ class Shortage:
             rows: to be free.
             blocks: to be free.
         """
-        free_rows, free_blocks = self._rows.free_count, self._blocks.free_count
+        missing = self._missing(rows, blocks)
         taken: dict[Request, list[int]] = {}
         forks = [
             (request, row)
@@ -97,30 +98,33 @@ class Shortage:
         ]
         chances = self._rows.chance[[row for _, row in forks]]
         for i in np.argsort(chances, kind="stable").tolist():
-            if free_rows >= rows and free_blocks >= blocks:
+            if max(missing) <= 0:
                 break
             request, row = forks[i]
-            if max(lenders[request.share]) <= 0:
+            if not lenders[request.share].helps(missing):
                 continue
             own = len(request.forks[row])
             lenders[request.share] -= Part(1, own)
             taken.setdefault(request, []).append(row)
-            free_rows += self._rows.is_free_at_once(row)
-            free_blocks += own
+            missing -= Part(self._rows.is_free_at_once(row), own)
         for request, its in taken.items():
             request.share.counters["draft_narrowed"] += len(its)
             self._prune(request, its)
 
     def _has_room(self, rows: int, blocks: int) -> bool:
-        return self._rows.free_count >= rows and self._blocks.free_count >= blocks
+        return max(self._missing(rows, blocks)) <= 0
 
-    def _within_reach(self, shares: Iterable[Share], idle: Sequence[Request]) -> int:
+    def _missing(self, rows: int, blocks: int) -> Part:
+        return Part(rows - self._rows.free_count, blocks - self._blocks.free_count)
+
+    def _within_reach(self, lenders: dict[Share, Part], idle: Sequence[Request]) -> float:
         """The most blocks that can be freed; shared ones count twice."""
-        forks = sum(
-            len(own)
-            for share in shares
-            for request in share.requests.values()
-            for own in request.forks.values()
-        )
-        trunks = sum(len(request.blocks) for request in idle)
-        return self._blocks.free_count + forks + trunks
+        reach: float = self._blocks.free_count
+        for share, most in lenders.items():
+            if most.blocks > 0:
+                held = [len(request.blocks) for request in idle if request.share is share]
+                for request in share.requests.values():
+                    held += map(len, request.forks.values())
+                # What is taken last is taken whole, though less of it may be too much.
+                reach += min(sum(held), most.blocks - 1 + max(held, default=0))
+        return reach
