@@ -338,6 +338,37 @@ def test_an_idle_target_is_told_nothing(served: Served) -> None:
         client.close()
 
 
+def test_signs_of_life_are_for_targets_that_wait(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    idle, busy = served.client(), served.client()
+    draft_for(idle, 1)
+    idle.send([Finished(pack([1]))])
+    time.sleep(0.6)
+    idle.poll()
+    step = served.engine.step
+
+    def takes_long() -> None:
+        time.sleep(1.6)
+        step()
+
+    monkeypatch.setattr(served.engine, "step", takes_long)
+    before = idle.received, busy.received
+    busy.send([Start(1, pack([1, 2, 3]), LONGEST - 1, [])])
+    time.sleep(0.2)
+    # It is not read before the step ends.
+    busy.send([Start(2, pack([7, 8, 9]), LONGEST - 1, [])])
+    time.sleep(1.2)
+    idle.poll()
+    busy.poll()
+    monkeypatch.undo()
+    assert idle.received == before[0]
+    assert busy.received >= before[1] + 2
+    until(lambda: 2 in busy.published.cache.trees, busy)
+    for client in (idle, busy):
+        client.close()
+
+
 def test_steps_before_a_target_came_are_not_its(served: Served) -> None:
     first = served.client()
     for number in range(30):
