@@ -30,7 +30,6 @@ from vllm_ssd.wire.messages import (
     Progress,
     Ready,
     Setup,
-    Start,
     ToDraft,
     ToTarget,
 )
@@ -58,6 +57,7 @@ class DraftClient:
         setup: how a process of the target's own brings its model up; None for a draft that is up.
         agreed: called with the limits of the draft that has come up.
         starts_server: whether reaching a draft that is up may mean to start it first.
+        published: takes the trees that the draft publishes; by default a copy of them on the host.
     """
 
     def __init__(
@@ -70,11 +70,11 @@ class DraftClient:
         setup: Setup | None = None,
         agreed: Callable[[Ready], None] = lambda ready: None,
         starts_server: bool = False,
+        published: PublishedTrees | None = None,
     ) -> None:
         self.up = False
         """Whether the draft has come up and takes requests."""
-        sampled_from = 0 if join.draft_sampling == "greedy" else join.draft_top_n
-        self.published = PublishedTrees(join.num_speculative_tokens, join.vocab_size, sampled_from)
+        self.published = _trees_for(join) if published is None else published
         self._exchange = Exchange(self.published, stats, forget_requests)
         self.reported = self._exchange.reported
         """What the draft counts."""
@@ -251,38 +251,20 @@ class DraftClient:
             if code is not None:
                 reason = f"{reason} (exit code {code})"
         now = time.monotonic()
-        failures = self._failures
-        backoff = failures.lost(reason, up_for=now - self._up_since if was_up else 0.0)
+        backoff = self._failures.count(reason, up_for=now - self._up_since if was_up else 0.0)
         self._start_after = now + backoff
         self.reported.ended()
         self._exchange.begin_epoch()
         # At its start the engine itself reports what became of its process.
-        reported_here = self._was_up or self._setup is None
-        if reported_here and (was_up or failures.is_news(now)):
-            failures.logged(now)
-            logger.warning(
-                "ssd: %s %s: %s; decoding plainly, next start in %.1f s",
-                link or "draft",
-                "lost" if was_up else "not reached",
-                failures.reason,
-                backoff,
-            )
+        if self._was_up or self._setup is None:
+            self._failures.log(str(link or "draft"), was_up, backoff, now)
 
     # ---- frames
 
     def send(self, messages: list[ToDraft]) -> None:
-        """Send without blocking; what cannot be sent ends the epoch.
-
-        Small messages go first, in a frame of their own, so as not to wait for long texts.
-        """
+        """Send without blocking; what cannot be sent ends the epoch."""
         if self.up and messages:
-            frames: list[list[ToDraft]] = [[]]
-            for message in messages:
-                if isinstance(message, Start):
-                    frames.append([message])
-                else:
-                    frames[0].append(message)
-            self._put(*(frame for frame in frames if frame))
+            self._put(messages)
 
     def poll(self, timeout: float = 0.0) -> None:
         """Apply what has arrived.
@@ -325,11 +307,11 @@ class DraftClient:
         self._stats.resyncs += 1
         self._exchange.begin_epoch()
 
-    def _put(self, *frames: list[ToDraft]) -> None:
+    def _put(self, messages: list[ToDraft]) -> None:
         if self.link is None or self.link.channel is None:
             return
         try:
-            self._exchange.send(self.link.channel, *frames)
+            self._exchange.send(self.link.channel, messages)
         except ChannelClosedError as error:
             self._lose(str(error))
         except OutOfStepError as error:
@@ -362,3 +344,8 @@ class DraftClient:
                     logger.info("ssd: %s %s", self.link, self._doing)
             case Failed():
                 self._lose(message.reason)
+
+
+def _trees_for(join: Join) -> PublishedTrees:
+    sampled_from = 0 if join.draft_sampling == "greedy" else join.draft_top_n
+    return PublishedTrees(join.num_speculative_tokens, join.vocab_size, sampled_from)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from vllm_ssd.core.stats import add_draft_ratios
+from vllm_ssd.core.stats import Stats, add_draft_ratios
 from vllm_ssd.stats_file import Snapshot, Writer
 
 if TYPE_CHECKING:
     from vllm_ssd.target.client import DraftClient
-    from vllm_ssd.target.rounds import Rounds
     from vllm_ssd.wire.messages import Report
 
 SNAPSHOT_SECONDS = 0.25
@@ -43,11 +44,19 @@ class DraftCounters:
         self._before = self.counters
 
 
-def all_counters(rounds: Rounds, client: DraftClient) -> dict[str, float]:
-    """Counters of target and draft, by name."""
+def all_counters(
+    stats: Stats, client: DraftClient, decided: Mapping[str, float] = MappingProxyType({})
+) -> dict[str, float]:
+    """Counters of target and draft, by name.
+
+    Args:
+        stats: the target's.
+        client: the draft's.
+        decided: what is believed of the speculation (:meth:`Decisions.as_dict`).
+    """
     return {
-        **rounds.stats.as_dict(),
-        **rounds.decisions.as_dict(),
+        **stats.as_dict(),
+        **decided,
         **add_draft_ratios(client.reported.counters),
         **(client.reported.gauges if client.up else {}),
         "draft_up": float(client.up),
@@ -58,13 +67,13 @@ class Snapshots:
     """Writes the counters now and then, if a server has asked for them.
 
     Args:
-        rounds: the target's.
-        client: the draft's.
+        stats: the target's counters.
+        count: all counters, by name.
     """
 
-    def __init__(self, rounds: Rounds, client: DraftClient) -> None:
-        self._rounds = rounds
-        self._client = client
+    def __init__(self, stats: Stats, count: Callable[[], dict[str, float]]) -> None:
+        self._stats = stats
+        self._count = count
         self._file = Writer()
         self._next = 0.0
         """When to write next."""
@@ -83,12 +92,11 @@ class Snapshots:
         self._next = time.monotonic() + SNAPSHOT_SECONDS
         if not self._file.wanted:
             return
-        recent = self._rounds.stats.recent
-        counters = all_counters(self._rounds, self._client)
+        recent, counters = self._stats.recent, self._count()
         counts = {kind: values.count for kind, values in recent.items()}
         values = {kind: values.since(0) for kind, values in recent.items()}
         try:
-            self._file.write(Snapshot(counters, counts, values, self._rounds.stats.depths))
+            self._file.write(Snapshot(counters, counts, values, self._stats.depths))
         except OSError as error:
             self._next += AFTER_AN_ERROR_SECONDS
             logger.warning("ssd: the metrics could not be written: %s", error)

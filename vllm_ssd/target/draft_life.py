@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
+from vllm_ssd.core.stats import Stats
 from vllm_ssd.preflight import Checked
 from vllm_ssd.target.client import DraftClient
 from vllm_ssd.target.draft_setup import DraftPlan, plan_draft
 from vllm_ssd.target.links.attachment import ATTACH_SECONDS, Attachment, server_of
 from vllm_ssd.target.links.process import DraftProcess
 from vllm_ssd.target.memory import target_kv_bytes_per_token
-from vllm_ssd.target.rounds import Rounds
+from vllm_ssd.target.published import PublishedTrees
+from vllm_ssd.target.requests import RequestTable
 from vllm_ssd.wire.messages import Ready
 
 if TYPE_CHECKING:
@@ -30,16 +32,26 @@ class DraftLife:
     Args:
         checked: the options and the draft, checked.
         vllm_config: the target's.
-        rounds: which the draft is for.
+        stats: counters to keep.
+        requests: those announced to the draft.
         cores: CPU cores of a draft process; empty for wherever the system puts it.
+        published: as for :class:`DraftClient`.
     """
 
     def __init__(
-        self, checked: Checked, vllm_config: Any, rounds: Rounds, cores: list[int]
+        self,
+        checked: Checked,
+        vllm_config: Any,
+        stats: Stats,
+        requests: RequestTable,
+        cores: list[int],
+        published: PublishedTrees | None = None,
     ) -> None:
         self._config = checked.config
         self._vllm_config = vllm_config
-        self._rounds = rounds
+        self._stats = stats
+        self._requests = requests
+        self._published = published
         self._plan: DraftPlan | None = None
         """Of a process of the target's own."""
         self._asleep: set[str] = set()
@@ -52,15 +64,16 @@ class DraftLife:
     def _start(self, checked: Checked, cores: list[int]) -> DraftClient:
         """A draft process of our own."""
         plan = self._plan = plan_draft(checked, self._vllm_config)
-        requests = self._rounds.requests
+        requests = self._requests
         requests.max_length = plan.max_model_len
         client = DraftClient(
             lambda: DraftProcess(cores, plan.device),
             checked.join,
             self._config.draft_startup_timeout_s,
-            self._rounds.stats,
+            self._stats,
             requests.forget_all,
             plan.setup,
+            published=self._published,
         )
         if plan.may_start_early:
             client.launch()
@@ -72,7 +85,7 @@ class DraftLife:
     def _attach(self, checked: Checked) -> DraftClient:
         """A draft server at an address, or where Ray puts it."""
         reach, timeout_s = self._way(checked)
-        requests, target = self._rounds.requests, self._vllm_config.model_config
+        requests, target = self._requests, self._vllm_config.model_config
 
         def agreed(ready: Ready) -> None:
             requests.max_length = min(int(target.max_model_len), ready.max_model_len)
@@ -81,10 +94,11 @@ class DraftLife:
             reach,
             checked.join,
             timeout_s,
-            self._rounds.stats,
+            self._stats,
             requests.forget_all,
             agreed=agreed,
             starts_server=self._config.draft_placement == "ray",
+            published=self._published,
         )
         client.launch()
         return client

@@ -62,13 +62,19 @@ class Exchange:
         self.published.clear()
         self._forget_requests()
 
-    def send(self, channel: Channel[TargetBound], *frames: list[ToDraft]) -> None:
+    def send(self, channel: Channel[TargetBound], messages: list[ToDraft]) -> None:
         """Send without blocking.
+
+        Small messages go first, in a frame of their own, so as not to wait for long texts.
 
         Raises:
             OutOfStepError: the draft misses these frames, and had others of this epoch.
             ChannelClosedError: the draft is gone.
         """
+        texts = [message for message in messages if isinstance(message, Start)]
+        small = [message for message in messages if not isinstance(message, Start)]
+        frames: list[list[ToDraft]] = [small] if small else []
+        frames += [[text] for text in texts]
         try:
             channel.send(*self._epochs.number(frames))
         except ChannelFullError as error:
@@ -78,10 +84,8 @@ class Exchange:
             self._forget_requests()  # they were not announced after all
             return
         self._epochs.sent(len(frames))
-        for messages in frames:
-            for message in messages:
-                if isinstance(message, Start):
-                    self.published.announce(message.handle)
+        for text in texts:
+            self.published.announce(text.handle)
         if self.unanswered_since is None:
             self.unanswered_since = time.monotonic()
 

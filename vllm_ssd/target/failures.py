@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+
+logger = logging.getLogger("vllm.vllm_ssd")
+
 FIRST_BACKOFF_SECONDS = 0.5
 LONGEST_BACKOFF_SECONDS = 60.0
 """Before a process is started again, which takes cores and memory from the others."""
@@ -24,15 +28,15 @@ class Failures:
         self.reason = ""
         """Why the draft was lost: the first thing that went wrong since its start."""
         self._longest_backoff = longest_backoff
-        self._count = 0
+        self._in_a_row = 0
         self._logged = ("", 0.0)
         """The failure last logged, and when."""
 
     def forget(self) -> None:
         """The next failure is the first."""
-        self._count = 0
+        self._in_a_row = 0
 
-    def lost(self, reason: str, up_for: float) -> float:
+    def count(self, reason: str, up_for: float) -> float:
         """The draft is lost.
 
         Args:
@@ -43,15 +47,26 @@ class Failures:
             For how long not to start it again.
         """
         self.reason = self.reason or reason
-        self._count = 1 if up_for > STABLE_SECONDS else self._count + 1
-        doubled = 2 ** min(self._count - 1, 10)
+        self._in_a_row = 1 if up_for > STABLE_SECONDS else self._in_a_row + 1
+        doubled = 2 ** min(self._in_a_row - 1, 10)
         return min(FIRST_BACKOFF_SECONDS * doubled, self._longest_backoff)
 
-    def is_news(self, now: float) -> bool:
-        """Whether this failure was not logged lately."""
-        known, logged_at = self._logged
-        return now - logged_at > LOG_AGAIN_SECONDS or self.reason != known
+    def log(self, draft: str, was_up: bool, backoff: float, now: float) -> None:
+        """Log this failure, unless the same one was logged just now.
 
-    def logged(self, now: float) -> None:
-        """It is being logged."""
-        self._logged = self.reason, now
+        Args:
+            draft: its name.
+            was_up: it had come up, which is always worth a line.
+            backoff: for how long it is not started again.
+            now: the time.
+        """
+        known, logged_at = self._logged
+        if was_up or now - logged_at > LOG_AGAIN_SECONDS or self.reason != known:
+            self._logged = self.reason, now
+            logger.warning(
+                "ssd: %s %s: %s; decoding plainly, next start in %.1f s",
+                draft,
+                "lost" if was_up else "not reached",
+                self.reason,
+                backoff,
+            )

@@ -9,7 +9,7 @@ from vllm.distributed.parallel_state import get_tp_group
 from vllm.platforms import current_platform
 
 from vllm_ssd import affinity, compat
-from vllm_ssd.preflight import check_engine, engine_options
+from vllm_ssd.preflight import Checked, check_engine, engine_options
 from vllm_ssd.target.client import DraftClient
 from vllm_ssd.target.cores import bind_target, split_cores
 from vllm_ssd.target.counters import Snapshots, all_counters
@@ -73,9 +73,16 @@ class SSDWorker(PlatformWorker):
         # Our draft model is elsewhere: vLLM need not keep K positions free for one in this process.
         runner.effective_drafter_max_model_len += self._rounds.depth
         if self._checked is not None:
-            self._draft = DraftLife(self._checked, self.vllm_config, self._rounds, cores)
-            self._snapshots = Snapshots(self._rounds, self._draft.client)
+            self._start_draft(self._checked, cores)
         proposer.bind(runner, self._client, self._make_hand_over())
+
+    def _start_draft(self, checked: Checked, cores: list[int]) -> None:
+        rounds = self._rounds
+        stats = rounds.stats
+        draft = self._draft = DraftLife(checked, self.vllm_config, stats, rounds.requests, cores)
+        self._snapshots = Snapshots(
+            stats, lambda: all_counters(stats, draft.client, rounds.decisions.as_dict())
+        )
 
     def _make_hand_over(self) -> HandOver | None:
         if self._config.draft_sampling == "greedy":
@@ -171,7 +178,8 @@ class SSDWorker(PlatformWorker):
         if self._client is None:
             return {}
         self._client.poll()
-        return all_counters(self._rounds, self._client)
+        rounds = self._rounds
+        return all_counters(rounds.stats, self._client, rounds.decisions.as_dict())
 
     def shutdown(self) -> None:
         """End the draft process, undo the binding to cores made in-process, end the worker."""
