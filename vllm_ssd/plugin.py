@@ -75,7 +75,8 @@ def _rewrite(engine_args: Any, options: dict[str, Any], target: Any, parallel: A
     """Check the options and put vLLM's official spelling in their place."""
     from vllm_ssd.affinity import available_cores
     from vllm_ssd.config import ADDITIONAL_CONFIG_KEY, SSDConfig
-    from vllm_ssd.preflight import absolute_paths, check, check_cores
+    from vllm_ssd.draft_checks import check_cores
+    from vllm_ssd.preflight import absolute_paths, check
 
     own = {name: value for name, value in options.items() if name != "method"}
     config = absolute_paths(SSDConfig.parse(own))

@@ -71,8 +71,8 @@ class Exchange:
             OutOfStepError: the draft misses these frames, and had others of this epoch.
             ChannelClosedError: the draft is gone.
         """
-        texts = [message for message in messages if isinstance(message, Start)]
-        small = [message for message in messages if not isinstance(message, Start)]
+        texts = [each for each in messages if isinstance(each, Start)]
+        small: list[ToDraft] = [each for each in messages if not isinstance(each, Start)]
         frames: list[list[ToDraft]] = [small] if small else []
         frames += [[text] for text in texts]
         try:
