@@ -33,9 +33,10 @@ from vllm_ssd.draft.rows import Rows
 from vllm_ssd.draft.session import Session
 from vllm_ssd.target.client import DraftClient
 from vllm_ssd.target.decisions import Decisions
-from vllm_ssd.target.handover import HandOver
 from vllm_ssd.target.lookup import LookUp
-from vllm_ssd.target.proposer import SSDProposer
+from vllm_ssd.target.steps import Decodes
+from vllm_ssd.target.v1.handover import HandOver
+from vllm_ssd.target.v1.proposer import SSDProposer
 from vllm_ssd.wire.channel import Channel
 from vllm_ssd.wire.messages import (
     PROTOCOL,
@@ -177,9 +178,10 @@ def measure(
         requests={},
         device="cpu",
     )
-    proposer.bind(runner, client, HandOver(runner, DEPTH, VOCABULARY, requests, proposer.stats))
+    rounds = proposer.rounds
+    proposer.bind(runner, client, HandOver(runner, DEPTH, VOCABULARY, requests, rounds.stats))
     announced = [
-        proposer.requests.announce(name, texts[i, :context], context, parameters)
+        rounds.requests.announce(name, texts[i, :context], context, parameters)
         for i, name in enumerate(names)
     ]
     client.send(list(announced))
@@ -203,22 +205,12 @@ def measure(
             texts[i, lengths[i] : lengths[i] + len(tokens)] = tokens
             lengths[i] += len(tokens)
             verified.append(tokens)
-        proposer.decisions.take_in()
-        proposer.pace.scheduled(_step(names, proposals))
+        rounds.decisions.take_in()
+        rounds.pace.scheduled(Decodes(requests, sum(map(len, proposals))))
         began = time.perf_counter()
         proposals = proposer.propose(verified, lengths, texts)
         seconds.append(time.perf_counter() - began)
-    return seconds, draft.session, proposer.stats.hits / proposer.stats.look_ups
-
-
-def _step(names: list[str], proposals: list[list[int]]) -> Any:
-    """The step that verifies these, as vLLM's scheduler describes it."""
-    drafts = {name: of for name, of in zip(names, proposals, strict=True) if of}
-    return SimpleNamespace(
-        num_scheduled_tokens={name: 1 + len(drafts.get(name, ())) for name in names},
-        scheduled_spec_decode_tokens=drafts,
-        scheduled_new_reqs=[],
-    )
+    return seconds, draft.session, rounds.stats.hits / rounds.stats.look_ups
 
 
 def _proposer(
@@ -232,12 +224,12 @@ def _proposer(
         model_config=SimpleNamespace(max_model_len=context + 4096),
     )
     proposer = SSDProposer(config)
-    proposer.decisions = AlwaysOn(proposer.requests, proposer.pace, proposer.stats)
+    rounds = proposer.rounds
+    rounds.decisions = AlwaysOn(rounds.requests, rounds.pace, rounds.stats)
     sampling = _sampling(sampled), SAMPLED_FROM
     join = Join(PROTOCOL, "", VOCABULARY, DEPTH, [], branches, branches, *sampling)
     link: Any = SimpleNamespace(channel=Channel(connection, TargetBound), failure=None)
-    forget = proposer.requests.forget_all
-    client = DraftClient(lambda: link, join, 60.0, proposer.stats, forget)
+    client = DraftClient(lambda: link, join, 60.0, rounds.stats, rounds.requests.forget_all)
     client.launch()
     return proposer, client
 

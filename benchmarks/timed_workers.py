@@ -6,8 +6,8 @@ import dataclasses
 import time
 from typing import Any
 
-from vllm_ssd.target.proposer import SSDProposer
-from vllm_ssd.target.worker import SSDWorker
+from vllm_ssd.target.v1.proposer import SSDProposer
+from vllm_ssd.target.v1.worker import SSDWorker
 
 
 class SwitchedProposer(SSDProposer):
@@ -32,7 +32,7 @@ class SwitchedProposer(SSDProposer):
             length = int(lengths[row])
             prefix = texts[row, :length].tolist()
             match = next((text for text in self.record if text[:length] == prefix), [])
-            proposals.append(match[length : length + self.depth])
+            proposals.append(match[length : length + self.rounds.depth])
         return proposals
 
 

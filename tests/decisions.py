@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from unittest.mock import patch
 
 from vllm_ssd.core.switch import Switch
-from vllm_ssd.target import proposer
+from vllm_ssd.target import rounds
 from vllm_ssd.target.decisions import Decisions
 from vllm_ssd.target.lookup import LookUp
 
@@ -40,10 +40,10 @@ class InTurns(Decisions):
     def decide(self, switch: Switch) -> bool:
         at, on = self._asked % sum(self._TURNS), True
         self._asked += 1
-        for rounds in self._TURNS:
-            if at < rounds:
+        for count in self._TURNS:
+            if at < count:
                 return on
-            at, on = at - rounds, not on
+            at, on = at - count, not on
         raise AssertionError
 
     def choose(self, look_ups: Sequence[LookUp]) -> None:
@@ -55,5 +55,5 @@ class InTurns(Decisions):
 @contextmanager
 def deciding(kind: type[Decisions]) -> Iterator[None]:
     """Engines started meanwhile decide like this."""
-    with patch.object(proposer, "Decisions", kind):
+    with patch.object(rounds, "Decisions", kind):
         yield

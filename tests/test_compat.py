@@ -198,7 +198,6 @@ CALLED = {
     "VllmConfig": "vllm.config:VllmConfig",
     "CUDAGraphMode": "vllm.config:CUDAGraphMode",
     "CUDAGraphMode | None": "vllm.config:CUDAGraphMode",
-    "NewRequestData | CachedRequestState": "vllm.v1.core.sched.output:NewRequestData",
     "_pool": "vllm.v1.core.block_pool:BlockPool",
     "cache_config": "vllm.config:CacheConfig",
     "compilation_config": "vllm.config:CompilationConfig",
@@ -354,7 +353,6 @@ def test_the_core_knows_nothing_of_vllm() -> None:
         "def f(graphs: CUDAGraphMode | None):\n    graphs.decode_mode()",
         "vllm_config.load_config.device",
         "state.block_ids",
-        "def f(request: NewRequestData | CachedRequestState):\n    request.block_ids",
         "for new in step.scheduled_new_reqs:\n    new.block_ids",
     ],
 )

@@ -16,7 +16,7 @@ from vllm_ssd.config import SSDConfig
 from vllm_ssd.draft_vocab import FILE, select_draft_vocab
 from vllm_ssd.preflight import check_engine
 from vllm_ssd.target.draft_setup import plan_draft
-from vllm_ssd.wire.messages import unpack
+from vllm_ssd.wire.packing import unpack
 
 
 @pytest.fixture(scope="module")

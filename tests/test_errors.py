@@ -14,8 +14,9 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from tests.tiny_models import TinyModels
 from vllm_ssd import compat
+from vllm_ssd.draft_checks import check_draft
 from vllm_ssd.plugin import PROPOSER, WORKER
-from vllm_ssd.preflight import check_draft, check_engine
+from vllm_ssd.preflight import check_engine
 from vllm_ssd.target.draft_setup import plan_draft
 
 DELETED = object()

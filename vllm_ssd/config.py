@@ -2,44 +2,26 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic_core import ErrorDetails
 
 from vllm_ssd.core.forks import geometric_fan_out
 from vllm_ssd.draft_resources import DraftResources
+from vllm_ssd.option_errors import (
+    MAX_BRANCHES,
+    MAX_FAN_OUT,
+    MAX_SPECULATIVE_TOKENS,
+    NEEDS,
+    explain,
+)
 
 ADDITIONAL_CONFIG_KEY = "ssd"
 """The options' key in vLLM's ``additional_config``, its one free-form field."""
 
-MAX_SPECULATIVE_TOKENS = 32
-MAX_FAN_OUT = 64
-MAX_BRANCHES = 1024
 AUTO_BRANCHES = 32
 """The most branches of a request if no option sets a number: twice as many would hit 0.03 more
 often (docs/performance.md), and each is a row of the draft's batch."""
-
-_NEEDS = {
-    "model": "needs a folder or a hub name",
-    "fan_out": f"needs 'auto', an integer from 1 to {MAX_FAN_OUT}, a list of "
-    f"num_speculative_tokens + 1 integers from 0 to {MAX_FAN_OUT}, not all 0, or "
-    "{'geometric': an integer}",
-    "branches": f"needs an integer from 1 to {MAX_BRANCHES}, or 'auto'",
-    "draft_placement": "needs 'process' or 'ray'",
-    "draft_resources": "needs a dictionary: 'num_cpus' and 'num_gpus' (at least 0), 'node' (an IP "
-    "or an id), 'bundle' (an index), and amounts of custom resources",
-    "draft_name": "needs letters, digits, '.', '_' and '-', 64 at most",
-    "draft_device": "needs 'auto', 'cpu', 'cuda' or 'cuda:<index>'",
-    "draft_cpu_cores": "needs a list of core numbers",
-    "max_wait_ms": "needs milliseconds from 0 to 10,000, or 'auto'",
-    "saguaro_c": "needs a number from 0 to 1, or 'auto'",
-    "pad_misses": "needs true, false or 'auto'",
-    "draft_vocab": "needs a number of tokens, 0 for all, or a file of token ids by frequency",
-    "draft_hf_overrides": "needs a dictionary of fields of the draft model's config.json",
-}
-"""What an option takes, where pydantic's own message would not say it."""
 
 _OF_RAY = ("draft_resources", "draft_name", "draft_detached")
 """Options that only a draft placed by Ray has."""
@@ -62,17 +44,6 @@ _OF_THE_SERVER = (
     "draft_startup_timeout_s",
 )
 """Options that a draft server has in place of its targets."""
-
-_LEARNED = "it is learned from the verifications; leave it out"
-_GONE = {
-    "fan_out_policy": "the split by Theorem 12 is fan_out = {'geometric': F} now, the uniform one "
-    "fan_out = F",
-    "acceptance": f"{_LEARNED} (only the geometric fan-out assumes one: fan_out = "
-    "{'geometric': F, 'acceptance': a})",
-    "miss_exponent": f"{_LEARNED} (only the geometric fan-out assumes one: fan_out = "
-    "{'geometric': F, 'miss_exponent': r})",
-}
-"""Options of earlier versions, and what has replaced them."""
 
 
 class GeometricFanOut(BaseModel):
@@ -221,35 +192,35 @@ class SSDConfig(BaseModel):
             return value
         numbers = value if isinstance(value, list) else [value]
         if any(not 0 <= number <= MAX_FAN_OUT for number in numbers) or sum(numbers) == 0:
-            raise ValueError(_NEEDS["fan_out"])
+            raise ValueError(NEEDS["fan_out"])
         return value
 
     @field_validator("branches")
     @classmethod
     def _branches_in_range(cls, value: int | str) -> int | str:
         if isinstance(value, int) and not 1 <= value <= MAX_BRANCHES:
-            raise ValueError(_NEEDS["branches"])
+            raise ValueError(NEEDS["branches"])
         return value
 
     @field_validator("max_wait_ms")
     @classmethod
     def _max_wait_in_range(cls, value: float | str) -> float | str:
         if not isinstance(value, str) and not 0.0 <= value <= 10_000.0:
-            raise ValueError(_NEEDS["max_wait_ms"])
+            raise ValueError(NEEDS["max_wait_ms"])
         return value
 
     @field_validator("saguaro_c")
     @classmethod
     def _saguaro_c_in_range(cls, value: float | str) -> float | str:
         if not isinstance(value, str) and not 0.0 <= value <= 1.0:
-            raise ValueError(_NEEDS["saguaro_c"])
+            raise ValueError(NEEDS["saguaro_c"])
         return value
 
     @field_validator("draft_vocab")
     @classmethod
     def _draft_vocab_in_range(cls, value: int | str | None) -> int | str | None:
         if value == "" or (isinstance(value, int) and value < 0):
-            raise ValueError(_NEEDS["draft_vocab"])
+            raise ValueError(NEEDS["draft_vocab"])
         return value
 
     @model_validator(mode="after")
@@ -318,7 +289,7 @@ class SSDConfig(BaseModel):
         try:
             return cls.model_validate(options)
         except ValidationError as error:
-            raise ValueError(_explain(error, options)) from None
+            raise ValueError(explain(error, options, cls.model_fields)) from None
 
     @property
     def has_process(self) -> bool:
@@ -346,48 +317,3 @@ class SSDConfig(BaseModel):
         if caps is None:
             return wanted or AUTO_BRANCHES
         return min(wanted or sum(caps), sum(caps))
-
-
-def _explain(error: ValidationError, options: dict[str, Any]) -> str:
-    """Pydantic's findings as one sentence for each wrong option, for the user."""
-    sentences: dict[str, str] = {}
-    inner: dict[str, list[str]] = {}
-    for finding in error.errors():
-        # A union reports each of its members; the option's name comes first in all of them.
-        name = str(finding["loc"][0]) if finding["loc"] else ""
-        message = finding["msg"].removeprefix("Value error, ")
-        if finding["loc"][1:2] == ("GeometricFanOut",) and isinstance(options[name], dict):
-            inner.setdefault(name, []).append(_explain_geometric(finding))
-            continue
-        if finding["type"] == "extra_forbidden":
-            sentence = _unknown(name)
-        elif finding["type"] == "missing":
-            sentence = f"option {name!r} is missing; add it to the speculative config"
-        elif name:
-            message = _NEEDS.get(name, message[0].lower() + message[1:])
-            sentence = f"option {name!r} = {options[name]!r}: {message}"
-        else:
-            sentence = message
-        sentences.setdefault(name, sentence)
-    # For a dictionary this is more exact than the errors of the union's other members.
-    for name, found in inner.items():
-        sentences[name] = f"option {name!r} = {options[name]!r}: {' and '.join(found)}"
-    return "ssd: " + "; ".join(sentences.values())
-
-
-def _explain_geometric(finding: ErrorDetails) -> str:
-    """What is wrong with one entry of ``fan_out = {"geometric": ...}``."""
-    entry = str(finding["loc"][-1])
-    if finding["type"] == "missing":
-        return f"{entry!r} is missing (an integer from 1 to {MAX_FAN_OUT})"
-    if finding["type"] == "extra_forbidden":
-        return f"it has no {entry!r}, only {', '.join(map(repr, GeometricFanOut.model_fields))}"
-    return f"{entry!r}: {finding['msg'][0].lower()}{finding['msg'][1:]}"
-
-
-def _unknown(name: str) -> str:
-    if name in _GONE:
-        return f"option {name!r} is gone: {_GONE[name]}"
-    similar = get_close_matches(name, SSDConfig.model_fields, n=1)
-    hint = f" (did you mean {similar[0]!r}?)" if similar else ""
-    return f"unknown option {name!r}{hint}; the options are {', '.join(SSDConfig.model_fields)}"

@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 METHOD = "ssd"
-PROPOSER = "vllm_ssd.target.proposer.SSDProposer"
-WORKER = "vllm_ssd.target.worker.SSDWorker"
+PROPOSER = "vllm_ssd.target.v1.proposer.SSDProposer"
+WORKER = "vllm_ssd.target.v1.worker.SSDWorker"
 
 _FLAGS = {"method": "method", "model": "model", "num_speculative_tokens": "tokens"}
 """What vLLM's ``--spec-...`` options set in the speculative config."""
@@ -75,7 +75,8 @@ def _rewrite(engine_args: Any, options: dict[str, Any], target: Any, parallel: A
     """Check the options and put vLLM's official spelling in their place."""
     from vllm_ssd.affinity import available_cores
     from vllm_ssd.config import ADDITIONAL_CONFIG_KEY, SSDConfig
-    from vllm_ssd.preflight import absolute_paths, check, check_cores
+    from vllm_ssd.draft_checks import check_cores
+    from vllm_ssd.preflight import absolute_paths, check
 
     own = {name: value for name, value in options.items() if name != "method"}
     config = absolute_paths(SSDConfig.parse(own))
@@ -102,7 +103,7 @@ def _use_our_worker(parallel: Any) -> None:
         return
     from vllm.utils.import_utils import resolve_obj_by_qualname
 
-    from vllm_ssd.target.worker import SSDWorker
+    from vllm_ssd.target.v1.worker import SSDWorker
 
     if not issubclass(resolve_obj_by_qualname(parallel.worker_cls), SSDWorker):
         raise ValueError(

@@ -37,10 +37,8 @@ from vllm_ssd.wire.messages import (
     ToTarget,
     Trimmed,
     Verified,
-    pack,
-    unpack,
-    unpack_floats,
 )
+from vllm_ssd.wire.packing import pack, unpack, unpack_floats
 
 
 class Sizes(NamedTuple):

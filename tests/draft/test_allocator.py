@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from tests.draft.invariants import check_always, check_at_rest, check_blocks, guard_writes, paths
 from tests.draft.simulation import Simulation, Sizes, TargetRequest
-from vllm_ssd.draft.pipeline import chunk_sizes
 from vllm_ssd.draft.request import DORMANT
+from vllm_ssd.draft.step_plan import chunk_sizes
 
 PROMPT = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
 

@@ -14,7 +14,8 @@ from tests.draft.simulation import Simulation, Sizes, TargetRequest
 from tests.draft.test_engine_properties import TargetAndDraft, doubts, sizes
 from tests.draft.test_engine_properties import prompts as some_prompts
 from tests.draft.toy_model import LookaheadToyModel, greedy
-from vllm_ssd.wire.messages import Stepped, Trimmed, pack
+from vllm_ssd.wire.messages import Stepped, Trimmed
+from vllm_ssd.wire.packing import pack
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
 

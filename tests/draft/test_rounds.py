@@ -11,7 +11,8 @@ from tests.draft.invariants import check_always, check_at_rest, guard_writes, pa
 from tests.draft.simulation import Simulation, Sizes, TargetRequest
 from vllm_ssd.core.tree import Where
 from vllm_ssd.draft.session import OutOfStepError
-from vllm_ssd.wire.messages import Verified, pack
+from vllm_ssd.wire.messages import Verified
+from vllm_ssd.wire.packing import pack
 
 PROMPT = [1, 2, 3, 4, 5, 6]
 

@@ -21,8 +21,8 @@ from vllm_ssd.draft.engine import DraftEngine
 from vllm_ssd.draft.rows import Rows
 from vllm_ssd.draft.server import DraftServer
 from vllm_ssd.draft.session import Session
-from vllm_ssd.target.attachment import Attachment, ask
 from vllm_ssd.target.client import DraftClient
+from vllm_ssd.target.links.attachment import Attachment, ask
 from vllm_ssd.wire.address import Address, UnixAddress
 from vllm_ssd.wire.channel import Channel, ChannelClosedError, peer_channel
 from vllm_ssd.wire.listener import Listener
@@ -38,9 +38,9 @@ from vllm_ssd.wire.messages import (
     Start,
     TargetBound,
     Verified,
-    pack,
 )
 from vllm_ssd.wire.network import connect
+from vllm_ssd.wire.packing import pack
 
 K, VOCABULARY, LONGEST, BLOCKS = 3, 100, 64, 400
 JOIN = Join(PROTOCOL, "hash", VOCABULARY, K, [], 0, 8, "auto", 64, 1.0)
@@ -333,7 +333,38 @@ def test_an_idle_target_is_told_nothing(served: Served) -> None:
         time.sleep(0.15)
     idle.poll()
     assert idle.received <= received + 1
-    assert busy.draft_counters["draft_steps"] > 0
+    assert busy.reported.counters["draft_steps"] > 0
+    for client in (idle, busy):
+        client.close()
+
+
+def test_signs_of_life_are_for_targets_that_wait(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    idle, busy = served.client(), served.client()
+    draft_for(idle, 1)
+    idle.send([Finished(pack([1]))])
+    time.sleep(0.6)
+    idle.poll()
+    step = served.engine.step
+
+    def takes_long() -> None:
+        time.sleep(1.6)
+        step()
+
+    monkeypatch.setattr(served.engine, "step", takes_long)
+    before = idle.received, busy.received
+    busy.send([Start(1, pack([1, 2, 3]), LONGEST - 1, [])])
+    time.sleep(0.2)
+    # It is not read before the step ends.
+    busy.send([Start(2, pack([7, 8, 9]), LONGEST - 1, [])])
+    time.sleep(1.2)
+    idle.poll()
+    busy.poll()
+    monkeypatch.undo()
+    assert idle.received == before[0]
+    assert busy.received >= before[1] + 2
+    until(lambda: 2 in busy.published.cache.trees, busy)
     for client in (idle, busy):
         client.close()
 
@@ -347,8 +378,8 @@ def test_steps_before_a_target_came_are_not_its(served: Served) -> None:
     second = served.client()
     draft_for(second, 1)
     second.send([Start(2, pack([7, 8, 9]), LONGEST - 1, [])])
-    until(lambda: second.draft_counters, first, second)
-    assert second.draft_counters["draft_steps"] <= served.engine.steps - before
+    until(lambda: second.reported.counters, first, second)
+    assert second.reported.counters["draft_steps"] <= served.engine.steps - before
     for client in (first, second):
         client.close()
 

@@ -10,7 +10,8 @@ import pytest
 from tests.draft.invariants import check_always, check_at_rest, check_blocks, guard_writes
 from tests.draft.simulation import Simulation, Sizes, TargetRequest
 from vllm_ssd.draft.request import DORMANT
-from vllm_ssd.wire.messages import Start, pack
+from vllm_ssd.wire.messages import Start
+from vllm_ssd.wire.packing import pack
 
 PROMPT = [1, 2, 3, 4, 5, 6]
 

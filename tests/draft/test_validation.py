@@ -7,7 +7,8 @@ import math
 import pytest
 
 from vllm_ssd.draft.validation import Bounds, check
-from vllm_ssd.wire.messages import Start, Verified, pack
+from vllm_ssd.wire.messages import Start, Verified
+from vllm_ssd.wire.packing import pack
 
 BOUNDS = Bounds(vocab_size=100, max_model_len=64, num_speculative_tokens=4)
 

@@ -8,7 +8,8 @@ from tests.draft.invariants import check_always, check_at_rest, guard_writes, pa
 from tests.draft.simulation import Simulation, Sizes, TargetRequest
 from vllm_ssd.draft.session import OutOfStepError
 from vllm_ssd.draft.validation import Bounds, check
-from vllm_ssd.wire.messages import Proposed, Verified, pack
+from vllm_ssd.wire.messages import Proposed, Verified
+from vllm_ssd.wire.packing import pack
 
 PROMPTS = ([1, 2, 3, 4, 5, 6], [6, 5, 4, 3, 2, 1], [3, 3, 3])
 DEPTH = 3

@@ -116,7 +116,7 @@ def unfixed_sampler() -> Iterator[None]:
     from vllm.platforms import current_platform
     from vllm.v1.sample import rejection_sampler
 
-    from vllm_ssd.target.rejection import fix_cpu_rejection_sampler
+    from vllm_ssd.target.v1.rejection import fix_cpu_rejection_sampler
 
     importlib.reload(rejection_sampler)
     current_platform.register_triton_kernel_overrides()
@@ -128,8 +128,8 @@ def unfixed_sampler() -> Iterator[None]:
 @pytest.mark.usefixtures("unfixed_sampler")
 @pytest.mark.parametrize("engine", ["itself"], indirect=True)
 def test_the_comparison_finds_vllms_own_faults(engine: Engine, tiny_pair: TinyModels) -> None:
-    # Without our fix (target/rejection.py) the temperature is uninitialised memory. With a random
-    # draft this comparison has failed to find it, so the target drafts for itself here.
+    # Without our fix (target/v1/rejection.py) the temperature is uninitialised memory. With a
+    # random draft this comparison has failed to find it, so the target drafts for itself here.
     texts = sample(engine, PROMPT, temperature=0.7)
     marginals = ExactSampler(tiny_pair.target, PROMPT, temperature=0.7).marginals(3)
     worst = max(
@@ -144,7 +144,7 @@ def absent_drafts_not_rejected(unfixed_sampler: None) -> None:
     """Half of the fix alone."""
     from vllm.v1.sample import rejection_sampler
 
-    from vllm_ssd.target.rejection import expand_batch_to_tokens
+    from vllm_ssd.target.v1.rejection import expand_batch_to_tokens
 
     rejection_sampler.expand_batch_to_tokens = expand_batch_to_tokens
 

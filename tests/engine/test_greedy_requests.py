@@ -20,7 +20,7 @@ from tests.engine.harness import (
     staggered,
 )
 from tests.tiny_models import EOS
-from vllm_ssd.target import notices, proposer
+from vllm_ssd.target import notices, rounds
 
 MIXED_LENGTHS = (5, 90, 17, 33, 150, 8, 1, 64, 40, 200, 12, 31, 75, 2, 110, 24)
 
@@ -141,8 +141,8 @@ def test_long_texts_are_announced_in_turn(pair: Pair, monkeypatch: pytest.Monkey
 def test_errors_of_the_plugin_cost_hits_and_one_line_of_the_log(
     pair: Pair, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, hook: str
 ) -> None:
-    drafter = pair.ssd.drafter
-    owner, name = (drafter._notices, hook.split(".")[1]) if "." in hook else (drafter, hook)
+    ours = pair.ssd.drafter.rounds
+    owner, name = (ours._notices, hook.split(".")[1]) if "." in hook else (ours, hook)
     whole, calls = getattr(owner, name), itertools.count()
 
     def faulty(*arguments: Any) -> Any:
@@ -151,14 +151,14 @@ def test_errors_of_the_plugin_cost_hits_and_one_line_of_the_log(
         return whole(*arguments)
 
     monkeypatch.setattr(owner, name, faulty)
-    monkeypatch.setattr(drafter, "config", drafter.config.model_copy(update={"strict": False}))
-    monkeypatch.setattr(drafter, "_complained", False)
+    monkeypatch.setattr(ours, "config", ours.config.model_copy(update={"strict": False}))
+    monkeypatch.setattr(ours, "_complained", False)
     jobs = [Job(prompt(n, n), greedy(40), arrives=n % 5) for n in MIXED_LENGTHS]
     expected, before = pair.expected(jobs), pair.ssd.stats()
     assert_identical(jobs, expected, pair.ssd.run(jobs))
     stats = difference(pair.ssd.stats(), before)
     assert stats["errors"] > 3
-    said = [one.getMessage() for one in caplog.records if one.name == proposer.logger.name]
+    said = [one.getMessage() for one in caplog.records if one.name == rounds.logger.name]
     assert said == ["ssd: error in the plugin; decoding goes on plainly"]
     monkeypatch.undo()
     # The next requests are drafted for as before.
@@ -167,7 +167,7 @@ def test_errors_of_the_plugin_cost_hits_and_one_line_of_the_log(
 
 def test_strict_raises_errors_of_the_plugin(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     drafter = pair.ssd.drafter
-    monkeypatch.setattr(drafter, "_announce_again", lambda *_: 1 // 0)
+    monkeypatch.setattr(drafter.rounds, "_announce_again", lambda *_: 1 // 0)
     with pytest.raises(ZeroDivisionError):
         drafter.propose([[1]], np.array([1], np.int32), np.ones((1, 1), np.int32))
     monkeypatch.undo()

@@ -211,8 +211,8 @@ def test_the_distribution_where_it_is_decided_how_much_is_verified(
     monkeypatch.setattr(Pace, "price", 0.35)
     monkeypatch.setattr(Pace, "once", 0.5)
     with sampling_engine(few, "near", saguaro_c=0.3) as engine:
-        drafter = engine.drafter
-        drafter.decisions = kind(drafter.requests, drafter.pace, drafter.stats)
+        rounds = engine.drafter.rounds
+        rounds.decisions = kind(rounds.requests, rounds.pace, rounds.stats)
         found = check(engine, exact, temperature=1.0)
         found.assert_sampled()
         assert 0.1 < found.stats["tokens_chosen"] / found.stats["tokens_found"] < 0.9

@@ -15,15 +15,15 @@ def test_text_is_plain_vllms_while_speculation_goes_off_and_on(
     pair = start_pair(SPECS["near"])
     jobs = [Job(prompt(10 + 9 * i, i), greedy(120), arrives=4 * i) for i in range(16)]
     expected = pair.expected(jobs)
-    before, drafter = pair.ssd.stats(), pair.ssd.drafter
-    usual, drafter.decisions = (
-        drafter.decisions,
-        InTurns(drafter.requests, drafter.pace, drafter.stats),
+    before, rounds = pair.ssd.stats(), pair.ssd.drafter.rounds
+    usual, rounds.decisions = (
+        rounds.decisions,
+        InTurns(rounds.requests, rounds.pace, rounds.stats),
     )
     try:
         found = pair.ssd.run(jobs)
     finally:
-        drafter.decisions = usual
+        rounds.decisions = usual
     grown = difference(pair.ssd.stats(), before)
     stop_pair()  # it is the last test of its folder
     assert_identical(jobs, expected, found)

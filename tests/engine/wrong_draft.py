@@ -22,7 +22,7 @@ MISTAKES = ("temperature", "C", "end tokens")
 @contextmanager
 def drafts_with(mistake: str, folder: Path) -> Iterator[None]:
     """Draft processes that start meanwhile make a mistake."""
-    from vllm_ssd.target import process
+    from vllm_ssd.target.links import process
 
     launcher = folder / "draft"
     command = shlex.join([sys.executable, __file__, mistake])

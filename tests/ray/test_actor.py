@@ -20,7 +20,7 @@ from vllm_ssd.draft_resources import DraftResources
 from vllm_ssd.on_ray.cluster import connected, placing
 from vllm_ssd.on_ray.finding import PlacedByRay
 from vllm_ssd.on_ray.order import Order
-from vllm_ssd.target.attachment import ask
+from vllm_ssd.target.links.attachment import ask
 from vllm_ssd.wire.channel import Channel, peer_channel
 from vllm_ssd.wire.keys import new_key
 from vllm_ssd.wire.messages import PROTOCOL, DraftBound, Join, Ready, Setup, TargetBound

@@ -10,7 +10,8 @@ import msgspec
 import numpy as np
 
 from vllm_ssd.wire.channel import Channel
-from vllm_ssd.wire.messages import DraftBound, Failed, Report, TargetBound, pack, unpack
+from vllm_ssd.wire.messages import DraftBound, Failed, Report, TargetBound
+from vllm_ssd.wire.packing import pack, unpack
 
 Fault = Literal["lose", "duplicate", "delay", "reorder", "undecodable", "garbage"]
 FAULTS: tuple[Fault, ...] = ("lose", "duplicate", "delay", "reorder", "undecodable", "garbage")

@@ -14,7 +14,7 @@ from vllm import LLM
 from tests.robustness import harness
 from tests.robustness.conftest import LONG_TEXT, LONG_TOKENS, MAX_TOKENS, TEXTS
 from tests.robustness.harness import Decoding, draft_pid, stats, wait_for
-from vllm_ssd.target import client
+from vllm_ssd.target import client, failures
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ def test_draft_that_keeps_dying_is_restarted_with_back_off_until_one_stays(
     engine: LLM, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     line = harness.client_of(engine)
-    monkeypatch.setattr(client, "FIRST_BACKOFF_SECONDS", 0.2)
+    monkeypatch.setattr(failures, "FIRST_BACKOFF_SECONDS", 0.2)
     monkeypatch.setattr(line, "_failures", 0)
     pauses: list[float] = []
     for _ in range(4):

@@ -17,9 +17,10 @@ from tests.robustness import harness
 from tests.robustness.conftest import MAX_TOKENS, TEXTS
 from tests.robustness.harness import Decoding, ssd_options
 from tests.tiny_models import TinyModels
-from vllm_ssd.target import worker
+from vllm_ssd.target import draft_life
 from vllm_ssd.target.client import DraftClient
 from vllm_ssd.target.draft_setup import DraftPlan, plan_draft
+from vllm_ssd.target.v1.worker import SSDWorker
 
 
 @pytest.fixture(autouse=True)
@@ -69,9 +70,9 @@ def test_draft_with_a_device_of_its_own_loads_beside_the_target(
     tiny_pair: TinyModels, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # There is only one CPU here; what matters is when the draft may take memory.
-    monkeypatch.setattr(worker, "plan_draft", lambda *of: _with_its_own_device(plan_draft(*of)))
+    monkeypatch.setattr(draft_life, "plan_draft", lambda *of: _with_its_own_device(plan_draft(*of)))
     order: list[str] = []
-    for owner, name in ((DraftClient, "allocate"), (worker.SSDWorker, "load_model")):
+    for owner, name in ((DraftClient, "allocate"), (SSDWorker, "load_model")):
         monkeypatch.setattr(owner, name, _noting(order, name, getattr(owner, name)))
     with harness.running_engine(tiny_pair, ssd_options(tiny_pair.itself)) as llm:
         assert order == ["allocate", "load_model"]
@@ -179,7 +180,7 @@ def _noting(order: list[str], name: str, method: Callable[..., Any]) -> Callable
 
 def _longest_followed(worker: Any) -> int:
     """The longest text an engine's worker lets its draft follow."""
-    longest: int = worker._proposer.requests.max_length
+    longest: int = worker._rounds.requests.max_length
     return longest
 
 

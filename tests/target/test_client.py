@@ -9,6 +9,7 @@ import pytest
 
 from vllm_ssd.core.stats import Stats
 from vllm_ssd.target import client as client_module
+from vllm_ssd.target import exchange, failures
 from vllm_ssd.target.client import DraftClient
 from vllm_ssd.wire import channel as channel_module
 from vllm_ssd.wire.channel import Channel
@@ -82,6 +83,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
     clock = Clock()
     Draft.started = []
     monkeypatch.setattr(client_module, "time", clock)
+    monkeypatch.setattr(exchange, "time", clock)
     yield clock
     for draft in Draft.started:
         draft.dies()
@@ -130,11 +132,11 @@ def test_restarts_back_off_while_the_draft_is_lost_soon(client: DraftClient, clo
     waited = []
     for _ in range(9):
         # However long it takes to come up: it is lost right after.
-        bring_up(client, clock, seconds=client_module.STABLE_SECONDS + 5.0)
+        bring_up(client, clock, seconds=failures.STABLE_SECONDS + 5.0)
         waited.append(lose(client, clock))
     assert waited == [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0]
     bring_up(client, clock)
-    clock.now += client_module.STABLE_SECONDS + 1.0
+    clock.now += failures.STABLE_SECONDS + 1.0
     assert lose(client, clock) == 0.5
 
 
@@ -146,7 +148,7 @@ def test_a_draft_that_never_comes_up_again_is_tried_for_ever(
     bring_up(client, clock)
     for _ in range(1100):
         waited = lose(client, clock)
-    assert waited == client_module.LONGEST_BACKOFF_SECONDS
+    assert waited == failures.LONGEST_BACKOFF_SECONDS
 
 
 def test_a_server_is_tried_every_second_and_the_log_tells_it_once_a_minute(
@@ -157,12 +159,12 @@ def test_a_server_is_tried_every_second_and_the_log_tells_it_once_a_minute(
     client = DraftClient(Draft, JOIN, TIMEOUT, Stats(), lambda: None)
     client.launch()
     for _ in range(180):
-        assert lose(client, clock) <= client_module.LONGEST_REJOIN_SECONDS
+        assert lose(client, clock) <= failures.LONGEST_REJOIN_SECONDS
     assert 2 <= len(caplog.records) <= 4
     assert "not reached: " in caplog.text
     bring_up(client, clock)
     caplog.clear()
-    assert lose(client, clock) <= client_module.LONGEST_REJOIN_SECONDS
+    assert lose(client, clock) <= failures.LONGEST_REJOIN_SECONDS
     assert len(caplog.records) == 1
 
 
@@ -173,7 +175,7 @@ def test_the_drafts_counters_go_on_after_a_restart(client: DraftClient, clock: C
         draft = bring_up(client, clock)
         draft.says(Report({"draft_steps": 5.0}))
         client.poll()
-        assert client.draft_counters == {"draft_steps": total}
+        assert client.reported.counters == {"draft_steps": total}
         lose(client, clock)
 
 
@@ -237,8 +239,8 @@ def test_a_draft_put_to_sleep_stays_down_until_it_is_woken(
     draft = bring_up(client, clock)
     draft.says(Report({"draft_steps": 2.0}))
     client.poll()
-    assert client.draft_counters == {"draft_steps": 7.0}
-    assert lose(client, clock) == client_module.FIRST_BACKOFF_SECONDS
+    assert client.reported.counters == {"draft_steps": 7.0}
+    assert lose(client, clock) == failures.FIRST_BACKOFF_SECONDS
 
 
 def test_waking_a_draft_that_does_not_sleep_does_nothing(client: DraftClient, clock: Clock) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +14,7 @@ from vllm_ssd.target.decisions import Decisions
 from vllm_ssd.target.lookup import Batch, LookUp
 from vllm_ssd.target.pace import Pace
 from vllm_ssd.target.requests import RequestTable, Tracked
+from vllm_ssd.target.steps import Decodes
 
 DEPTH = 4
 TEXTS = np.zeros((0, 0), np.int32)
@@ -41,21 +41,9 @@ class Engine:
     def step(self, prefill: int = 0, pause: float = 0.0) -> list[int]:
         """One step and the proposal after it; how many tokens of each request are verified next."""
         names = [str(request.handle) for request in self.requests]
-        drafts = {
-            name: [0] * request.verifying
-            for name, request in zip(names, self.requests, strict=True)
-            if request.verifying
-        }
-        counts = {name: 1 + len(drafts.get(name, [])) for name in names}
-        counts[names[0]] += prefill
-        schedule: Any = SimpleNamespace(
-            num_scheduled_tokens=counts,
-            scheduled_spec_decode_tokens=drafts,
-            scheduled_new_reqs=[],
-        )
+        drafted = sum(request.verifying for request in self.requests)
         self.decisions.take_in()
-        self.pace.scheduled(schedule)
-        drafted = sum(map(len, drafts.values()))
+        self.pace.scheduled(None if prefill else Decodes(len(self.requests), drafted))
         seconds = self.verify + self.each * drafted if drafted else self.plain
         seconds *= self.slower if self.on else 1.0
         self.now += seconds * self.chance.normal(1.0, 0.02) + pause + 1e-3 * prefill

@@ -15,7 +15,7 @@ from tests.test_errors import configure
 from tests.tiny_models import MAX_POSITIONS, TinyModels
 from vllm_ssd.preflight import check_engine
 from vllm_ssd.target.draft_setup import DraftPlan, plan_draft
-from vllm_ssd.target.process import draft_environment
+from vllm_ssd.target.links.process import draft_environment
 from vllm_ssd.wire.messages import Setup
 
 MIB = 1 << 20

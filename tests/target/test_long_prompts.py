@@ -19,7 +19,7 @@ from vllm_ssd.draft.forking import Policy
 from vllm_ssd.draft.model import BlockChanges, Choices, Done, Sequences
 from vllm_ssd.draft.rows import Rows
 from vllm_ssd.target.client import DraftClient
-from vllm_ssd.target.proposer import SSDProposer
+from vllm_ssd.target.v1.proposer import SSDProposer
 from vllm_ssd.wire.channel import Channel
 from vllm_ssd.wire.messages import (
     PROTOCOL,
@@ -119,8 +119,8 @@ def draft() -> Iterator[tuple[Draft, SSDProposer]]:
     channel = Channel(ours, TargetBound)
     link: Any = SimpleNamespace(channel=channel, failure=None)
     join = Join(PROTOCOL, "", VOCABULARY, DEPTH, [], BRANCHES, BRANCHES)
-    forget = proposer.requests.forget_all
-    client = DraftClient(lambda: link, join, 60.0, proposer.stats, forget)
+    rounds = proposer.rounds
+    client = DraftClient(lambda: link, join, 60.0, rounds.stats, rounds.requests.forget_all)
     client.launch()
     runner = SimpleNamespace(input_batch=SimpleNamespace(req_ids=["a"]), requests={})
     proposer.bind(runner, client)
@@ -167,4 +167,5 @@ def test_a_long_prompt_is_drafted_for_at_its_first_look_up(
     for _ in range(DEPTH):
         expected.append(successor(expected[-1]))
     assert proposal == expected[1:]
-    assert (proposer.stats.first_look_ups, proposer.stats.first_hits) == (1, 1)
+    stats = proposer.rounds.stats
+    assert (stats.first_look_ups, stats.first_hits) == (1, 1)

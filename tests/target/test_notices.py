@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +11,9 @@ from vllm_ssd.target import notices as notices_module
 from vllm_ssd.target.notices import Notices
 from vllm_ssd.target.published import PublishedTrees
 from vllm_ssd.target.requests import RequestTable
-from vllm_ssd.wire.messages import Finished, Start, Trimmed, unpack_list
+from vllm_ssd.target.steps import EngineRequest, Scheduled
+from vllm_ssd.wire.messages import Finished, Start, Trimmed
+from vllm_ssd.wire.packing import unpack_list
 
 PROMPT = [5, 6, 7, 8]
 
@@ -26,27 +27,16 @@ class Line:
         self.published = PublishedTrees(3, 100)
 
 
-def step(new: tuple[str, ...] = (), finished: tuple[str, ...] = (), **drafts: list[int]) -> Any:
-    """A step as the scheduler describes it; ``drafts``: what running requests verify."""
-    return SimpleNamespace(
-        finished_req_ids=set(finished),
-        scheduled_new_reqs=[
-            SimpleNamespace(
-                req_id=req_id,
-                prompt_token_ids=PROMPT,
-                prompt_embeds=None,
-                mm_features=[],
-                lora_request=None,
-                sampling_params=SamplingParams(max_tokens=20),
-            )
-            for req_id in new
-        ],
-        num_scheduled_tokens={req_id: len(of) + 1 for req_id, of in drafts.items()},
-        scheduled_spec_decode_tokens={req_id: of for req_id, of in drafts.items() if of},
-    )
+def request(req_id: str) -> EngineRequest:
+    return EngineRequest(req_id, PROMPT, len(PROMPT), SamplingParams(max_tokens=20))
 
 
-def trimmed_to(notices: Notices, a_step: Any) -> list[int]:
+def step(new: tuple[str, ...] = (), gone: tuple[str, ...] = (), **verified: int) -> Scheduled:
+    """A step; ``verified``: how many tokens running requests verify."""
+    return Scheduled(gone, [request(req_id) for req_id in new], verified.items(), None)
+
+
+def trimmed_to(notices: Notices, a_step: Scheduled) -> list[int]:
     """How many drafts of each request the step verifies, from the message to the draft."""
     (message,) = notices.scheduled(a_step)
     assert isinstance(message, Trimmed)
@@ -67,37 +57,34 @@ def notices(table: RequestTable) -> Notices:
 def test_a_new_request_is_announced_and_a_finished_one_dropped(notices: Notices) -> None:
     (start,) = notices.scheduled(step(new=("a",)))
     assert isinstance(start, Start)
-    finished, other = notices.scheduled(step(new=("b",), finished=("a",)))
+    finished, other = notices.scheduled(step(new=("b",), gone=("a",)))
     assert isinstance(finished, Finished)
     assert unpack_list(finished.handles) == [start.handle]
     assert isinstance(other, Start)
-    assert notices.scheduled(step(finished=("a",))) == []
+    assert notices.scheduled(step(gone=("a",))) == []
 
 
 def test_the_draft_is_told_how_many_of_its_tokens_are_verified(
     notices: Notices, table: RequestTable
 ) -> None:
     notices.scheduled(step(new=("a",)))
-    request = table.get("a")
-    assert request is not None
-    request.proposed, request.verifying = [1, 2, 3], 3
-    assert notices.scheduled(step(a=[1, 2, 3])) == []
-    assert trimmed_to(notices, step(a=[1])) == [1]
-    # Placeholders and padding do not count as drafts; a preempted request verifies nothing.
-    assert notices.scheduled(step(a=[1, -1, -1])) == []
-    assert trimmed_to(notices, step(a=[1, 2, 3, 3])) == [3]
+    known = table.get("a")
+    assert known is not None
+    known.proposed, known.verifying = [1, 2, 3], 3
+    assert notices.scheduled(step(a=3)) == []
+    assert trimmed_to(notices, step(a=1)) == [1]
+    # Padding does not count as drafts; a preempted request verifies nothing.
+    assert trimmed_to(notices, step(a=4)) == [3]
     assert notices.scheduled(step()) == []
-    assert trimmed_to(notices, step(a=[])) == [0]
+    assert trimmed_to(notices, step(a=0)) == [0]
 
 
 def test_long_texts_take_turns(notices: Notices, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(notices_module, "ANNOUNCED_TOKENS", len(PROMPT))
     assert len(notices.scheduled(step(new=("a", "b")))) == 1
-    state = step(new=("b",)).scheduled_new_reqs[0]
-    state.num_prompt_tokens = len(PROMPT)
     notices.scheduled(step())
-    assert len(notices.announced_again("b", PROMPT, state)) == 1
-    assert notices.announced_again("c", PROMPT, state) == []
+    assert len(notices.announced_again(request("b"))) == 1
+    assert notices.announced_again(request("c")) == []
 
 
 def test_nothing_is_announced_while_the_draft_is_down(

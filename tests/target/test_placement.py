@@ -10,7 +10,7 @@ from vllm.config import ParallelConfig
 from vllm.platforms import interface
 from vllm.platforms.cpu import CpuPlatform
 
-from vllm_ssd.preflight import check_device
+from vllm_ssd.draft_checks import check_device
 from vllm_ssd.target import placement
 from vllm_ssd.target.placement import Placement, place, place_draft, visible_devices, workers_here
 

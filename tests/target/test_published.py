@@ -13,16 +13,8 @@ from msgspec import structs
 
 from vllm_ssd.core.tree import Where
 from vllm_ssd.target.published import PublishedTrees
-from vllm_ssd.wire.messages import (
-    MAX_ROWS,
-    Forked,
-    Planted,
-    Pruned,
-    Ready,
-    Stepped,
-    pack,
-    pack_floats,
-)
+from vllm_ssd.wire.messages import MAX_ROWS, Forked, Planted, Pruned, Ready, Stepped
+from vllm_ssd.wire.packing import pack, pack_floats
 
 DEPTH, VOCAB_SIZE, ROWS, MOST = 2, 100, 8, 3
 WIDTH = 2 * DEPTH + 2

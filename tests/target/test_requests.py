@@ -11,7 +11,8 @@ from vllm.sampling_params import SamplingType, StructuredOutputsParams
 
 from tests.tiny_models import EOS
 from vllm_ssd.target.requests import RequestTable, can_draft, end_tokens, may_sample, most_drafts
-from vllm_ssd.wire.messages import MAX_STOP_TOKENS, unpack
+from vllm_ssd.wire.messages import MAX_STOP_TOKENS
+from vllm_ssd.wire.packing import unpack
 
 MAX_LENGTH = 100
 PROMPT = [5, 6, 7, 8]

@@ -38,8 +38,8 @@ from vllm_ssd.wire.messages import (
     TargetBound,
     Trimmed,
     Verified,
-    pack,
 )
+from vllm_ssd.wire.packing import pack
 
 TWO = pack([1, 2])
 SAMPLES = [

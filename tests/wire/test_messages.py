@@ -11,16 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_ssd.wire.messages import (
-    DraftBound,
-    Message,
-    TargetBound,
-    ToDraft,
-    ToTarget,
-    pack,
-    unpack,
-    unpack_list,
-)
+from vllm_ssd.wire.messages import DraftBound, Message, TargetBound, ToDraft, ToTarget
+from vllm_ssd.wire.packing import pack, unpack, unpack_list
 
 _FIELDS: dict[Any, st.SearchStrategy[Any]] = {
     # What msgpack holds; positions, counts and times are far smaller.

@@ -173,7 +173,7 @@ def _settings() -> Iterator[Finding]:
 def _machine() -> Iterator[Finding]:
     from vllm.platforms import current_platform
 
-    from vllm_ssd.preflight import check_device
+    from vllm_ssd.draft_checks import check_device
 
     name = current_platform.device_name
     yield checked("platform", lambda: check_device("auto", name, None), name)

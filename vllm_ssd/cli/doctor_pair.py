@@ -23,8 +23,8 @@ def examine_pair(target_name: str, draft_name: str) -> Iterator[Finding]:
     from vllm.engine.arg_utils import EngineArgs
 
     from vllm_ssd.config import SSDConfig
+    from vllm_ssd.draft_checks import check_draft
     from vllm_ssd.draft_vocab import select_draft_vocab
-    from vllm_ssd.preflight import check_draft
     from vllm_ssd.target.draft_config import draft_model_config, first_line
     from vllm_ssd.vocabulary import check_vocabulary
 

@@ -18,9 +18,9 @@ def examine_server(address: str, key_file: str | None, target: str | None) -> It
     from vllm.engine.arg_utils import EngineArgs
 
     from vllm_ssd.config import SSDConfig
-    from vllm_ssd.target.attachment import CONNECT_SECONDS, ask, server_of
     from vllm_ssd.target.draft_config import first_line
-    from vllm_ssd.target.joining import join_of
+    from vllm_ssd.target.links.attachment import CONNECT_SECONDS, ask, server_of
+    from vllm_ssd.target.links.joining import join_of
     from vllm_ssd.vocabulary import tokenizer_hash
     from vllm_ssd.wire.network import connect
 

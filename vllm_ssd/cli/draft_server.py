@@ -13,14 +13,12 @@ from vllm_ssd.affinity import available_cores
 from vllm_ssd.cli import CommandError
 from vllm_ssd.cli.env import run_python, with_openmp
 from vllm_ssd.config import SSDConfig
+from vllm_ssd.target.links.process import draft_environment
 from vllm_ssd.target.placement import device_index
-from vllm_ssd.target.process import draft_environment
 from vllm_ssd.wire.address import Address, TCPAddress, parse_address
 from vllm_ssd.wire.keys import Key, read_key
 
 if TYPE_CHECKING:
-    from vllm.config import ModelConfig
-
     from vllm_ssd.wire.messages import Setup
 
 logger = logging.getLogger("vllm.vllm_ssd.draft")
@@ -58,7 +56,7 @@ def run(options: Options) -> None:
         address, key = _listens_at(options)
         cores = _cores(config)
         _start_anew(cores, _device(config))
-        setup, kv_cache_bytes = _plan(config, options)
+        setup, kv_cache_bytes = plan(config, options)
         _serve(setup, kv_cache_bytes, options, address, key)
     except (ValueError, RuntimeError, OSError) as error:
         raise CommandError(str(error).removeprefix("ssd: ")) from error
@@ -127,25 +125,23 @@ def _start_anew(cores: list[int], device: str | None) -> None:
     run_python(sys.orig_argv[1:], environment)
 
 
-def _plan(config: SSDConfig, options: Options) -> tuple[Setup, int]:
-    """How the model is brought up, and the size of its KV cache (0: what vLLM finds)."""
-    from vllm.config import ModelConfig
+def plan(config: SSDConfig, options: Options) -> tuple[Setup, int]:
+    """How the model is brought up, and the size of its KV cache (0: what vLLM finds).
+
+    Raises:
+        ValueError: an option is wrong, or the model cannot be used.
+        RuntimeError: this vLLM is not supported.
+    """
+    from msgspec.structs import replace
     from vllm.platforms import current_platform
 
     from vllm_ssd import compat
+    from vllm_ssd.draft_checks import check_device, checked_draft
     from vllm_ssd.draft_vocab import select_draft_vocab
-    from vllm_ssd.preflight import check_device, check_draft, check_load_format
     from vllm_ssd.serving import kv_cache_on_cpu
     from vllm_ssd.target import memory
-    from vllm_ssd.target.draft_config import (
-        absolute_folder,
-        check_folder,
-        draft_model_config,
-        first_line,
-        refusal,
-    )
-    from vllm_ssd.target.draft_setup import draft_rows, engine_arguments, prefill_tokens
-    from vllm_ssd.wire.messages import Setup, pack
+    from vllm_ssd.target.draft_config import in_place_of_target
+    from vllm_ssd.target.draft_setup import batch_size, setup_of
 
     compat.check_vllm_version()
     on_cpu = current_platform.is_cpu()
@@ -154,37 +150,19 @@ def _plan(config: SSDConfig, options: Options) -> tuple[Setup, int]:
     if device_index(wanted) is not None:
         wanted = "cuda"  # this process sees no other device
     check_device(wanted, current_platform.device_name, count)
-    # In place of a target's: what the draft takes from its target is its own here.
-    check_folder(config.model)
-    try:
-        own: ModelConfig = ModelConfig(
-            model=absolute_folder(config.model),
-            revision=config.draft_revision,
-            trust_remote_code=options.trust_remote_code,
-            dtype=config.draft_dtype or "auto",
-            enforce_eager=bool(config.draft_enforce_eager),
-        )
-    except Exception as error:  # vLLM, transformers and hub clients each raise their own
-        raise ValueError(refusal(config, first_line(error))) from error
-    draft = draft_model_config(config, own)
-    check_load_format(config.draft_load_format, draft)
-    check_draft(draft)
+    own = in_place_of_target(config, options.trust_remote_code)
+    draft = checked_draft(config, own)
     draft_vocab = select_draft_vocab(config, own, draft)
     vocab_size = min(options.vocab_size or own.get_vocab_size(), own.get_vocab_size())
     if draft_vocab is not None:
         draft_vocab = draft_vocab[draft_vocab < vocab_size]
-    rows = draft_rows(options.max_requests, config.max_branches)
-    tokens = rows + prefill_tokens(on_cpu)
-    arguments = engine_arguments(config, own, draft, rows, tokens, on_cpu=on_cpu)
-    setup = Setup(
-        engine_args=arguments,
-        num_speculative_tokens=config.num_speculative_tokens,
-        max_branches=config.max_branches,
-        enable_prefix_caching=True,
-        vocab_size=vocab_size,
-        draft_vocab=b"" if draft_vocab is None else pack(draft_vocab),
-        draft_top_n=config.draft_top_n,
-    )
+        if not len(draft_vocab):
+            raise ValueError(
+                f"--draft-vocab: it has no token below --vocab-size {vocab_size}; raise that, or "
+                "leave one of the two out"
+            )
+    batch = batch_size(config, options.max_requests, on_cpu)
+    setup = setup_of(config, own, draft, draft_vocab, batch, on_cpu)
     size = config.draft_kv_cache_memory_bytes or 0
     per_token = memory.draft_kv_bytes_per_token(draft)
     if on_cpu and not size:
@@ -192,7 +170,7 @@ def _plan(config: SSDConfig, options: Options) -> tuple[Setup, int]:
     if size:
         block = memory.block_size(on_cpu)
         memory.check_kv_cache(size, per_token, draft.max_model_len, block)
-    return setup, size
+    return replace(setup, vocab_size=vocab_size), size
 
 
 def _serve(

@@ -19,7 +19,7 @@ class Distributions:
     tokens were sampled from. The entries themselves are kept in
     the order in which they come, the newest in place of the oldest: few of the tokens are ever
     proposed, so nothing is done for each of them. A token whose entries are gone counts as certain,
-    which is exact for a sampled token as well (:mod:`vllm_ssd.target.handover`).
+    which is exact for a sampled token as well (:mod:`vllm_ssd.target.v1.handover`).
 
     Args:
         max_rows: rows of the cache.

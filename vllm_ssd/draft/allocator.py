@@ -1,8 +1,6 @@
-"""Which request holds which rows and KV blocks, and what is evicted when they run short.
+"""Which request holds which rows and KV blocks.
 
-Short of either, the least likely forks go first. Then requests that their target has not used
-lately are evicted; they are prefilled again when they come back. It never fails. What targets may
-take from each other is decided in :mod:`vllm_ssd.draft.fairness`.
+What goes when they run short is decided in :mod:`vllm_ssd.draft.shortage`. It never fails.
 """
 
 from __future__ import annotations
@@ -16,11 +14,11 @@ import numpy as np
 
 from vllm_ssd.core.arrays import Float64Array, Int32Array
 from vllm_ssd.draft.blocks import KVBlocks
-from vllm_ssd.draft.fairness import Fairness, Part
 from vllm_ssd.draft.model import BlockChanges
 from vllm_ssd.draft.request import DORMANT, Request
 from vllm_ssd.draft.rows import Rows
 from vllm_ssd.draft.share import Share
+from vllm_ssd.draft.shortage import Shortage
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
@@ -41,7 +39,7 @@ class Allocator:
         self.blocks = blocks
         self.shares: list[Share] = []
         """One for each target."""
-        self._fairness = Fairness(self.shares, Part(len(rows.start), blocks.count))
+        self._shortage = Shortage(rows, blocks, self.shares, self.release, self.prune)
         self.catching_up: dict[Request, None] = {}
         """Requests whose trunk has more than one confirmed token to compute, in their order."""
 
@@ -75,7 +73,7 @@ class Allocator:
 
     def admit(self, request: Request) -> bool:
         """Give a request a trunk row and its cached prefix; False if no row can be freed."""
-        if not self._make_room(request, rows=1):
+        if not self._shortage.make_room(request, rows=1):
             return False
         trunk = request.trunk = self.rows.take(1)[0]
         text = request.text[: request.length]
@@ -126,7 +124,7 @@ class Allocator:
         missing = -(-length // self.blocks.block_size) - len(request.blocks)
         if missing <= 0:
             return True
-        if not self._make_room(request, blocks=missing):
+        if not self._shortage.make_room(request, blocks=missing):
             return False
         new = self.blocks.take(missing)
         first = len(request.blocks)
@@ -169,7 +167,7 @@ class Allocator:
         """
         needed = np.cumsum(self._own_counts(starts, room))
         if len(self.shares) > 1 and len(starts):
-            self._claim(share, len(starts), int(needed[-1]))
+            self._shortage.claim(share, len(starts), int(needed[-1]))
         blocks_for = int(np.searchsorted(needed, self.blocks.free_count, "right"))
         count = min(self.rows.free_count, blocks_for)
         share.counters["draft_narrowed"] += max(0, len(starts) - count)
@@ -259,87 +257,3 @@ class Allocator:
         request.made = {o: row for o, row in request.made.items() if row in request.forks}
         self.rows.give_back(forks)
         request.share.trees.prune(request.handle, forks)
-
-    # ---- shortage
-
-    def _make_room(self, wanting: Request, rows: int = 0, blocks: int = 0) -> bool:
-        """Free so many rows and blocks; False if that cannot be done.
-
-        The least likely forks go first, then the least recently used requests are evicted. Requests
-        used in this round keep their trunk: if they evicted each other in turn, none would get a
-        draft. Nothing is evicted if that would not free enough blocks.
-        """
-        if self._has_room(rows, blocks):
-            return True
-        lenders = self._fairness.lenders(wanting.share, Part(rows, blocks))
-        idle = [one for share in lenders for one in share.idle() if one is not wanting]
-        if blocks > self._within_reach(lenders, idle):
-            return False
-        self._take_forks(lenders, rows, blocks)
-        idle.sort(
-            key=lambda request: (not request.share.quiet, request.last_used - request.share.round)
-        )
-        for request in idle:
-            if self._has_room(rows, blocks):
-                return True
-            if max(lenders[request.share]) > 0:
-                lenders[request.share] -= Part(1, len(request.blocks))
-                request.share.counters["draft_evictions"] += 1
-                self.release(request)
-        return self._has_room(rows, blocks)
-
-    def _claim(self, share: Share, rows: int, blocks: int) -> None:
-        """Take forks that other targets hold beyond their fair share, up to one's own."""
-        if self._has_room(rows, blocks):
-            return
-        left = self._fairness.left(share)
-        rows, blocks = int(min(rows, left.rows)), int(min(blocks, left.blocks))
-        lenders = self._fairness.lenders(share, Part(rows, blocks))
-        del lenders[share]
-        self._take_forks(lenders, rows, blocks)
-
-    def _take_forks(self, lenders: dict[Share, Part], rows: int, blocks: int) -> None:
-        """Free forks, the least likely first, until there are so many free rows and blocks.
-
-        Args:
-            lenders: whose, and at most how much of each; what is taken is taken off.
-            rows: to be free.
-            blocks: to be free.
-        """
-        free_rows, free_blocks = self.rows.free_count, self.blocks.free_count
-        taken: dict[Request, list[int]] = {}
-        forks = [
-            (request, row)
-            for share in lenders
-            for request in share.requests.values()
-            for row in request.forks
-        ]
-        chances = self.rows.chance[[row for _, row in forks]]
-        for i in np.argsort(chances, kind="stable").tolist():
-            if free_rows >= rows and free_blocks >= blocks:
-                break
-            request, row = forks[i]
-            if max(lenders[request.share]) <= 0:
-                continue
-            own = len(request.forks[row])
-            lenders[request.share] -= Part(1, own)
-            taken.setdefault(request, []).append(row)
-            free_rows += self.rows.is_free_at_once(row)
-            free_blocks += own
-        for request, its in taken.items():
-            request.share.counters["draft_narrowed"] += len(its)
-            self.prune(request, its)
-
-    def _has_room(self, rows: int, blocks: int) -> bool:
-        return self.rows.free_count >= rows and self.blocks.free_count >= blocks
-
-    def _within_reach(self, shares: Iterable[Share], idle: Sequence[Request]) -> int:
-        """The most blocks that can be freed; shared ones count twice."""
-        forks = sum(
-            len(own)
-            for share in shares
-            for request in share.requests.values()
-            for own in request.forks.values()
-        )
-        trunks = sum(len(request.blocks) for request in idle)
-        return self.blocks.free_count + forks + trunks

@@ -10,7 +10,8 @@ from vllm_ssd.draft.blocks import KVBlocks
 from vllm_ssd.draft.engine import DraftEngine
 from vllm_ssd.draft.rows import Rows
 from vllm_ssd.draft.vllm_model import VllmDraftModel
-from vllm_ssd.wire.messages import Setup, unpack
+from vllm_ssd.wire.messages import Setup
+from vllm_ssd.wire.packing import unpack
 
 _MAX_CANDIDATES = 64
 _BUSY_CHUNK_FRACTION = 4

@@ -23,6 +23,10 @@ class Part(NamedTuple):
     def __sub__(self, other: Part) -> Part:
         return Part(self.rows - other.rows, self.blocks - other.blocks)
 
+    def helps(self, missing: Part) -> bool:
+        """Whether who may give this up has some of what is missing: rows are no use for blocks."""
+        return (self.rows > 0 and missing.rows > 0) or (self.blocks > 0 and missing.blocks > 0)
+
 
 ALL = Part(math.inf, math.inf)
 
@@ -54,12 +58,12 @@ class Fairness:
         others = [other for other in self._shares if other is not share]
         if others:
             left = self.left(share)
-            fair = wanted.rows <= left.rows and wanted.blocks <= left.blocks
+            fair = all(more <= 0 or more <= its for more, its in zip(wanted, left, strict=True))
             for other in others:
                 beyond = Part(0.0, 0.0) - self.left(other)
                 if other.quiet:
                     found[other] = ALL
-                elif fair and max(beyond) > 0.0:
+                elif fair and beyond.helps(wanted):
                     found[other] = beyond
         return found
 

@@ -58,6 +58,9 @@ class Line:
         self._last_lost = 0.0
         self._last_report = 0.0
         self._steps_reported = 0
+        self._owes_answer = False
+        """Whether the target has sent something and nothing was sent to it since."""
+        self._closed = False
         self._reads = False
         """Whether the target has sent something since the last report: one that is idle does not
         read, and steps go on for the others."""
@@ -74,7 +77,9 @@ class Line:
 
     def close(self) -> None:
         """The target is gone: free what it held."""
-        self.channel.close()
+        with self._lock:  # signs of life are sent by another thread
+            self._closed = True
+            self.channel.close()
         if self._engine is not None and self._session is not None:
             self._engine.close(self._session)
         self._engine = self._session = None
@@ -91,6 +96,7 @@ class Line:
             ConnectionError: the target is gone.
         """
         frames = self.channel.receive(0.0)
+        self._owes_answer |= bool(frames)
         if frames and self._session is not None:
             self._session.share.last_heard = time.monotonic()
             self._reads = True
@@ -109,7 +115,7 @@ class Line:
         if frame.epoch > self._epoch:
             if self._session is not None:
                 self._session.reset()
-            with self._lock:  # signs of life are sent by another thread
+            with self._lock:
                 self._epoch, self._expected, self._number = frame.epoch, 0, 0
             self._broken = False
         late = frame.epoch < self._epoch or frame.number < self._expected
@@ -155,6 +161,7 @@ class Line:
             frame = TargetBound(self._epoch, self._number, list(messages))
             self._number += 1
             self._last_sent = time.monotonic()
+            self._owes_answer = False
             self.channel.send(frame)
 
     def publish(self, answers: bool = False) -> None:
@@ -186,6 +193,14 @@ class Line:
             self.send([Report(session.counters, seconds.tobytes(), engine.gauges())])
 
     def beat(self) -> None:
-        """A sign of life, if nothing else was sent for a while."""
-        if time.monotonic() - self._last_sent > ALIVE_SECONDS:
+        """A sign of life, if the target has waited for an answer for a while.
+
+        One that is idle does not read: what is sent to it would pile up.
+        """
+        if time.monotonic() - self._last_sent <= ALIVE_SECONDS:
+            return
+        with self._lock:
+            # What it has sent is not read during a step.
+            waits = not self._closed and (self._owes_answer or self.channel.has_input())
+        if waits:
             self.send([Alive()])

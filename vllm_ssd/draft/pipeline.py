@@ -1,4 +1,4 @@
-"""The draft's steps: what the next one computes, and launching it ahead where the model can.
+"""The draft's steps, one launched ahead of the other where the model can.
 
 With a model that looks ahead, a step is launched while the one before it is under way: the device
 does not wait while the host reads a result, publishes it and makes forks. Such a step holds the
@@ -17,12 +17,12 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_ssd.core.arrays import BoolArray, Int32Array
+from vllm_ssd.core.arrays import Int32Array
 from vllm_ssd.draft.allocator import Allocator
-from vllm_ssd.draft.model import FROM_LAST_STEP, DraftModel, Sampling, Sequences, Ticket
-from vllm_ssd.draft.request import DORMANT, Request
+from vllm_ssd.draft.model import DraftModel, Sampling, Ticket
 from vllm_ssd.draft.rows import Grown
 from vllm_ssd.draft.share import Share
+from vllm_ssd.draft.step_plan import Chunks, StepPlan
 
 
 class Taken(NamedTuple):
@@ -42,37 +42,12 @@ class _Step(NamedTuple):
     """A step under way."""
 
     decoding: Int32Array
-    chunks: list[tuple[Request, int]]
+    chunks: Chunks
     ahead: bool
     """Launched while another one was under way."""
     began: float
     ticket: Ticket
     sampling: Sampling | None
-
-
-def chunk_sizes(missing: list[int], budget: int) -> list[int]:
-    """How many tokens each prompt gets of a step's budget.
-
-    Half goes to the one that has waited longest, so that it completes; the rest to the shortest
-    first, so that they do not wait for it.
-
-    Args:
-        missing: tokens each prompt still needs, at least 1; those that wait longest come first.
-        budget: tokens, at least 1.
-    """
-    counts = [0] * len(missing)
-    if missing:
-        counts[0] = min(missing[0], (budget + 1) // 2)
-    left = budget - sum(counts)
-    for i in sorted(range(len(missing)), key=missing.__getitem__):
-        more = min(missing[i] - counts[i], left)
-        counts[i] += more
-        left -= more
-    return counts
-
-
-def _awaited_trunks(share: Share) -> list[int]:
-    return [request.trunk for request in share.awaited.values() if request.trunk != DORMANT]
 
 
 class Pipeline:
@@ -100,8 +75,7 @@ class Pipeline:
         self._allocator = allocator
         self._rows = allocator.rows
         self._interrupted = interrupted
-        self._prefill_chunk = prefill_chunk
-        self._prefill_chunk_idle = prefill_chunk_idle
+        self._plan = StepPlan(allocator, prefill_chunk, prefill_chunk_idle)
         self._under_way: _Step | None = None
         self._behind: _Step | None = None
         """Launched while the other one is under way; there is none before :meth:`launch`."""
@@ -163,8 +137,8 @@ class Pipeline:
     def _launch(self) -> _Step:
         """Launch a step of all pending rows and of some prompts' tokens."""
         began = time.perf_counter()
-        decoding = self._due(self._rows.pending)
-        chunks = self._next_chunks(len(decoding))
+        decoding = self._plan.due(self._rows.pending)
+        chunks = self._plan.chunks(len(decoding))
         return self._submit(began, decoding, chunks, None)
 
     def _launch_after(self, step: _Step) -> _Step | None:
@@ -173,106 +147,25 @@ class Pipeline:
         rows, before = self._rows, step.decoding
         pending = rows.pending.copy()
         pending[before] &= rows.room[before] > 0
-        decoding = self._due(pending)
+        decoding = self._plan.due(pending)
         if not len(decoding):
             return None
         grows = np.zeros(len(pending), np.bool_)
         grows[before] = True
         return self._submit(began, decoding, [], grows[decoding])
 
-    def _due(self, pending: BoolArray) -> Int32Array:
-        """The rows to decode: of those pending, of a target that waits only what it waits for."""
-        due = pending
-        for share in self._allocator.shares:
-            if share.awaited:
-                first = np.zeros_like(pending)
-                first[_awaited_trunks(share)] = True
-                first &= pending
-                if first.any() or self._awaited_prompts(share):
-                    due = due & (first | (self._rows.owner != share.index))
-        return np.flatnonzero(due).astype(np.int32)
-
-    def _awaited_prompts(self, share: Share) -> list[Request]:
-        awaited = share.awaited.values()
-        return [request for request in awaited if request in self._allocator.catching_up]
-
     def _submit(
         self,
         began: float,
         decoding: Int32Array,
-        chunks: list[tuple[Request, int]],
+        chunks: Chunks,
         grows: NDArray[np.bool_] | None,
     ) -> _Step:
-        sequences = self._sequences(decoding, chunks, grows)
+        sequences = self._plan.sequences(decoding, chunks, grows)
         launched = time.perf_counter()
         ticket = self._model.launch(self._allocator.take_changes(), sequences)
         self.model_seconds += time.perf_counter() - launched
         return _Step(decoding, chunks, grows is not None, began, ticket, sequences.sampling)
-
-    def _next_chunks(self, decoding: int) -> list[tuple[Request, int]]:
-        """Which requests catch up with their text in this step, and by how many tokens."""
-        if not self._allocator.catching_up:
-            return []
-        waiting = list(self._allocator.catching_up)
-        for share in self._allocator.shares:
-            if share.awaited:
-                first = self._awaited_prompts(share)
-                if first or self._rows.pending[_awaited_trunks(share)].any():
-                    waiting = [one for one in waiting if one.share is not share or one in first]
-        for request in waiting:
-            self._allocator.reuse_prefix(request)
-        missing = [request.length - int(self._rows.computed[request.trunk]) for request in waiting]
-        budget = self._prefill_chunk if decoding else self._prefill_chunk_idle
-        counts = chunk_sizes(missing, budget)
-        chunks = [pair for pair in zip(waiting, counts, strict=True) if pair[1]]
-        # A chunk of one token is a decode to the model, and decodes come first.
-        chunks.sort(key=lambda chunk: chunk[1] > 1)
-        return chunks
-
-    def _sequences(
-        self,
-        decoding: Int32Array,
-        chunks: list[tuple[Request, int]],
-        grows: NDArray[np.bool_] | None,
-    ) -> Sequences:
-        """The forward's input: the decoding rows, then the chunks.
-
-        Args:
-            decoding: ``[n]``, the rows that feed one token.
-            chunks: prompts and how many of their tokens.
-            grows: ``[n]``, which of the rows the step under way grows by a token; None if no
-                step is under way.
-        """
-        rows = self._rows
-        tokens, positions = rows.feed_token[decoding], rows.computed[decoding]
-        if grows is not None:
-            # Without a token forced on it a row feeds what the step under way chooses.
-            after = rows.forced_after(decoding[grows])
-            if after is None:
-                tokens[grows] = FROM_LAST_STEP
-            else:
-                tokens[grows] = np.where(after >= 0, after, FROM_LAST_STEP)
-            positions += grows
-        if not chunks:
-            sampling = rows.sampled.sampling(decoding, positions + 1, rows.stop)
-            ones = np.ones(len(decoding), np.int32)
-            return Sequences(decoding, ones, tokens, positions, sampling)
-        all_tokens, all_positions = [tokens], [positions]
-        for request, count in chunks:
-            start = int(rows.computed[request.trunk])
-            all_tokens.append(request.text[start : start + count])
-            all_positions.append(np.arange(start, start + count, dtype=np.int32))
-        counts = np.array([count for _, count in chunks], np.int32)
-        trunks = np.array([request.trunk for request, _ in chunks], np.int32)
-        all_rows = np.concatenate([decoding, trunks])
-        next_positions = np.concatenate([positions + 1, rows.computed[trunks] + counts])
-        return Sequences(
-            all_rows,
-            np.concatenate([np.ones(len(decoding), np.int32), counts]),
-            np.concatenate(all_tokens),
-            np.concatenate(all_positions),
-            rows.sampled.sampling(all_rows, next_positions, rows.stop),
-        )
 
     # ---- taking in
 

@@ -34,8 +34,8 @@ from vllm_ssd.wire.messages import (
     ToTarget,
     Trimmed,
     Verified,
-    unpack,
 )
+from vllm_ssd.wire.packing import unpack
 
 if TYPE_CHECKING:
     from vllm_ssd.draft.engine import DraftEngine

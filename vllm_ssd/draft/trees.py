@@ -15,15 +15,8 @@ from vllm_ssd.core.arrays import Float32Array, Int32Array
 from vllm_ssd.core.tree import SpeculationCache
 from vllm_ssd.draft.request import DORMANT
 from vllm_ssd.draft.rows import Grown
-from vllm_ssd.wire.messages import (
-    Forked,
-    Planted,
-    Pruned,
-    Stepped,
-    ToTarget,
-    pack,
-    pack_floats,
-)
+from vllm_ssd.wire.messages import Forked, Planted, Pruned, Stepped, ToTarget
+from vllm_ssd.wire.packing import pack, pack_floats
 
 
 class _Tree(NamedTuple):

@@ -6,7 +6,8 @@ import math
 from typing import NamedTuple
 
 from vllm_ssd.core.arrays import Int32Array
-from vllm_ssd.wire.messages import Proposed, Start, ToDraft, Trimmed, Verified, unpack
+from vllm_ssd.wire.messages import Proposed, Start, ToDraft, Trimmed, Verified
+from vllm_ssd.wire.packing import unpack
 
 MAX_HANDLE = 2**31 - 1
 """Handles travel as int32."""

@@ -17,7 +17,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 
 from vllm_ssd.on_ray.order import Order, Whereabouts
-from vllm_ssd.target.process import draft_environment
+from vllm_ssd.target.links.process import draft_environment
 from vllm_ssd.wire.address import TCPAddress
 from vllm_ssd.wire.keys import new_key
 

@@ -1,1 +1,1 @@
-"""Inside vLLM's worker: the proposer, the worker, and the client of the draft process."""
+"""Inside vLLM's worker: what the front-ends of its model runners share, and their folders."""

@@ -11,7 +11,7 @@ import os
 from typing import NamedTuple
 
 from vllm_ssd import affinity
-from vllm_ssd.preflight import check_cores
+from vllm_ssd.draft_checks import check_cores
 
 logger = logging.getLogger("vllm.vllm_ssd")
 

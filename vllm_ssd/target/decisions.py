@@ -15,8 +15,9 @@ from vllm_ssd.core.lengths import Lengths, Verified
 from vllm_ssd.core.stats import Stats
 from vllm_ssd.core.switch import Switch, Switches
 from vllm_ssd.target.lookup import Batch, LookUp
-from vllm_ssd.target.pace import Pace, Step
+from vllm_ssd.target.pace import Pace
 from vllm_ssd.target.requests import RequestTable
+from vllm_ssd.target.steps import Decodes
 
 _TRIALS_SHARE = 0.002
 """Of the time, what it may cost to verify other numbers of tokens; with probes and waits below
@@ -34,7 +35,7 @@ _MANY = 5
 class _Round(NamedTuple):
     """A round that has ended."""
 
-    step: Step
+    step: Decodes
     switch: Switch
     size: int
     """The batch size that the switch compares for."""

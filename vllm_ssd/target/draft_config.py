@@ -45,6 +45,27 @@ def draft_model_config(config: SSDConfig, target: ModelConfig) -> ModelConfig:
     return draft
 
 
+def in_place_of_target(config: SSDConfig, trust_remote_code: bool) -> ModelConfig:
+    """The draft model as its own target: a draft server takes from it what others take from theirs.
+
+    Raises:
+        ValueError: the model cannot be found or read.
+    """
+    from vllm.config import ModelConfig
+
+    check_folder(config.model)
+    try:
+        return ModelConfig(
+            model=absolute_folder(config.model),
+            revision=config.draft_revision,
+            trust_remote_code=trust_remote_code,
+            dtype=config.draft_dtype or "auto",
+            enforce_eager=bool(config.draft_enforce_eager),
+        )
+    except Exception as error:  # vLLM, transformers and hub clients each raise their own
+        raise ValueError(refusal(config, first_line(error))) from error
+
+
 def check_folder(name: str) -> None:
     """Refuse what looks like a folder and is none.
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from msgspec.structs import replace
 
 from vllm_ssd.config import SSDConfig
 from vllm_ssd.core.arrays import Int32Array
@@ -12,7 +14,8 @@ from vllm_ssd.target import memory
 from vllm_ssd.target.checkpoint import checkpoint_tensors
 from vllm_ssd.target.draft_config import fits_length, source_arguments
 from vllm_ssd.target.placement import place_by_ray, place_draft
-from vllm_ssd.wire.messages import MAX_ROWS, Setup, pack
+from vllm_ssd.wire.messages import MAX_ROWS, Setup
+from vllm_ssd.wire.packing import pack
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
@@ -150,28 +153,22 @@ def plan_draft(checked: Checked, vllm_config: Any) -> DraftPlan:
         placement = place_draft(config.draft_device, vllm_config.parallel_config)
     on_cpu = placement.device is None
     requests = vllm_config.scheduler_config.max_num_seqs
-    rows = draft_rows(requests, config.max_branches)
-    tokens = rows + prefill_tokens(on_cpu)
+    size = batch_size(config, requests, on_cpu)
     download_dir = vllm_config.load_config.download_dir
-    arguments = engine_arguments(config, target, draft, rows, tokens, on_cpu, download_dir)
+    overhead = _overhead_bytes(config, draft, draft_vocab, size, download_dir, on_cpu)
+    has_room = on_cpu and memory.room_beside(vllm_config.cache_config) > overhead
+    setup = setup_of(config, target, draft, draft_vocab, size, on_cpu, download_dir)
     if placement.shared and not on_cpu:
         # vLLM refuses to start where less than this part of the device is free, whatever
         # the size of the KV cache.
-        arguments["gpu_memory_utilization"] = 0.01
-    overhead = _overhead_bytes(config, draft, draft_vocab, rows, tokens, download_dir, on_cpu)
-    has_room = on_cpu and memory.room_beside(vllm_config.cache_config) > overhead
-    setup = Setup(
-        engine_args=arguments,
-        num_speculative_tokens=config.num_speculative_tokens,
-        max_branches=config.max_branches,
-        enable_prefix_caching=bool(vllm_config.cache_config.enable_prefix_caching),
-        vocab_size=target.get_vocab_size(),
-        draft_vocab=b"" if draft_vocab is None else pack(draft_vocab),
-        draft_top_n=0 if config.draft_sampling == "greedy" else config.draft_top_n,
-        load_early=has_room,
-    )
+        setup.engine_args["gpu_memory_utilization"] = 0.01
     plan = DraftPlan(
-        setup=setup,
+        setup=replace(
+            setup,
+            enable_prefix_caching=bool(vllm_config.cache_config.enable_prefix_caching),
+            draft_top_n=0 if config.draft_sampling == "greedy" else config.draft_top_n,
+            load_early=has_room,
+        ),
         device=placement.device,
         max_model_len=min(draft.max_model_len, target.max_model_len),
         fits_length=fits_length(config, target),
@@ -181,7 +178,7 @@ def plan_draft(checked: Checked, vllm_config: Any) -> DraftPlan:
         kv_bytes_per_token=memory.draft_kv_bytes_per_token(draft),
         overhead_bytes=overhead,
         block_size=memory.block_size(on_cpu),
-        rows=rows,
+        rows=size.rows,
         requests=requests,
         kv_cache_memory_bytes=config.draft_kv_cache_memory_bytes or 0,
     )
@@ -189,41 +186,67 @@ def plan_draft(checked: Checked, vllm_config: Any) -> DraftPlan:
     return plan
 
 
-def draft_rows(requests: int, max_branches: int) -> int:
-    """Rows of the draft's batch: one for each guess, the trunk being one of them.
+class BatchSize(NamedTuple):
+    """How large the draft's steps can be."""
+
+    rows: int
+    """One for each guess, the trunk being one of them."""
+    tokens: int
+    """Query tokens: a full batch of rows, and prompts beside it."""
+
+
+def batch_size(config: SSDConfig, requests: int, on_cpu: bool) -> BatchSize:
+    """The draft's batch.
 
     Args:
+        config: the options.
         requests: the most at once.
-        max_branches: of a request.
+        on_cpu: whether the draft runs on CPU.
     """
-    return max(min(requests * max_branches, MAX_ROWS), min(requests, MAX_ROWS))
+    rows = max(min(requests * config.max_branches, MAX_ROWS), min(requests, MAX_ROWS))
+    return BatchSize(rows, rows + (PREFILL_TOKENS if on_cpu else PREFILL_TOKENS_CUDA))
 
 
-def prefill_tokens(on_cpu: bool) -> int:
-    """Prompt tokens of a step beyond a full batch of rows."""
-    return PREFILL_TOKENS if on_cpu else PREFILL_TOKENS_CUDA
-
-
-def engine_arguments(
+def setup_of(
     config: SSDConfig,
     target: ModelConfig,
     draft: ModelConfig,
-    rows: int,
-    tokens: int,
+    draft_vocab: Int32Array | None,
+    size: BatchSize,
     on_cpu: bool,
     download_dir: str | None = None,
-) -> dict[str, Any]:
-    """Arguments of vLLM's ``EngineArgs`` for the draft model.
+) -> Setup:
+    """How a draft is brought up, with a prefix cache and able to sample.
 
     Args:
         config: the options.
         target: what the draft takes from its target.
         draft: vLLM's configuration of the draft model.
-        rows: of its batch.
-        tokens: query tokens of a step, at most.
+        draft_vocab: ``[N]``, the tokens the head is computed for; None for all.
+        size: of its batch.
         on_cpu: whether it runs on CPU.
         download_dir: of models from the hub.
     """
+    return Setup(
+        engine_args=_engine_arguments(config, target, draft, size, on_cpu, download_dir),
+        num_speculative_tokens=config.num_speculative_tokens,
+        max_branches=config.max_branches,
+        enable_prefix_caching=True,
+        vocab_size=target.get_vocab_size(),
+        draft_vocab=b"" if draft_vocab is None else pack(draft_vocab),
+        draft_top_n=config.draft_top_n,
+    )
+
+
+def _engine_arguments(
+    config: SSDConfig,
+    target: ModelConfig,
+    draft: ModelConfig,
+    size: BatchSize,
+    on_cpu: bool,
+    download_dir: str | None,
+) -> dict[str, Any]:
+    """Arguments of vLLM's ``EngineArgs`` for the draft model."""
     arguments: dict[str, Any] = {
         **source_arguments(config, target),
         "load_format": config.draft_load_format,
@@ -231,8 +254,8 @@ def engine_arguments(
         "dtype": str(draft.dtype).removeprefix("torch."),
         "quantization": config.draft_quantization,
         "max_model_len": draft.max_model_len,
-        "max_num_seqs": rows,
-        "max_num_batched_tokens": tokens,
+        "max_num_seqs": size.rows,
+        "max_num_batched_tokens": size.tokens,
         "enforce_eager": _enforce_eager(config, target),
         "skip_tokenizer_init": True,
         "enable_prefix_caching": False,  # the draft has its own (draft/blocks.py)
@@ -248,8 +271,7 @@ def _overhead_bytes(
     config: SSDConfig,
     draft: ModelConfig,
     draft_vocab: Int32Array | None,
-    rows: int,
-    tokens: int,
+    size: BatchSize,
     download_dir: str | None,
     on_cpu: bool,
 ) -> int:
@@ -259,7 +281,7 @@ def _overhead_bytes(
     tensors = checkpoint_tensors(draft.model, config.draft_revision, download_dir)
     return (
         memory.weight_bytes(tensors, shape, itemsize, head_rows, on_cpu)
-        + memory.working_bytes(rows, tokens, head_rows or shape.vocabulary, shape, itemsize)
+        + memory.working_bytes(*size, head_rows or shape.vocabulary, shape, itemsize)
         + memory.LIBRARY_BYTES
     )
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from vllm_ssd.target.lookup import LookUp
-from vllm_ssd.target.requests import RequestTable, can_draft
-from vllm_ssd.wire.messages import Finished, Proposed, Start, ToDraft, Trimmed, Verified, pack
+from vllm_ssd.target.requests import RequestTable
+from vllm_ssd.target.steps import EngineRequest, Scheduled
+from vllm_ssd.wire.messages import Finished, Proposed, Start, ToDraft, Trimmed, Verified
+from vllm_ssd.wire.packing import pack
 
 if TYPE_CHECKING:
-    from vllm.v1.core.sched.output import SchedulerOutput
-
     from vllm_ssd.target.client import DraftClient
 
 ANNOUNCED_TOKENS = 256 << 10
@@ -33,64 +33,49 @@ class Notices:
         self._announced = 0
         """Tokens of text announced in this step."""
 
-    def scheduled(self, step: SchedulerOutput) -> list[ToDraft]:
+    def scheduled(self, step: Scheduled) -> list[ToDraft]:
         """The messages of a step: its new and finished requests, and proposals that were cut."""
         client, requests = self._client, self._requests
         messages: list[ToDraft] = []
         self._announced = 0
-        gone = [requests.forget(req_id) for req_id in step.finished_req_ids]
+        gone = [requests.forget(req_id) for req_id in step.gone]
         handles = [request.handle for request in gone if request is not None]
-        for new in step.scheduled_new_reqs:
+        for new in step.new:
             again = requests.forget(new.req_id)
             if again is not None:
                 handles.append(again.handle)
-            if client.up and can_draft(new) and self._may_announce():
-                tokens = new.prompt_token_ids
-                messages.append(
-                    self._announce(new.req_id, tokens, len(tokens), new.sampling_params)
-                )
+            if client.up and self._may_announce():
+                messages.append(self._announce(new))
         if handles:
             messages.insert(0, Finished(pack(handles)))
             for handle in handles:
                 client.published.drop(handle)
-        messages += self._trimmed(step)
+        messages += self._trimmed(step.verified)
         return messages
 
-    def _trimmed(self, step: SchedulerOutput) -> list[ToDraft]:
+    def _trimmed(self, verified: Iterable[tuple[str, int]]) -> list[ToDraft]:
         """The requests whose proposals the scheduler cut (token budget, grammar, length)."""
         handles, counts = [], []
-        scheduled = step.scheduled_spec_decode_tokens
-        for req_id in step.num_scheduled_tokens:
+        for req_id, tokens in verified:
             request = self._requests.get(req_id)
             if request is None or not request.proposed:
                 continue
-            drafts = scheduled.get(req_id, ())
-            # vLLM's placeholders (-1) are not verified; our padding is, but was not drafted.
-            real = len(drafts) if not drafts or drafts[-1] >= 0 else sum(d >= 0 for d in drafts)
-            verified = min(real, len(request.proposed))
-            if verified != request.verifying:
-                request.verifying = verified
+            count = min(tokens, len(request.proposed))  # padding was not drafted
+            if count != request.verifying:
+                request.verifying = count
                 handles.append(request.handle)
-                counts.append(verified)
+                counts.append(count)
         return [Trimmed(pack(handles), pack(counts))] if handles else []
 
-    def announced_again(self, req_id: str, text: Any, state: Any) -> list[ToDraft]:
-        """The messages that announce a running request, which this epoch does not have yet.
-
-        Args:
-            req_id: vLLM's id.
-            text: its tokens, ``[length]`` int32.
-            state: vLLM's cached state of it; :func:`can_draft` holds for it.
-        """
+    def announced_again(self, running: EngineRequest) -> list[ToDraft]:
+        """The messages that announce a running request, which this epoch does not have yet."""
         messages: list[ToDraft] = []
-        known = self._requests.forget(req_id)
+        known = self._requests.forget(running.req_id)
         if known is not None:
             messages.append(Finished(pack([known.handle])))
             self._client.published.drop(known.handle)
         if self._may_announce():
-            messages.append(
-                self._announce(req_id, text, state.num_prompt_tokens, state.sampling_params)
-            )
+            messages.append(self._announce(running))
         return messages
 
     def verified(
@@ -143,6 +128,6 @@ class Notices:
         """Whether one more text may go with this step; if not, it is announced in a later one."""
         return self._announced < ANNOUNCED_TOKENS
 
-    def _announce(self, req_id: str, tokens: Any, prompt_length: int, params: Any) -> Start:
-        self._announced += len(tokens)
-        return self._requests.announce(req_id, tokens, prompt_length, params)
+    def _announce(self, request: EngineRequest) -> Start:
+        self._announced += len(request.tokens)
+        return self._requests.announce(*request)

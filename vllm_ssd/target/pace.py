@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
-
 from vllm_ssd.core.step_times import Forecast, StepTimes
-
-if TYPE_CHECKING:
-    from vllm.v1.core.sched.output import SchedulerOutput
+from vllm_ssd.target.steps import Decodes
 
 _SMOOTHING = 0.1
 """Weight of the newest round: requests differ more than the load does within ten rounds."""
 _LONGEST = 4.0
 """A round that takes more than so many usual ones was a pause, and counts as that."""
-
-
-class Step(NamedTuple):
-    """A step in which every request decoded."""
-
-    requests: int
-    drafted: int
-    """The drafted tokens that it verified, padding included."""
 
 
 class Pace:
@@ -35,7 +23,7 @@ class Pace:
         self.forecast = Forecast(0.0, 0.0, 0.0)
         """... and what such a step takes; zeros if that is not known."""
         self._tokens = self._seconds = 0.0
-        self._step: Step | None = None
+        self._step: Decodes | None = None
 
     @property
     def rate(self) -> float:
@@ -57,14 +45,11 @@ class Pace:
         """What a round takes, waits included; 0.0 if that is not known."""
         return self._seconds
 
-    def scheduled(self, step: SchedulerOutput) -> None:
-        """A step begins. One with prefill tokens is not measured."""
-        counts, drafts = step.num_scheduled_tokens, step.scheduled_spec_decode_tokens
-        requests, drafted = len(counts), sum(map(len, drafts.values()))
-        decodes = not step.scheduled_new_reqs and sum(counts.values()) == requests + drafted
-        self._step = Step(requests, drafted) if decodes and requests else None
+    def scheduled(self, step: Decodes | None) -> None:
+        """A step begins. One with prefill tokens (None) is not measured."""
+        self._step = step
 
-    def take_step(self) -> Step | None:
+    def take_step(self) -> Decodes | None:
         """The step that has ended, if every request decoded in it; only once for each."""
         step, self._step = self._step, None
         return step

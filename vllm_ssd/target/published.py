@@ -10,17 +10,8 @@ import numpy as np
 from vllm_ssd.core.arrays import Float32Array, Int32Array, Int64Array
 from vllm_ssd.core.distributions import Distributions
 from vllm_ssd.core.tree import SpeculationCache, row_width
-from vllm_ssd.wire.messages import (
-    MAX_ROWS,
-    Forked,
-    Planted,
-    Pruned,
-    Ready,
-    Stepped,
-    unpack,
-    unpack_floats,
-    unpack_list,
-)
+from vllm_ssd.wire.messages import MAX_ROWS, Forked, Planted, Pruned, Ready, Stepped
+from vllm_ssd.wire.packing import unpack, unpack_floats, unpack_list
 
 _ROUNDING = 1e-4
 """How far the probabilities of a distribution, in float32, may be from 1 in all."""

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vllm_ssd.wire.messages import MAX_STOP_TOKENS, Start, pack
+from vllm_ssd.wire.messages import MAX_STOP_TOKENS, Start
+from vllm_ssd.wire.packing import pack
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import NewRequestData
-    from vllm.v1.worker.gpu_input_batch import CachedRequestState
 
 _GREEDY_BELOW = 1e-5
 """Temperatures at which vLLM takes the likeliest token (``SamplingParams.sampling_type``)."""
@@ -168,16 +168,19 @@ def end_tokens(sampling_params: Any) -> list[int]:
     return ends
 
 
-def can_draft(request: NewRequestData | CachedRequestState) -> bool:
-    """Whether a request of vLLM's (new or cached state) is one the draft can follow: plain tokens.
+def can_draft(new: NewRequestData) -> bool:
+    """Whether a request is one that the draft can follow: plain tokens.
 
     Prompt embeddings and multimodal inputs are not text; a LoRA adapter changes the target's
     distribution, but not the draft's.
+
+    Args:
+        new: vLLM's description of it, or its runner's: what is read here has the same names there.
     """
     return (
-        request.prompt_token_ids is not None
-        and request.prompt_embeds is None
-        and not request.mm_features
-        and request.lora_request is None
-        and request.sampling_params is not None
+        new.prompt_token_ids is not None
+        and new.prompt_embeds is None
+        and not new.mm_features
+        and new.lora_request is None
+        and new.sampling_params is not None
     )

@@ -1,5 +1,5 @@
 """The messages. Tokens travel, never tensors; arrays are little-endian int32 in ``bytes``, or
-float32 where that is said.
+float32 where that is said (:mod:`vllm_ssd.wire.packing`).
 
 Messages travel in frames. A frame carries the *epoch*, a number the target raises whenever the two
 sides may be out of step (a restart, a dropped or garbled frame), and its number within the epoch.
@@ -9,13 +9,9 @@ is one way to recover, whatever went wrong.
 
 from __future__ import annotations
 
-import sys
-from array import array
 from typing import Annotated, Any
 
 import msgspec
-import numpy as np
-from numpy.typing import NDArray
 
 PROTOCOL = 1
 """Raised with every change of the messages: both sides must have the same."""
@@ -31,56 +27,6 @@ MAX_EPOCH_JUMP = 1 << 20
 
 class Message(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Base of all messages."""
-
-
-def pack(values: list[int] | NDArray[np.int32]) -> bytes:
-    """Integers as int32 bytes.
-
-    Raises:
-        OverflowError: one of a list does not fit into 32 bits.
-    """
-    if isinstance(values, list):
-        # Several times as fast as NumPy, which checks each element's type.
-        packed = array("i", values)
-        if sys.byteorder == "big":
-            packed.byteswap()
-        return packed.tobytes()
-    return np.asarray(values, dtype="<i4").tobytes()
-
-
-def unpack(data: bytes) -> NDArray[np.int32]:
-    """The reverse of :func:`pack`; a read-only view.
-
-    Raises:
-        ValueError: the length is not a multiple of four bytes.
-    """
-    return np.frombuffer(data, dtype="<i4")
-
-
-def pack_floats(values: NDArray[np.float32]) -> bytes:
-    """Numbers as float32 bytes."""
-    return np.asarray(values, dtype="<f4").tobytes()
-
-
-def unpack_floats(data: bytes) -> NDArray[np.float32]:
-    """The reverse of :func:`pack_floats`; a read-only view.
-
-    Raises:
-        ValueError: the length is not a multiple of four bytes.
-    """
-    return np.frombuffer(data, dtype="<f4")
-
-
-def unpack_list(data: bytes) -> list[int]:
-    """The reverse of :func:`pack`, as a list: for a few numbers much faster than an array.
-
-    Raises:
-        ValueError: the length is not a multiple of four bytes.
-    """
-    unpacked = array("i", data)
-    if sys.byteorder == "big":
-        unpacked.byteswap()
-    return unpacked.tolist()
 
 
 # ---- target to draft

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from vllm_ssd.target.process import DraftProcess
+from vllm_ssd.target.links.process import DraftProcess
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """How a draft is reached: what the target's client needs to know of it.
 
-A draft is a process of the target's own (:class:`vllm_ssd.target.process.DraftProcess`) or a server
-at an address (:class:`vllm_ssd.target.attachment.Attachment`).
+A draft is a process of the target's own (:class:`vllm_ssd.target.links.process.DraftProcess`) or a
+server at an address (:class:`vllm_ssd.target.links.attachment.Attachment`).
 """
 
 from __future__ import annotations

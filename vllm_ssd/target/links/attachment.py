@@ -29,7 +29,8 @@ OSError or ValueError with a sentence."""
 
 
 class Attachment:
-    """A connection to a draft server, opened by a thread (:class:`vllm_ssd.target.link.Link`).
+    """A connection to a draft server, opened by a thread: a
+    :class:`vllm_ssd.target.links.link.Link`.
 
     Args:
         name: of the server, for the log.

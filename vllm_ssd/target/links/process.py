@@ -77,7 +77,7 @@ class DraftProcess:
         self._process = process
         self._reaper = reaper
         self.channel: Channel[TargetBound] = Channel(ours, TargetBound)
-        """See :class:`vllm_ssd.target.link.Link`."""
+        """See :class:`vllm_ssd.target.links.link.Link`."""
         # Also when the engine is dropped without a shutdown.
         self.end = weakref.finalize(self, _end, process, self.channel, os.getpid())
 
@@ -88,7 +88,7 @@ class DraftProcess:
 
     @property
     def failure(self) -> None:
-        """See :class:`vllm_ssd.target.link.Link`: the constructor raises it."""
+        """See :class:`vllm_ssd.target.links.link.Link`: the constructor raises it."""
         return None
 
     def __str__(self) -> str:

@@ -16,13 +16,15 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from tests.engine.exact_distribution import p_value
 from vllm_ssd.core.stats import Stats
-from vllm_ssd.target import handover
-from vllm_ssd.target.handover import HandOver
 from vllm_ssd.target.lookup import LookUp, answer
 from vllm_ssd.target.published import PublishedTrees
-from vllm_ssd.target.rejection import fix_cpu_rejection_sampler
 from vllm_ssd.target.requests import Tracked
-from vllm_ssd.wire.messages import Forked, Planted, Ready, Stepped, pack, pack_floats
+from vllm_ssd.target.sources import read_sources
+from vllm_ssd.target.v1 import handover
+from vllm_ssd.target.v1.handover import HandOver
+from vllm_ssd.target.v1.rejection import fix_cpu_rejection_sampler
+from vllm_ssd.wire.messages import Forked, Planted, Ready, Stepped
+from vllm_ssd.wire.packing import pack, pack_floats
 
 DEPTH, VOCABULARY, SUPPORT = 3, 12, 8
 BASE = 20
@@ -114,9 +116,8 @@ class Target:
 
     def give(self, proposals: list[list[int]], look_ups: Sequence[LookUp]) -> None:
         self.runner._draft_probs = self.runner._draft_prob_req_ids = None  # as vLLM
-        self.hand_over.begin()
-        self.hand_over.read(look_ups, self.published)
-        self.hand_over.give(self.hand_over.collect(proposals))
+        sources = read_sources(look_ups, self.published)
+        self.hand_over.give(self.hand_over.collect(proposals, [sources] if sources else []))
 
     def probabilities(
         self, proposals: Mapping[str, Sequence[int]] | Sequence[Sequence[int]]
@@ -366,9 +367,9 @@ def test_what_is_proposed_is_read_before_its_row_goes_to_another_branch() -> Non
     target = small(2)
     look_ups = target.look_ups()
     proposals = [each.request.proposed for each in look_ups]
-    target.hand_over.begin()
-    target.hand_over.read(look_ups, target.published)
+    sources = read_sources(look_ups, target.published)
+    assert sources is not None
     # While the target waits for other requests, both rows begin anew.
     target.draft(np.array([[7, 6, 5]] * 2), Q[::-1, :SUPPORT])
-    target.hand_over.give(target.hand_over.collect(proposals))
+    target.hand_over.give(target.hand_over.collect(proposals, [sources]))
     assert given_of(target, proposals) == dense(Q0, 6, Q2, Q0, 6, Q2)

@@ -13,18 +13,15 @@ from p without x:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 
-from vllm_ssd.core.arrays import Float32Array, Int32Array, Int64Array
+from vllm_ssd.core.arrays import Float32Array, Int64Array
 from vllm_ssd.core.stats import Stats
-from vllm_ssd.core.tree import Where
-from vllm_ssd.target.lookup import LookUp
-from vllm_ssd.target.published import PublishedTrees
+from vllm_ssd.target.sources import Sources
 
 LARGEST_BYTES = 256 << 20
 """Of the dense rows: with K = 6 enough for 87 requests at a vocabulary of 128,000 tokens, and for
@@ -40,21 +37,6 @@ class SparseRows(NamedTuple):
     """Of the entries above 0 in ``[len(rows), K, vocabulary]``, flattened."""
     values: Float32Array
     """Their probabilities."""
-
-
-class _Read(NamedTuple):
-    """What m proposed tokens were sampled from."""
-
-    rows: Int64Array
-    """``[m]``, their rows in the batch."""
-    at: Int64Array
-    """``[m]``, which token of its proposal each is."""
-    supports: Int64Array
-    """``[m]``, from how many tokens each was sampled; 0: it is certain."""
-    tokens: Int32Array
-    """``[sum(supports)]``, these tokens."""
-    probabilities: Float32Array
-    """``[sum(supports)]``, theirs."""
 
 
 def dense_bytes(requests: int, depth: int, vocab_size: int) -> int:
@@ -101,8 +83,6 @@ class HandOver:
         """``[most rows so far * K * vocabulary]``; 0 but at ``_set``."""
         self._set: list[torch.Tensor] = []
         """Indices of what is not 0."""
-        self._read: list[_Read] = []
-        """What the proposals of this round were sampled from."""
         self._has: set[str] = set()
         """The requests that have a row for the next sampling."""
 
@@ -111,52 +91,20 @@ class HandOver:
         """Whether a request of the batch samples; the same on all ranks."""
         return not self._runner.input_batch.all_greedy
 
-    def begin(self) -> None:
-        """A round begins: nothing has been read of its proposals."""
-        self._read.clear()
-
-    def read(self, look_ups: Sequence[LookUp], published: PublishedTrees) -> None:
-        """Read what tokens were sampled from, as soon as it is decided that they are proposed.
-
-        Later may be too late: while the target waits for other requests, the draft may give the
-        rows of these to other branches.
-
-        Args:
-            look_ups: answered; nothing was added yet to what was found.
-            published: the trees they were found in.
-
-        Raises:
-            ValueError: the draft cannot have sampled a token from what it says.
-        """
-        distributions = published.distributions
-        if distributions is None or distributions.empty:
-            return
-        chosen = [
-            each for each in look_ups if each.below.where is Where.FOUND and each.request.proposed
-        ]
-        if not chosen:
-            return
-        counts = np.array([len(each.request.proposed) for each in chosen], np.int64)
-        at = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
-        places = np.array([(each.row, each.below.row, each.length) for each in chosen], np.int64)
-        rows, tree_rows, positions = np.repeat(places, counts, axis=0).T
-        proposed = chain.from_iterable(each.request.proposed for each in chosen)
-        drafted = np.fromiter(proposed, np.int64, len(at))
-        found = published.distributions_of(tree_rows, positions + at, drafted)
-        if len(found[1]):
-            self._read.append(_Read(rows, at, *found))
-
-    def collect(self, proposals: Sequence[Sequence[int]]) -> SparseRows | None:
+    def collect(
+        self, proposals: Sequence[Sequence[int]], sources: Sequence[Sources]
+    ) -> SparseRows | None:
         """The distributions of what is proposed, one for each token; certain ones have one entry.
 
         Args:
-            proposals: for each row of the batch. What is not of a look-up that was read is certain
-                (other drafts, padding).
+            proposals: for each row of the batch.
+            sources: what of them was sampled, and from what. All else is certain (other drafts,
+                padding).
 
         Returns:
             ``None`` if all tokens are certain, or if the dense rows would take too much memory.
         """
-        if not self._read:
+        if not sources:
             return None
         rows = [row for row, tokens in enumerate(proposals) if tokens]
         if dense_bytes(len(rows), self._depth, self._vocab_size) > LARGEST_BYTES:
@@ -169,11 +117,11 @@ class HandOver:
         for held, row in zip(certain, rows, strict=True):
             held[: len(proposals[row])] = proposals[row]
         indices, values = [], []
-        for read in self._read:
-            place = index[read.rows] * depth + read.at
-            indices.append(np.repeat(place * vocab_size, read.supports) + read.tokens)
-            values.append(read.probabilities)
-            sampled = place[read.supports > 0]
+        for source in sources:
+            place = index[source.rows] * depth + source.at
+            indices.append(np.repeat(place * vocab_size, source.supports) + source.tokens)
+            values.append(source.probabilities)
+            sampled = place[source.supports > 0]
             certain.ravel()[sampled] = -1
             self._stats.tokens_with_probabilities += len(sampled)
         self._stats.batches_with_probabilities += 1

@@ -10,7 +10,7 @@ import pytest
 from vllm.config import CUDAGraphMode
 
 from vllm_ssd.target.lookup import Batch
-from vllm_ssd.target.padding import pad, pads
+from vllm_ssd.target.v1.padding import pad, pads
 
 K = 4
 

@@ -15,7 +15,7 @@ from vllm.v1.sample import rejection_sampler
 from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
 from tests.engine.exact_distribution import p_value
-from vllm_ssd.target.rejection import (
+from vllm_ssd.target.v1.rejection import (
     RejectionSampler,
     expand_batch_to_tokens,
     fix_cpu_rejection_sampler,
