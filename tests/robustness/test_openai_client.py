@@ -75,7 +75,8 @@ def chat(server: Server, stream: bool = False, **asked: Any) -> str:
 
 def chats(server: Server) -> list[str]:
     """A conversation, answered at once and streamed."""
-    return [chat(server), chat(server, stream=True)]
+    extra = {"ignore_eos": True}
+    return [chat(server, stream, extra_body=extra) for stream in (False, True)]
 
 
 def structured(server: Server) -> list[str]:
@@ -209,6 +210,7 @@ def test_connections_closed_in_mid_answer_disturb_no_other(
 def test_chat(server: Server, plain: dict[str, Any]) -> None:
     assert chats(server) == plain["chats"]
     assert len(set(plain["chats"])) == 1
+    assert len(plain["chats"][0]) > 60
 
 
 def test_structured_output(server: Server, plain: dict[str, Any]) -> None:

@@ -4,8 +4,9 @@
 
 Streaming clients ask a real ``vllm-ssd serve`` for greedy texts in float32, which plain vLLM has
 written first. Each fault has a quiet phase before it and one after hits have come back. Printed at
-the end: requests that ended, different texts, requests lost, and the pauses between two pieces of a
-stream. The exit status is 1 if a text differs, a request is lost, or the plugin had an error.
+the end: requests that ended, different texts, requests lost, the pauses between two pieces of a
+stream, and the tokens per second of all clients before, during and after. The exit status is 1 if
+a text differs, a request is lost, or the plugin had an error.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from rich.table import Table
 import tests.conftest  # noqa: F401  the environment, before vLLM is imported
 from tests.robustness import harness
 from tests.soak.setup import Fault, Setup
-from tests.soak.streams import Pauses
+from tests.soak.streams import Pace
 
 QUIET_SECONDS = 6.0
 QUIET = "seconds before a fault, and after hits have come back"
@@ -46,9 +47,9 @@ class Row:
     requests: int
     different: int
     lost: int
-    before: Pauses
-    during: Pauses
-    after: Pauses
+    before: Pace
+    during: Pace
+    after: Pace
     back_seconds: float
     """From the end of the cause until hits came as often as half of before."""
     seen: str
@@ -127,9 +128,9 @@ def _measure(name: str, fault: Fault, setup: Setup, quiet: float) -> Row:
         requests=len(ended),
         different=sum(one.different for one in ended),
         lost=sum(bool(one.lost) for one in ended),
-        before=setup.streams.pauses(began, happened),
-        during=setup.streams.pauses(happened, back),
-        after=setup.streams.pauses(back, end),
+        before=setup.streams.pace(began, happened),
+        during=setup.streams.pace(happened, back),
+        after=setup.streams.pace(back, end),
         back_seconds=back - over,
         seen=seen,
     )
@@ -138,13 +139,24 @@ def _measure(name: str, fault: Fault, setup: Setup, quiet: float) -> Row:
 def _table(rows: Sequence[Row]) -> Table:
     table = Table(title="pauses between two pieces of a stream in ms: median / 99 % / longest")
     table.add_column("fault")
-    for column in ("requests", "different", "lost", "before", "during", "after", "hits back"):
+    for column in (
+        "requests",
+        "different",
+        "lost",
+        "before",
+        "during",
+        "after",
+        "tokens/s",
+        "hits back",
+    ):
         table.add_column(column, justify="right")
     table.add_column("seen")
     for row in rows:
         counts = (str(count) for count in (row.requests, row.different, row.lost))
-        pauses = (str(one) for one in (row.before, row.during, row.after))
-        table.add_row(row.name, *counts, *pauses, f"{row.back_seconds:.1f} s", row.seen)
+        phases = row.before, row.during, row.after
+        rates = " / ".join(f"{phase.tokens_per_second:.0f}" for phase in phases)
+        back = f"{row.back_seconds:.1f} s"
+        table.add_row(row.name, *counts, *map(str, phases), rates, back, row.seen)
     return table
 
 

@@ -34,17 +34,29 @@ class Ended:
 
 
 @dataclass(frozen=True)
-class Pauses:
-    """How long streams paused between two pieces of text, in milliseconds."""
+class Pace:
+    """How fast texts arrive."""
 
+    tokens_per_second: float
+    """Of all streams together."""
     median: float
+    """Of the pauses between two pieces of a stream, in milliseconds; a piece has the tokens of one
+    step of the engine."""
     tail: float
-    """99 % were shorter."""
+    """99 % of the pauses were shorter."""
     longest: float
 
     def __str__(self) -> str:
-        """For a table."""
+        """The pauses, for a table."""
         return f"{self.median:.0f} / {self.tail:.0f} / {self.longest:.0f}"
+
+
+@dataclass(frozen=True)
+class _Piece:
+    at: float
+    tokens: int
+    pause: float | None
+    """Seconds since the piece before it; None for the first one."""
 
 
 class Streams:
@@ -64,8 +76,7 @@ class Streams:
         self._client = server.client.with_options(timeout=ANSWER_SECONDS)
         self._prompts = prompts
         self._expected = expected
-        self._pauses: list[tuple[float, float]] = []
-        """When a piece arrived, and the seconds since the one before it in its stream."""
+        self._pieces: list[_Piece] = []
         self._stop = threading.Event()
         self._threads = [
             threading.Thread(target=self._ask, args=(first,), daemon=True)
@@ -80,12 +91,14 @@ class Streams:
         for thread in self._threads:
             thread.join()
 
-    def pauses(self, begin: float, end: float) -> Pauses:
-        """Those that ended in between, by ``time.monotonic()``."""
-        found = [1e3 * seconds for at, seconds in list(self._pauses) if begin <= at < end]
-        if not found:
-            return Pauses(*[float("nan")] * 3)
-        return Pauses(float(np.median(found)), float(np.percentile(found, 99)), max(found))
+    def pace(self, begin: float, end: float) -> Pace:
+        """That between two times of ``time.monotonic()``."""
+        pieces = [piece for piece in list(self._pieces) if begin <= piece.at < end]
+        rate = sum(piece.tokens for piece in pieces) / (end - begin)
+        pauses = [1e3 * piece.pause for piece in pieces if piece.pause is not None]
+        if not pauses:
+            return Pace(rate, *[float("nan")] * 3)
+        return Pace(rate, float(np.median(pauses)), float(np.percentile(pauses, 99)), max(pauses))
 
     def _ask(self, which: int) -> None:
         while not self._stop.is_set():
@@ -112,14 +125,14 @@ class Streams:
             extra_body={"ignore_eos": True, "return_token_ids": True},
         )
         said: list[int] = []
-        before = None
-        for piece in answer:
-            if piece.choices and piece.choices[0].token_ids:
+        before: float | None = None
+        for chunk in answer:
+            if chunk.choices and (tokens := chunk.choices[0].token_ids):
                 now = time.monotonic()
-                if before is not None:
-                    self._pauses.append((now, now - before))
+                pause = None if before is None else now - before
+                self._pieces.append(_Piece(now, len(tokens), pause))
                 before = now
-                said += piece.choices[0].token_ids
+                said += tokens
         return said
 
 
