@@ -32,6 +32,8 @@ CHAT: list[Any] = [
     {"role": "user", "content": "name three fruits"},
 ]
 CHOICES = ["apple pie", "apricot", "banana bread"]
+GRAMMARS = {"backend": "xgrammar", "disable_any_whitespace": True}
+"""Random models would fill an answer with the white space that JSON allows."""
 TOLERANCE = 1e-3
 """Between log-probabilities in float32: verifying several tokens sums in another order."""
 
@@ -128,6 +130,7 @@ def start(models: TinyModels, tmp_path_factory: pytest.TempPathFactory) -> Calla
         options: dict[str, Any] = {
             "chat_template": template,
             "max_num_seqs": CLIENTS,
+            "structured_outputs_config": json.dumps(GRAMMARS),
             **more,
         }
         server = Server(models.target, folder, **options)

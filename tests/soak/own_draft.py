@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import resource
 import shutil
@@ -49,7 +50,7 @@ class OwnDraft(Setup):
                 self._disk,
                 environment,
                 _with_disks(self._disk) if mounts else (),
-                speculative_config=self.options(SPECULATION, model=str(models.near)),
+                speculative_config=json.dumps({**SPECULATION, "model": str(models.near)}),
             )
         )
         self.faults = {
@@ -95,7 +96,7 @@ class OwnDraft(Setup):
         after = stats_of(self.server)
         steps = after["draft_steps"] - before["draft_steps"]
         seconds = (after["draft_step_seconds"] - before["draft_step_seconds"]) / max(1.0, steps)
-        return f"its steps took {seconds / usual:.0f} times as long"
+        return f"stopped for 9/10 of the time: a step took {seconds / usual:.0f} times as long"
 
     def _set_back(self) -> str:
         assert self._clock is not None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -58,11 +57,3 @@ class Setup:
     def end(self) -> None:
         """End all processes."""
         self.server.end()
-
-    @staticmethod
-    def options(*parts: dict[str, Any], **more: Any) -> str:
-        """A speculative config, as the server's command line takes it."""
-        merged: dict[str, Any] = {}
-        for part in (*parts, more):
-            merged |= part
-        return json.dumps(merged)

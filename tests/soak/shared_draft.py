@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +46,10 @@ class SharedDraft(Setup):
             key,
             {"max-requests": 16, "cores": cores[-1]},
         )
-        self._draft.start_and_wait()
+        self._draft.start()
         self._relay = Relay(int(self._draft.address.rpartition(":")[2]))
-        self._speculation = self.options(
-            SPECULATION, draft_address=self._relay.address, draft_key_file=str(key)
-        )
+        where = {"draft_address": self._relay.address, "draft_key_file": str(key)}
+        self._speculation = json.dumps({**SPECULATION, **where})
         self._environment = {"VLLM_CPU_OMP_THREADS_BIND": str(cores[0])}
         super().__init__(self._new_server("server"))
         self._second: Server | None = None
@@ -59,6 +60,11 @@ class SharedDraft(Setup):
             "draft server back with another model": Fault(self._change_model),
             "another target killed": Fault(self._kill_target, self._start_target),
         }
+
+    def begin(self, prompts: Sequence[list[int]], expected: Sequence[list[int]]) -> None:
+        """Wait for both servers, and start the load."""
+        self._draft.wait_for("listens on", START_SECONDS)
+        super().begin(prompts, expected)
 
     def end(self) -> None:
         """End all processes."""
