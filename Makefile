@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow soak lint bench clean
+.PHONY: help setup demo test test-slow soak faults lint bench clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 18
@@ -34,6 +34,9 @@ MINUTES ?= 30
 
 soak: setup ## two targets on one draft with faults, MINUTES=30; then what has grown
 	@$(BIN)/python -m tests.soak.soak --minutes $(MINUTES)
+
+faults: setup ## a server under load while one thing after the other breaks; what its clients see
+	@$(BIN)/python -m tests.soak.faults
 
 lint: $(READY) ## ruff and mypy
 	@echo "lint: ruff check";  $(BIN)/ruff check .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -133,6 +134,21 @@ def test_files_of_others_are_left_alone(tmp_path: Path) -> None:
     finally:
         pipe.unlink()
         writer.remove()
+
+
+def test_nothing_is_left_where_there_is_no_room() -> None:
+    files, (soft, hard) = (
+        set(os.listdir("/proc/self/fd")),
+        resource.getrlimit(resource.RLIMIT_FSIZE),
+    )
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            Reader()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not its_path().exists()
+    assert set(os.listdir("/proc/self/fd")) <= files
 
 
 def test_what_a_living_reader_reads_is_not_swept() -> None:

@@ -84,8 +84,12 @@ class Reader:
         self._file = os.open(its_path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         # For as long as this process lives, whatever namespace others are in.
         fcntl.flock(self._file, fcntl.LOCK_EX)
-        os.pwrite(self._file, _pack(b""), 0)
         self.close = weakref.finalize(self, _remove, its_path, self._file, os.getpid())
+        try:
+            os.pwrite(self._file, _pack(b""), 0)
+        except OSError:
+            self.close()  # an empty file would never be swept
+            raise
 
     def read(self) -> Snapshot | None:
         """The newest counters; None before there are any, or while they are being written."""

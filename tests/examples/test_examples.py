@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.robustness import harness
-from tests.robustness.test_server import Server
+from tests.robustness.serving import Server
 from vllm_ssd.cli.engine_process import best_dtype
 from vllm_ssd.cli.models import DemoModels
 

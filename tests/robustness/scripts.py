@@ -29,12 +29,19 @@ class Script:
         command: what to run.
         folder: its directory for temporary files.
         environment: settings beside the test's own.
+        wrapper: a command that runs the script as its arguments.
     """
 
-    def __init__(self, command: Sequence[str], folder: Path, environment: dict[str, str]) -> None:
+    def __init__(
+        self,
+        command: Sequence[str],
+        folder: Path,
+        environment: dict[str, str],
+        wrapper: Sequence[str] = (),
+    ) -> None:
         self.temporary = folder
         self._process = subprocess.Popen(
-            [sys.executable, *command],
+            [*wrapper, sys.executable, *command],
             stdout=subprocess.PIPE,
             env={**os.environ, "TMPDIR": str(folder), **environment},
             start_new_session=True,

@@ -64,13 +64,13 @@ class Server:
         assert self._process is not None, "it was never started"
         return self._process
 
-    def start(self, model: Path | None = None) -> None:
-        """Start it, with another model for this once, and wait for nothing."""
+    def start(self, model: Path | None = None, options: dict[str, Any] | None = None) -> None:
+        """Start it, with another model or options for this once, and wait for nothing."""
         command = [sys.executable, "-m", "vllm_ssd.cli.main", "draft-server"]
         command += ["--model", str(model or self.model), "--listen", self.address]
         if self.key_file is not None:
             command += ["--key-file", str(self.key_file)]
-        for name, value in self._options.items():
+        for name, value in {**self._options, **(options or {})}.items():
             command += [f"--{name}"] if value is True else [f"--{name}", str(value)]
         environment = {**os.environ, "VLLM_LOGGING_LEVEL": "INFO"}
         self._read = self._log.stat().st_size
@@ -79,9 +79,11 @@ class Server:
                 command, stdout=log, stderr=log, env=environment, start_new_session=True
             )
 
-    def start_and_wait(self, model: Path | None = None) -> None:
+    def start_and_wait(
+        self, model: Path | None = None, options: dict[str, Any] | None = None
+    ) -> None:
         """Start it, and wait until it listens."""
-        self.start(model)
+        self.start(model, options)
         self.wait_for("listens on", START_SECONDS)
 
     @property
