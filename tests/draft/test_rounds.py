@@ -446,3 +446,13 @@ def test_a_round_ends_with_the_last_request_it_was_for() -> None:
     sim.deliver()
     counters = sim.session.share.counters
     assert (counters["draft_rounds"], counters["draft_rounds_cut"]) == (2, 0)
+
+
+def test_steps_that_replayed_a_graph_are_counted() -> None:
+    """Those of the engine, as the model counts them, since the target has joined."""
+    sim, request = verified_once()
+    assert sim.session.counters["draft_graph_steps"] == 0
+    sim.model.graph_steps += 7
+    sim.verify(request, 0, sim.best(request.text)[1])
+    sim.settle()
+    assert sim.session.counters["draft_graph_steps"] == 7

@@ -149,6 +149,7 @@ class ToyModel:
         shape = (num_blocks, block_size)
         self.vocab_size = vocab_size
         self.lookahead = False
+        self.graph_steps = 0
         self.forwards = 0
         self.sequences: list[int] = []
         """How many sequences each forward had."""

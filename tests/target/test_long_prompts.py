@@ -46,6 +46,7 @@ class TableModel:
     """A draft model whose next token is a function of the last one."""
 
     lookahead = False
+    graph_steps = 0
 
     def launch(self, changes: BlockChanges, sequences: Sequences) -> Done:
         last = sequences.tokens[np.cumsum(sequences.query_lens) - 1].astype(np.int64)

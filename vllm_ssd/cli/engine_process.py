@@ -43,6 +43,8 @@ class _Finished(Generic[Result]):
     result: Result
 
 
+LOG_CHARACTERS = 2000
+"""So much of the end of an engine's log is part of an error."""
 ENDING_SECONDS = 15.0
 """How long an engine may take to shut down."""
 
@@ -51,6 +53,7 @@ def run_apart(
     work: Callable[[Spec, Callable[[Any], None]], Result],
     spec: Spec,
     listen: Callable[[Any], None] = lambda event: None,
+    log_characters: int = LOG_CHARACTERS,
 ) -> Result:
     """Do some work with an engine in a process of its own.
 
@@ -58,6 +61,7 @@ def run_apart(
         work: a function of a module, called there with ``spec`` and a function to tell events.
         spec: what it needs.
         listen: called here with the events, as they happen.
+        log_characters: how much of the end of its log an error shows.
 
     Raises:
         EngineError: it failed.
@@ -71,12 +75,12 @@ def run_apart(
         try:
             while not isinstance(event := events.recv(), _Finished):
                 if isinstance(event, _Failed):
-                    raise EngineError(f"{event.reason}\n{log.read()[-2000:]}")
+                    raise EngineError(f"{event.reason}\n{log.read()[-log_characters:]}")
                 listen(event)
             process.join(ENDING_SECONDS)
             return event.result
         except EOFError:
-            raise EngineError(f"its process ended\n{log.read()[-2000:]}") from None
+            raise EngineError(f"its process ended\n{log.read()[-log_characters:]}") from None
         finally:
             process.kill()
             process.join()

@@ -156,7 +156,7 @@ class DraftEngine:
         # Forks may take rows of others: all that grew must be in the trees by now.
         for session in self.sessions:
             session.fork()
-        seconds = self._tally.step(taken, self._pipeline.model_seconds)
+        seconds = self._tally.step(taken, self._pipeline.model_seconds, self.model.graph_steps)
         if not taken.prefilled:
             self.step_times.observe(len(taken.decoding), seconds)
         for session in self.sessions:

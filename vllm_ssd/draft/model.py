@@ -130,6 +130,8 @@ class DraftModel(Protocol):
     lookahead: bool
     """Whether a forward may be launched before the result of the one before it is taken; if not,
     ``launch`` itself computes."""
+    graph_steps: int
+    """Forwards so far that replayed one CUDA graph, attention included; 0 on CPU."""
 
     def launch(self, changes: BlockChanges, sequences: Sequences) -> Ticket:
         """Copy blocks and update tables, write the KV of all query tokens and choose the best next

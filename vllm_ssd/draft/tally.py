@@ -13,6 +13,7 @@ STEP_COUNTERS = (
     "draft_python_seconds",
     "draft_rows",
     "draft_prefill_tokens",
+    "draft_graph_steps",
 )
 ROUND_COUNTERS = (
     "draft_plan_seconds",
@@ -36,12 +37,13 @@ class StepTally:
         self._counted = 0.0
         """When the newest step was counted."""
 
-    def step(self, taken: Taken, model_seconds: float) -> float:
+    def step(self, taken: Taken, model_seconds: float, graph_steps: int) -> float:
         """Count a step.
 
         Args:
             taken: the step.
             model_seconds: what launches and waits have taken since the start.
+            graph_steps: how many forwards have replayed a CUDA graph since the start.
 
         Returns:
             The seconds it took.
@@ -55,6 +57,7 @@ class StepTally:
         counters["draft_rows"] += len(taken.decoding)
         counters["draft_prefill_tokens"] += taken.prefilled
         counters["draft_step_seconds"] += seconds
+        counters["draft_graph_steps"] = float(graph_steps)
         self.steps.add(seconds)
         counters["draft_python_seconds"] = counters["draft_step_seconds"] - model_seconds
         return seconds

@@ -64,6 +64,8 @@ class VllmDraftModel:
         self._worker = WorkerWrapperBase(rpc_rank=0)
         self.lookahead = False
         """Whether launches do not wait for the device: on CUDA, once loaded."""
+        self.graph_steps = 0
+        """See :class:`vllm_ssd.draft.model.DraftModel`."""
 
     def load(self, vocab_size: int, draft_vocab: Int32Array | None = None) -> None:
         """Load the weights.
@@ -192,6 +194,7 @@ class VllmDraftModel:
             num_tokens=total, uniform_decode=max_query == 1
         )
         full = mode == CUDAGraphMode.FULL
+        self.graph_steps += full
         padded = pad(total, count, full, descriptor.num_tokens, descriptor.num_reqs)
         host = host_inputs(sequences, padded)
         inputs = send(changes, sequences, host, self._device)
