@@ -86,7 +86,7 @@ def _measure(alone: Alone) -> DraftFound:
     from vllm.config import CUDAGraphMode
 
     from vllm_ssd.draft.vllm_model import VllmDraftModel
-    from vllm_ssd.wire.messages import unpack
+    from vllm_ssd.wire.packing import unpack
 
     model = VllmDraftModel(dict(setup.engine_args))
     model.load(setup.vocab_size, unpack(setup.draft_vocab) if setup.draft_vocab else None)

@@ -134,7 +134,7 @@ def marks(**changes: Any) -> Found:
     return FOUND._replace(marks=dataclasses.replace(MARKS, **changes))
 
 
-OURS = Counter({"vllm_ssd/target/handover.py give": 3})
+OURS = Counter({"vllm_ssd/target/v1/handover.py give": 3})
 PLACED = PLAN._replace(shares_device=False, kv_bytes=0)
 
 
@@ -154,7 +154,12 @@ PLACED = PLAN._replace(shares_device=False, kv_bytes=0)
             DRAFT,
             "without a graph",
         ),
-        (device.check_syncs, watched(syncs=OURS), DRAFT, "in our hooks: vllm_ssd/target/handover"),
+        (
+            device.check_syncs,
+            watched(syncs=OURS),
+            DRAFT,
+            "in our hooks: vllm_ssd/target/v1/handover",
+        ),
         (device.check_syncs, FOUND, DRAFT._replace(syncs=OURS), "in launches of the draft"),
         (device.check_memory, marks(both=3800 * MIB), DRAFT, "than planned"),
         (device.check_memory, marks(worked=4300 * MIB), DRAFT, "than was asked for"),

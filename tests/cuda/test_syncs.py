@@ -21,7 +21,7 @@ def stack(*files: str) -> list[FrameSummary]:
 
 
 WORKER = f"{OURS}/target/worker.py"
-PROPOSER = f"{OURS}/target/proposer.py"
+PROPOSER = f"{OURS}/target/v1/proposer.py"
 RUNNER = f"{VLLM}/v1/worker/gpu_model_runner.py"
 
 
@@ -34,11 +34,11 @@ RUNNER = f"{VLLM}/v1/worker/gpu_model_runner.py"
             (WORKER, RUNNER, "/torch/_tensor.py"),
             "vllm/v1/worker/gpu_model_runner.py gpu_model_runner",
         ),
-        ((RUNNER, PROPOSER), "vllm_ssd/target/proposer.py proposer"),
+        ((RUNNER, PROPOSER), "vllm_ssd/target/v1/proposer.py proposer"),
         # What both use is on the caller's account.
         (
             (RUNNER, PROPOSER, f"{VLLM}/utils/torch_utils.py"),
-            "vllm_ssd/target/proposer.py proposer",
+            "vllm_ssd/target/v1/proposer.py proposer",
         ),
         (("/torch/a.py", "/torch/b.py"), "b.py b"),
     ],
