@@ -109,11 +109,12 @@ class Exchange:
         if frames:
             self.unanswered_since = None
             self.received += len(frames)
+        epochs = self._epochs
         for frame in frames:
-            if not self._epochs.accept(frame) or frame is None:
+            if not epochs.accept(frame) or frame is None:
                 continue
             for message in frame.messages:
-                if frame.epoch != self.epoch:
+                if frame.epoch != epochs.epoch:
                     break  # a message before this one has ended its epoch
                 if not self._arrivals.take(message):
                     yield message
