@@ -31,7 +31,6 @@ class Alone:
     planned: Planned
     rows: Sequence[int]
     steps: int
-    environment: dict[str, str]
     limit_s: int
 
 
@@ -75,7 +74,6 @@ def decode(alone: Alone, tell: Callable[[Any], None]) -> DraftFound:
 
 def _measure(alone: Alone) -> DraftFound:
     planned, setup = alone.planned, alone.planned.setup
-    os.environ.update(alone.environment)
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
     if planned.device is None:
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})

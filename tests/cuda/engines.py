@@ -47,7 +47,7 @@ class Work(EngineSpec):
     """Batch sizes to measure the speed at."""
     watched_rounds: int = 0
     """How often each question is answered to watch the steps; 0: they are not."""
-    limit_s: int = 180
+    limit_s: int
     """The process ends after so long, with its threads' stacks in the log."""
 
 

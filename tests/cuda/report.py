@@ -117,7 +117,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--only", action="append", metavar="TEXT", help="checks with it in the name"
     )
-    parser.add_argument("--minutes", type=float, default=12.0, help="no engine is started later")
+    parser.add_argument("--minutes", type=float, default=11.0, help="no engine is started later")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="file for the report")
     options = parser.parse_args(arguments)
     if bool(options.target) != bool(options.draft):

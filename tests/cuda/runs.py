@@ -21,6 +21,8 @@ BATCH = 8
 """The largest batch."""
 WAITS = {"backup": "none", "max_wait_ms": 2000.0}
 """Look-ups wait until the draft is there: what is looked for must not depend on its speed."""
+ENGINE_SECONDS = 240
+"""How long an engine may take, compilation and CUDA graphs included."""
 ROWS = (1, 2, 4, 8)
 """Rows of the draft alone, and the full batch besides."""
 
@@ -130,8 +132,7 @@ class Runs:
             planned=planned,
             rows=[each for each in rows if each <= planned.rows],
             steps=self.effort.draft_steps,
-            environment={},
-            limit_s=180,
+            limit_s=ENGINE_SECONDS,
         )
         return self._once("the draft alone", decode, alone)
 
@@ -170,6 +171,7 @@ class Runs:
                 ),
             },
             questions=self.models.questions,
+            limit_s=ENGINE_SECONDS,
         )
 
     def _exact(self, speculative_config: dict[str, Any] | None, runner: str = "0") -> Work:
