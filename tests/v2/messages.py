@@ -68,6 +68,13 @@ class RandomDraft:
                 copy.assign(request.handle, slot)
         return request
 
+    def publish_trees(self) -> None:
+        """Requests in all slots, most of them with a tree that has forks."""
+        while len(self.requests) < SLOTS:
+            self.begin()
+        for kind in (self._plant, self._fork, self._step, self._step):
+            kind()
+
     def publish(self) -> None:
         """One message, whatever is possible now."""
         requests = list(self.requests.values())
@@ -101,7 +108,7 @@ class RandomDraft:
         columns: list[tuple[int, int, int, int, int]] = []
         for request in requests:
             rows = request.rows + self._free
-            request.trunk = draw(st.sampled_from([-1, *rows])) if rows else -1
+            request.trunk = draw(st.sampled_from([*rows, -1])) if rows else -1
             request.given_up += request.forks
             request.forks = {}
             gone = request.trunk < 0

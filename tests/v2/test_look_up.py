@@ -45,7 +45,9 @@ class Setting:
         self.memory = Memory(self.trees)
         self.core = PublishedTrees(DEPTH, VOCAB_SIZE)
         self.draft = RandomDraft(data, self.core, TreeWriter(self.trees))
-        for _ in range(data.draw(st.integers(0, 12))):
+        if data.draw(st.booleans()):
+            self.draft.publish_trees()
+        for _ in range(data.draw(st.integers(0, 8))):
             self.draft.publish()
 
     def texts(self) -> Texts:
