@@ -48,8 +48,8 @@ class _Rows(NamedTuple):
 
 def look_up(
     trees: DeviceTrees,
-    all_token_ids: torch.Tensor,
-    total_len: torch.Tensor,
+    texts: torch.Tensor,
+    lengths: torch.Tensor,
     last_sampled: torch.Tensor,
     slots: torch.Tensor,
     num_sampled: torch.Tensor,
@@ -60,8 +60,8 @@ def look_up(
 
     Args:
         trees: the speculation cache.
-        all_token_ids: ``[slots, max_model_len]`` int32, each slot's text.
-        total_len: ``[slots]`` int32, its length, with the tokens just sampled.
+        texts: ``[slots, max_model_len]`` int32, each slot's text.
+        lengths: ``[slots]`` int32, its length, with the tokens just sampled.
         last_sampled: ``[slots]`` or ``[slots, 1]`` int64, its last token.
         slots: ``[B]`` int64.
         num_sampled: ``[B]`` int32; 0 while a prompt is computed, for which nothing is looked up.
@@ -69,10 +69,10 @@ def look_up(
     width = trees.width
     columns, ahead = trees.counting[:width], trees.counting[: trees.depth]
     base, complete, trunk_row = unpack_roots(trees.roots[slots])
-    new = total_len[slots] - base  # tokens since the tree was planted
+    new = lengths[slots] - base  # tokens since the tree was planted
     known = (base >= 0) & (num_sampled > 0)
-    positions = (base[:, None] + trees.counting).clamp(0, all_token_ids.shape[1] - 1)
-    text = all_token_ids[slots[:, None], positions]
+    positions = (base[:, None] + trees.counting).clamp(0, texts.shape[1] - 1)
+    text = texts[slots[:, None], positions]
 
     # Down the trunk.
     trunk = _read(trees, trunk_row)
@@ -92,7 +92,7 @@ def look_up(
     ended = torch.where(on_trunk, trunk.ended, fork.ended) * found
     offset = torch.where(on_trunk, k, matched)
     left = torch.where(on_trunk, trunk.length, fork.length) - ended - offset
-    drafted = torch.where(found, left, 0).clamp(0, trees.depth)
+    drafted = left.clamp(0, trees.depth) * found
     tokens = torch.where(on_trunk[:, None], trunk.tokens, fork.tokens)
     below = tokens.gather(1, (offset[:, None] + ahead).clamp(max=width - 1))
     last = last_sampled.view(-1)[slots][:, None]
@@ -102,7 +102,7 @@ def look_up(
     trunk_grows = (k == trunk.length) & (trunk.ended == 0)
     fork_grows = (matched == fork.length) & (fork.ended == 0)
     pending = torch.where(forked, fork_grows, trunk_grows | ~complete)
-    where = torch.where(on_trunk | on_fork, _FOUND, _OFF + pending.int()) * known
+    where = (_OFF + pending.int()).masked_fill(on_trunk | on_fork, _FOUND) * known
     return Found(drafts, drafted.int(), ended.int(), where.int())
 
 
@@ -126,4 +126,4 @@ def _agree(
         ``[B]`` int64, from 0 to ``width``.
     """
     same = (rows.tokens == text) & (columns < torch.minimum(rows.length, size)[:, None])
-    return torch.where(same, len(columns), columns).amin(dim=1)
+    return columns.masked_fill(same, len(columns)).amin(dim=1)
