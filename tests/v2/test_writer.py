@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from vllm_ssd.core.tree import Where
 from vllm_ssd.target.v2.device_trees import NOTHING, DeviceTrees
 from vllm_ssd.target.v2.look_up import WHERE, look_up
 from vllm_ssd.target.v2.writer import TreeWriter
-from vllm_ssd.wire.messages import Forked, Planted, Pruned, Ready, Stepped, pack, pack_floats
+from vllm_ssd.wire.messages import (
+    Forked,
+    Planted,
+    Pruned,
+    Ready,
+    Stepped,
+    ToTarget,
+    pack,
+    pack_floats,
+)
 
 DEPTH, VOCAB_SIZE, SLOTS, BASE = 2, 50, 3, 4
 HANDLE, SLOT, TRUNK, FORK, LATER = 7, 2, 3, 5, 6
@@ -159,6 +172,38 @@ def test_a_new_draft_and_a_new_epoch_begin_with_nothing(published: Published) ->
 def test_a_fork_where_there_is_no_trunk_is_refused(published: Published, k: int) -> None:
     with pytest.raises(ValueError, match="where there is none"):
         published.fork(HANDLE, [k], [5], [FORK])
+
+
+NUMBERS = st.one_of(st.integers(-2, 20), st.sampled_from([HANDLE, 2**31 - 1, -(2**31)]))
+PACKED = st.one_of(st.lists(NUMBERS, max_size=3).map(pack), st.binary(max_size=9))
+GARBAGE = st.one_of(
+    st.builds(Planted, PACKED, PACKED, PACKED, PACKED, PACKED, PACKED, PACKED),
+    st.builds(Forked, PACKED, PACKED, PACKED, PACKED, PACKED, PACKED),
+    st.builds(Pruned, PACKED, PACKED, PACKED),
+    st.builds(Stepped, PACKED, PACKED, PACKED, PACKED),
+)
+
+
+@given(messages=st.lists(GARBAGE, max_size=5))
+def test_garbage_is_refused_or_harmless(messages: list[ToTarget]) -> None:
+    published = Published()
+    for message in messages:
+        # These are the errors after which the client begins a new epoch.
+        with suppress(ValueError, IndexError, KeyError, OverflowError):
+            match message:
+                case Planted():
+                    published.writer.plant(message)
+                case Forked():
+                    published.writer.fork(message)
+                case Pruned():
+                    published.writer.prune(message)
+                case Stepped():
+                    published.writer.steps([message])
+        drafts, drafted, _ = published.find(1, 5)
+        assert 0 <= drafted <= DEPTH
+        assert all(0 <= token < VOCAB_SIZE for token in drafts)
+    published.writer.clear()
+    assert published.find(1, 5)[1:] == (0, Where.UNKNOWN)
 
 
 def test_rows_that_the_draft_does_not_have_are_refused(published: Published) -> None:
