@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-cuda soak faults lint bench clean
+.PHONY: help setup demo test test-v2 test-slow test-cuda soak faults lint bench clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 18
@@ -25,6 +25,14 @@ demo: setup ## plain vLLM, draft_model and SSD answer the same prompts; SSD's te
 test: setup ## all tests but the slow ones
 	@echo "test: pytest"
 	@$(BIN)/python -m pytest $(ARGS)
+ifeq ($(ARGS),)
+	@$(MAKE) --no-print-directory test-v2
+endif
+
+# vLLM looks for Triton once a process, so its V2 runner needs a run of its own.
+test-v2: setup ## the tests of engines with vLLM's V2 model runner, which `make test` runs as well
+	@echo "test-v2: pytest tests/v2"
+	@VLLM_USE_V2_MODEL_RUNNER=1 $(BIN)/python -m pytest tests/v2/test_engines.py $(ARGS)
 
 test-slow: setup ## the tests that take minutes
 	@echo "test-slow: pytest -m slow"

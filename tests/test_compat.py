@@ -20,8 +20,14 @@ import pytest
 from vllm_ssd import compat
 
 PACKAGE = Path(compat.__file__).parent
-LISTS = (compat.TARGET, compat.TARGET_ON_CPU, compat.DRAFT, *compat.DRAFT_PLANNING)
-PATHS = {"worker": compat.WORKER, "runner": compat.DRAFT_RUNNER}
+LISTS = (
+    compat.TARGET,
+    compat.TARGET_ON_CPU,
+    compat.TARGET_V2,
+    compat.DRAFT,
+    *compat.DRAFT_PLANNING,
+)
+PATHS = {"worker": (*compat.WORKER, *compat.V2_WORKER), "runner": compat.DRAFT_RUNNER}
 
 
 def listed() -> dict[str, set[str]]:
@@ -40,6 +46,7 @@ def cases() -> Iterator[Any]:
     checks: list[tuple[Callable[[], None], compat.Names]] = [
         (compat.check_hooks, compat.TARGET),
         (compat.check_hooks, compat.TARGET_ON_CPU),
+        (compat.check_v2_hooks, compat.TARGET_V2),
         (compat.check_draft, compat.DRAFT),
         (compat.check_draft, compat.DRAFT_PLANNING[0]),  # 0.32
     ]
@@ -174,15 +181,21 @@ def tree(paths: list[str]) -> Node:
     return root
 
 
+INSTANCES: dict[Callable[[Any], None], tuple[str, ...]] = {
+    compat.check_worker: compat.WORKER,
+    compat.check_v2_worker: compat.V2_WORKER,
+    compat.check_draft_runner: compat.DRAFT_RUNNER,
+}
+
+
 @pytest.mark.parametrize(
     ("check", "path"),
-    [(compat.check_worker, path) for path in compat.WORKER]
-    + [(compat.check_draft_runner, path) for path in compat.DRAFT_RUNNER],
+    [(check, path) for check, paths in INSTANCES.items() for path in paths],
 )
 def test_an_attribute_that_vllm_has_renamed_is_refused_by_name(
     check: Callable[[Any], None], path: str
 ) -> None:
-    paths = compat.WORKER if check is compat.check_worker else compat.DRAFT_RUNNER
+    paths = INSTANCES[check]
     check(tree(list(paths)))
     with pytest.raises(RuntimeError, match=rf"moved or changed \w+\.{re.escape(path)};"):
         check(tree([other for other in paths if other != path]))
@@ -198,6 +211,8 @@ CALLED = {
     "VllmConfig": "vllm.config:VllmConfig",
     "CUDAGraphMode": "vllm.config:CUDAGraphMode",
     "CUDAGraphMode | None": "vllm.config:CUDAGraphMode",
+    "InputBatch": "vllm.v1.worker.gpu.input_batch:InputBatch",
+    "NewRequestData | CachedRequestState": "vllm.v1.core.sched.output:NewRequestData",
     "_pool": "vllm.v1.core.block_pool:BlockPool",
     "cache_config": "vllm.config:CacheConfig",
     "compilation_config": "vllm.config:CompilationConfig",

@@ -54,7 +54,7 @@ TARGET: Names = {
     "vllm.config:ParallelConfig": (
         "assigned_physical_gpu_ids data_parallel_size distributed_executor_backend "
         "local_world_size pipeline_parallel_size prefill_context_parallel_size "
-        "tensor_parallel_size use_ray worker_cls world_size"
+        "tensor_parallel_size use_ray use_ubatching worker_cls world_size"
     ),
     "vllm.config:CacheConfig": "enable_prefix_caching gpu_memory_utilization kv_cache_memory_bytes",
     "vllm.config:CompilationConfig": "cudagraph_mode",
@@ -129,6 +129,24 @@ TARGET_ON_CPU: Names = {
     ),
 }
 
+TARGET_V2: Names = {
+    "vllm.config:VllmConfig": "use_v2_model_runner",
+    "vllm.v1.core.sched.output:SchedulerOutput": "preempted_req_ids",
+    "vllm.v1.core.sched.output:NewRequestData": "prefill_token_ids prompt_len",
+    "vllm.v1.worker.gpu.buffer_utils": "UvaBuffer(size dtype)",
+    "vllm.v1.worker.gpu.buffer_utils:UvaBuffer": "np uva(self)",
+    "vllm.v1.worker.gpu.input_batch:InputBatch": "idx_mapping idx_mapping_np num_reqs",
+    "vllm.v1.worker.gpu.model_runner:GPUModelRunner": "add_requests(self scheduler_output)",
+    "vllm.v1.worker.gpu.spec_decode.speculator": "BaseSpeculator",
+    "vllm.v1.worker.gpu.spec_decode.speculator:BaseSpeculator": (
+        "init_cudagraph_manager(self cudagraph_mode) capture(self) propose(self input_batch "
+        "attn_metadata slot_mappings last_hidden_states aux_hidden_states num_sampled "
+        "num_rejected last_sampled next_prefill_tokens temperature seeds dp_sync_state dummy_run "
+        "skip_attn_for_dummy_run mm_inputs is_profile num_speculative_tokens)"
+    ),
+}
+"""Only used with vLLM's V2 model runner."""
+
 WORKER = (
     "model_runner._draft_prob_req_ids",
     "model_runner._draft_probs",
@@ -146,6 +164,21 @@ WORKER = (
     "vllm_config",
 )
 """What is used of the target's worker, checked once it has its device."""
+
+V2_WORKER = (
+    "model_runner.req_states.all_token_ids.gpu",
+    "model_runner.req_states.device",
+    "model_runner.req_states.last_sampled_tokens",
+    "model_runner.req_states.max_num_reqs",
+    "model_runner.req_states.req_id_to_index",
+    "model_runner.req_states.total_len.gpu",
+    "model_runner.req_states.vocab_size",
+    "model_runner.speculator",
+    "parallel_config",
+    "rank",
+    "vllm_config",
+)
+"""The same with the V2 runner."""
 
 DRAFT: Names = {
     "vllm.config": "CUDAGraphMode set_current_vllm_config(vllm_config)",
@@ -295,9 +328,19 @@ def check_hooks() -> None:
         _check(TARGET_ON_CPU)
 
 
+def check_v2_hooks() -> None:
+    """Check what the target uses of vLLM's V2 model runner. Raises as above."""
+    _check(TARGET_V2)
+
+
 def check_worker(worker: Any) -> None:
     """Check what the target uses of its worker, which has its device. Raises as above."""
     _check_instance("Worker", worker, WORKER)
+
+
+def check_v2_worker(worker: Any) -> None:
+    """The same with the V2 runner."""
+    _check_instance("Worker", worker, V2_WORKER)
 
 
 def check_draft() -> None:

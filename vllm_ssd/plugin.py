@@ -1,8 +1,14 @@
 """The entry point: makes ``{"method": "ssd", ...}`` a method of vLLM's speculative decoding.
 
 One vLLM method is patched, ``EngineArgs.create_speculative_config``; it only rewrites the
-dictionary into vLLM's official spelling: the ``custom_class`` method with our proposer, our worker
-as ``worker_cls``, our options in ``additional_config``. Everything after that is plain vLLM.
+dictionary into vLLM's official spelling: our worker as ``worker_cls``, our options in
+``additional_config``, and a method that the model runner takes. Everything after that is plain
+vLLM.
+
+vLLM decides which runner it takes. V1's method is ``custom_class`` with our proposer. V2 refuses
+that; there ``ngram_gpu`` carries ours through vLLM's checks, and our worker replaces the speculator
+that is built for it. It is the method that reserves nothing, loads no draft model, and goes with
+asynchronous scheduling.
 """
 
 from __future__ import annotations
@@ -12,6 +18,8 @@ from typing import Any
 METHOD = "ssd"
 PROPOSER = "vllm_ssd.target.v1.proposer.SSDProposer"
 WORKER = "vllm_ssd.target.v1.worker.SSDWorker"
+V2_METHOD = "ngram_gpu"
+V2_WORKER = "vllm_ssd.target.v2.worker.SSDWorker"
 
 _FLAGS = {"method": "method", "model": "model", "num_speculative_tokens": "tokens"}
 """What vLLM's ``--spec-...`` options set in the speculative config."""
@@ -36,8 +44,9 @@ def register() -> None:
             if options.get("method") == METHOD:
                 _rewrite(self, options, target_model_config, target_parallel_config)
             # Also on a second call with the same arguments, and for the plain spelling.
-            if (self.speculative_config or {}).get("model") == PROPOSER:
-                _use_our_worker(target_parallel_config)
+            ours = _worker(self)
+            if ours is not None:
+                _use_our_worker(target_parallel_config, ours)
                 keep_compile_key(self)
                 of_several = self._api_process_count > 1 and self._api_process_rank >= 0
                 name_engine(inherits=of_several)
@@ -76,7 +85,7 @@ def _rewrite(engine_args: Any, options: dict[str, Any], target: Any, parallel: A
     from vllm_ssd.affinity import available_cores
     from vllm_ssd.config import ADDITIONAL_CONFIG_KEY, SSDConfig
     from vllm_ssd.draft_checks import check_cores
-    from vllm_ssd.preflight import absolute_paths, check
+    from vllm_ssd.preflight import absolute_paths, check, takes_v2
 
     own = {name: value for name, value in options.items() if name != "method"}
     config = absolute_paths(SSDConfig.parse(own))
@@ -87,26 +96,40 @@ def _rewrite(engine_args: Any, options: dict[str, Any], target: Any, parallel: A
         **(engine_args.additional_config or {}),
         ADDITIONAL_CONFIG_KEY: config.model_dump(exclude_unset=True),
     }
-    engine_args.speculative_config = {
-        "method": "custom_class",
-        "model": PROPOSER,
-        "num_speculative_tokens": config.num_speculative_tokens,
-        # With the draft's probabilities: vLLM warms that way of sampling up.
-        "draft_sample_method": "greedy" if config.draft_sampling == "greedy" else "probabilistic",
-    }
+    spelling: dict[str, Any] = {"method": V2_METHOD}
+    if not takes_v2(parallel):
+        spelling = {
+            "method": "custom_class",
+            "model": PROPOSER,
+            # With the draft's probabilities: vLLM warms that way of sampling up.
+            "draft_sample_method": (
+                "greedy" if config.draft_sampling == "greedy" else "probabilistic"
+            ),
+        }
+    spelling["num_speculative_tokens"] = config.num_speculative_tokens
+    engine_args.speculative_config = spelling
 
 
-def _use_our_worker(parallel: Any) -> None:
+def _worker(engine_args: Any) -> str | None:
+    """Our worker for the method that is configured; None if that is not ours."""
+    from vllm_ssd.config import ADDITIONAL_CONFIG_KEY
+
+    method = engine_args.speculative_config or {}
+    if method.get("model") == PROPOSER:
+        return WORKER
+    ours = ADDITIONAL_CONFIG_KEY in (engine_args.additional_config or {})
+    return V2_WORKER if ours and method.get("method") == V2_METHOD else None
+
+
+def _use_our_worker(parallel: Any, ours: str) -> None:
     """Have vLLM start our worker, or one derived from it that the user has chosen."""
-    if parallel.worker_cls in ("auto", WORKER):
-        parallel.worker_cls = WORKER
+    if parallel.worker_cls in ("auto", ours):
+        parallel.worker_cls = ours
         return
     from vllm.utils.import_utils import resolve_obj_by_qualname
 
-    from vllm_ssd.target.v1.worker import SSDWorker
-
-    if not issubclass(resolve_obj_by_qualname(parallel.worker_cls), SSDWorker):
+    if not issubclass(resolve_obj_by_qualname(parallel.worker_cls), resolve_obj_by_qualname(ours)):
         raise ValueError(
             f"ssd: worker_cls = {parallel.worker_cls!r} is not SSDWorker; leave it out, or derive "
-            f"it from {WORKER}"
+            f"it from {ours}"
         )

@@ -48,7 +48,7 @@ def check_engine(vllm_config: VllmConfig) -> Checked:
         engine_options(vllm_config),
         vllm_config.model_config,
         vllm_config.parallel_config,
-        async_scheduling=False,  # vLLM itself has refused it for custom_class by now
+        async_scheduling=False,  # vLLM itself has refused it by now where it has to be
     )
 
 
@@ -91,7 +91,7 @@ def check(
     count = None if on_cpu or parallel.use_ray else current_platform.device_count()
     check_device(config.draft_device, current_platform.device_name, count)
     _check_parallelism(parallel)
-    check_runner(async_scheduling)
+    check_runner(async_scheduling, takes_v2(parallel))
     check_ray(config.draft_placement)
     if config.draft_address is not None:
         return Checked(config, None, None, check_server(config, target))
@@ -199,24 +199,43 @@ def _check_parallelism(parallel: ParallelConfig) -> None:
         )
 
 
-def check_runner(async_scheduling: bool | None) -> None:
-    """Refuse settings of vLLM's with which it has no custom proposers.
+def takes_v2(parallel: ParallelConfig | None = None) -> bool:
+    """Whether vLLM takes its V2 model runner with a method of ours (``use_v2_model_runner``).
+
+    Args:
+        parallel: vLLM's; None if nothing is known of it.
+    """
+    from vllm import envs
+    from vllm.triton_utils import HAS_TRITON
+
+    if envs.VLLM_USE_V2_MODEL_RUNNER is not None:
+        return bool(envs.VLLM_USE_V2_MODEL_RUNNER)
+    return bool(HAS_TRITON) and not (parallel is not None and parallel.use_ubatching)
+
+
+def check_runner(async_scheduling: bool | None, v2: bool) -> None:
+    """Refuse settings that do not go with the model runner, and a V2 runner that has changed.
 
     Args:
         async_scheduling: vLLM's option; None if it is not set.
+        v2: whether vLLM takes V2.
 
     Raises:
         ValueError: names the setting.
+        RuntimeError: names what has moved.
     """
-    from vllm import envs
+    from vllm.triton_utils import HAS_TRITON
 
-    if async_scheduling:
+    if not v2:
+        if async_scheduling:
+            raise ValueError(
+                "ssd: async_scheduling = True is not supported by vLLM's V1 model runner for "
+                "custom proposers; leave it unset"
+            )
+        return
+    if not HAS_TRITON:
         raise ValueError(
-            "ssd: async_scheduling = True is not supported by vLLM for custom proposers; "
-            "leave it unset"
+            "ssd: VLLM_USE_V2_MODEL_RUNNER = 1: vLLM's V2 model runner needs Triton, which vLLM "
+            "does not find here; unset it"
         )
-    if envs.VLLM_USE_V2_MODEL_RUNNER:
-        raise ValueError(
-            "ssd: VLLM_USE_V2_MODEL_RUNNER = 1 is not supported, vLLM's V2 model runner has no "
-            "custom proposers; unset it"
-        )
+    compat.check_v2_hooks()

@@ -162,9 +162,10 @@ def _hooks() -> Finding:
 
 
 def _settings() -> Iterator[Finding]:
-    from vllm_ssd.preflight import check_runner
+    from vllm_ssd.preflight import check_runner, takes_v2
 
-    yield checked("model runner", lambda: check_runner(None), "V1")
+    v2 = takes_v2()
+    yield checked("model runner", lambda: check_runner(None, v2), "V2" if v2 else "V1")
 
 
 # ---- the machine

@@ -85,11 +85,12 @@ class PublishedTrees:
             raise ValueError("a step that does not fit its rows")
         chances = _chances(b"".join([step.chances for step in steps]))
         shape = len(steps), len(rows)
-        self.cache.append(rows, tokens.reshape(shape), chances.reshape(shape))
-        self._sample(rows, steps)
         ended = b"".join([step.ended for step in steps])
         if ended:
+            # Before the token that ends a row: a device that reads meanwhile proposes no end token.
             self.cache.ended[_indices(ended)] = True
+        self.cache.append(rows, tokens.reshape(shape), chances.reshape(shape))
+        self._sample(rows, steps)
 
     def _sample(self, rows: Int64Array, steps: list[Stepped]) -> None:
         """Keep what the tokens that rows have just grown by were sampled from."""

@@ -1,0 +1,101 @@
+"""One thread has the draft: it takes what comes from both sides, and its errors stop nothing."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import pytest
+
+from tests.v2.draft_end import DraftEnd, client_of
+from vllm_ssd.core.stats import Stats
+from vllm_ssd.target.client import DraftClient
+from vllm_ssd.target.v2.draft_thread import DraftThread
+from vllm_ssd.wire.messages import Report
+
+
+class Running:
+    """A thread whose draft is on its way up."""
+
+    def __init__(self, strict: bool) -> None:
+        self.stats = Stats()
+        self.draft = DraftEnd()
+        self.client: DraftClient = client_of(self.draft, self.stats, lambda: None)
+        self.thread = DraftThread(self.client, self.stats, strict)
+
+
+@pytest.fixture(params=[False])
+def running(request: pytest.FixtureRequest) -> Iterator[Running]:
+    running = Running(strict=request.param)
+    yield running
+    running.thread.close()
+    running.draft.dies()
+
+
+strict = pytest.mark.parametrize("running", [True], indirect=True, ids=["strict"])
+
+
+def until(condition: Callable[[], object], seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def fail() -> None:
+    raise KeyError("a mistake")
+
+
+def test_it_takes_what_the_draft_says_unasked(running: Running) -> None:
+    until(lambda: running.client.up)
+    running.draft.says(Report({"steps": 7.0}))
+    until(lambda: running.client.reported.counters)
+    assert running.client.reported.counters == {"steps": 7.0}
+
+
+def test_it_does_what_is_posted_in_order_and_answers_after_that(running: Running) -> None:
+    done: list[int] = []
+    for number in range(50):
+        running.thread.post(partial(done.append, number))
+    assert running.thread.ask(lambda: (len(done), threading.current_thread().name)) == (
+        50,
+        "vllm-ssd-draft",
+    )
+    assert done == list(range(50))
+
+
+def test_who_asks_gets_the_error(running: Running) -> None:
+    with pytest.raises(KeyError, match="a mistake"):
+        running.thread.ask(fail)
+    assert running.stats.errors == 0
+
+
+def test_an_error_ends_the_epoch_and_nothing_else(running: Running) -> None:
+    until(lambda: running.client.up)
+    epoch = running.client.epoch
+    running.thread.post(fail)
+    assert running.thread.ask(lambda: running.client.epoch) == epoch + 1
+    assert running.stats.errors == 1
+    running.thread.check()
+
+
+@strict
+def test_an_error_is_raised_where_errors_are_to_be_raised(running: Running) -> None:
+    running.thread.post(fail)
+    running.thread.ask(lambda: None)
+    with pytest.raises(KeyError, match="a mistake"):
+        running.thread.check()
+
+
+def test_closing_ends_draft_thread_and_descriptors(running: Running) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    running.thread.close()
+    running.thread.close()
+    assert running.client.link is None
+    assert len(os.listdir("/proc/self/fd")) == before - 3  # the pipe and the channel
+    running.thread.post(fail)  # too late
+    with pytest.raises(RuntimeError, match="has ended"):
+        running.thread.ask(lambda: None)

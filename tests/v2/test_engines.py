@@ -1,0 +1,188 @@
+"""Engines with vLLM's V2 runner and SSD answer as plain V2 does, and speculate at that."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+from vllm import SamplingParams
+
+from tests.engine.harness import Answer, Engine, Job
+from tests.tiny_models import EOS, TinyModels
+from tests.v2.interpreter import allow_async_scheduling
+
+DEPTH = 3
+Answers = list[list[Answer]]
+
+
+def job(index: int, tokens: int = 40, **more: Any) -> Job:
+    """A request of its own: prompts differ in length and content."""
+    params = {"temperature": 0.0, "max_tokens": tokens, "ignore_eos": True, **more}
+    prompt = [1, *range(10 + index, 16 + 4 * index)] * 2
+    return Job(prompt, SamplingParams(**params), arrives=3 * index)
+
+
+WORKLOADS: dict[str, list[Job]] = {
+    "plain": [job(index) for index in range(4)],
+    # They end, on tokens that greedy answers have or at once, while others go on.
+    "ends": [
+        *[job(index, ignore_eos=False, stop_token_ids=[*range(5, 300, 7)]) for index in range(3)],
+        job(3, tokens=1),
+        job(4, min_tokens=20, ignore_eos=False, stop_token_ids=[EOS, *range(5, 300, 3)]),
+    ],
+    "penalties": [job(index, repetition_penalty=1.3, logprobs=1) for index in range(2)],
+    # Prompts of several chunks (max_num_batched_tokens).
+    "chunks": [Job([1, *([7, 8, 9 + index] * 50)], job(0, tokens=20).params) for index in range(2)],
+}
+SCARCE = {"num_gpu_blocks_override": 9, "max_model_len": 128}
+"""Fewer KV blocks of 32 tokens than the requests fill: some are preempted."""
+
+
+def start(models: TinyModels, draft: str | None, asynchronous: bool, **more: Any) -> Engine:
+    """An engine on V2; with SSD if there is a draft."""
+    arguments: dict[str, Any] = {
+        "async_scheduling": asynchronous,
+        "kv_cache_memory_bytes": 1 << 28,
+        "max_num_batched_tokens": 64,
+        "disable_log_stats": False,
+        **more,
+    }
+    if draft is not None:
+        arguments["speculative_config"] = {
+            "method": "ssd",
+            "model": str(models.drafts()[draft]),
+            "num_speculative_tokens": DEPTH,
+            "branches": 8,
+            "strict": True,
+        }
+    engine = Engine(str(models.target), **arguments)
+    config: Any = engine.llm.llm_engine.vllm_config
+    assert config.use_v2_model_runner
+    assert config.scheduler_config.async_scheduling == asynchronous
+    return engine
+
+
+def thread_of(engine: Engine) -> Any:
+    """The draft's thread, in-process."""
+    core: Any = engine.llm.llm_engine.engine_core
+    runner = core.engine_core.model_executor.driver_worker.worker.model_runner
+    return runner.speculator._drafts.thread
+
+
+def answers(engine: Engine, jobs: Sequence[Job]) -> tuple[Answers, dict[str, float]]:
+    """What an engine answers, and what its counters have grown by."""
+    before = engine.stats()
+    answered = engine.run(jobs)
+    after = engine.stats()
+    assert after["errors"] == 0
+    return answered, {name: after[name] - before.get(name, 0.0) for name in after}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _async_on_cpu() -> None:
+    allow_async_scheduling()
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_pair: TinyModels) -> dict[str, Answers]:
+    """What plain V2 answers."""
+    engine = start(tiny_pair, None, asynchronous=False)
+    try:
+        return {name: engine.run(jobs) for name, jobs in WORKLOADS.items()}
+    finally:
+        engine.close()
+
+
+@pytest.fixture(scope="module", params=["sync", "async"])
+def asynchronous(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param == "async")
+
+
+@pytest.fixture(scope="module")
+def itself(tiny_pair: TinyModels, asynchronous: bool) -> Iterator[Engine]:
+    """An engine that is its own draft."""
+    engine = start(tiny_pair, "itself", asynchronous)
+    yield engine
+    engine.close()
+
+
+@pytest.mark.parametrize("workload", WORKLOADS)
+def test_it_answers_as_plain_v2_does(
+    itself: Engine, expected: dict[str, Answers], workload: str
+) -> None:
+    answered, grown = answers(itself, WORKLOADS[workload])
+    assert answered == expected[workload]
+    print(workload, {name: value for name, value in grown.items() if value})
+    assert grown["hits"] > 0
+    assert grown["tokens_accepted"] > 0
+    if workload != "penalties":
+        # The draft is the target: it is wrong only where a torn read has made it so.
+        assert grown["tokens_accepted"] >= 0.95 * grown["tokens_drafted"]
+
+
+def test_sampled_requests_run_beside_greedy_ones(
+    itself: Engine, expected: dict[str, Answers]
+) -> None:
+    greedy = WORKLOADS["plain"]
+    sampled = [job(index, temperature=0.8, seed=index) for index in range(3)]
+    answered, _ = answers(itself, [*greedy, *sampled])
+    assert answered[: len(greedy)] == expected["plain"]
+    assert all(len(answer.tokens) == 40 for (answer,) in answered[len(greedy) :])
+
+
+def test_an_aborted_request_disturbs_no_other(itself: Engine, expected: dict[str, Answers]) -> None:
+    aborted = Job([1, 90, 91, 92], job(0, tokens=200).params, abort_after=9)
+    answered, _ = answers(itself, [*WORKLOADS["plain"], aborted])
+    assert answered[:-1] == expected["plain"]
+
+
+def test_without_the_draft_decoding_goes_on_and_another_is_started(
+    itself: Engine, expected: dict[str, Answers]
+) -> None:
+    thread = thread_of(itself)
+    os.kill(thread.ask(lambda: thread._client.link.pid), signal.SIGKILL)
+    assert answers(itself, WORKLOADS["plain"])[0] == expected["plain"]
+    deadline = time.monotonic() + 60.0
+    while not itself.stats()["draft_up"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    answered, grown = answers(itself, WORKLOADS["plain"])
+    assert answered == expected["plain"]
+    assert itself.stats()["restarts"] >= 1
+    assert grown["hits"] > 0
+
+
+@pytest.mark.parametrize("draft", ["near", "random"])
+def test_a_draft_that_is_wrong_changes_nothing(
+    tiny_pair: TinyModels, asynchronous: bool, expected: dict[str, Answers], draft: str
+) -> None:
+    engine = start(tiny_pair, draft, asynchronous)
+    try:
+        answered, grown = answers(engine, WORKLOADS["plain"])
+    finally:
+        engine.close()
+    assert answered == expected["plain"]
+    assert grown["look_ups"] > 0
+    print({name: value for name, value in grown.items() if value})
+
+
+def test_requests_that_are_preempted_come_back(tiny_pair: TinyModels, asynchronous: bool) -> None:
+    jobs = [Job([1, 20 + index, *range(60, 95)], job(0, tokens=60).params) for index in range(4)]
+    plain = start(tiny_pair, None, asynchronous, **SCARCE)
+    try:
+        expected = plain.run(jobs)
+    finally:
+        plain.close()
+    engine = start(tiny_pair, "itself", asynchronous, **SCARCE)
+    try:
+        answered, grown = answers(engine, jobs)
+        preempted = engine.metric("num_preemptions")
+    finally:
+        engine.close()
+    assert preempted > 0
+    assert answered == expected
+    assert grown["hits"] > 0

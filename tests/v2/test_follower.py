@@ -1,0 +1,210 @@
+"""The draft is told of every request and outcome, a step behind the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.v2.draft_end import DraftEnd, client_of
+from vllm_ssd.core.stats import Stats
+from vllm_ssd.core.tree import Where
+from vllm_ssd.target.requests import RequestTable
+from vllm_ssd.target.v2.device_trees import NOTHING, DeviceTrees
+from vllm_ssd.target.v2.follower import Follower
+from vllm_ssd.target.v2.look_up import look_up
+from vllm_ssd.target.v2.outcomes import Row
+from vllm_ssd.target.v2.slots import Begun
+from vllm_ssd.target.v2.writer import TreeWriter
+from vllm_ssd.wire.messages import Finished, Planted, Start, Verified
+from vllm_ssd.wire.packing import pack, pack_floats, unpack_list
+
+DEPTH, VOCAB_SIZE, SLOTS, MAX_LENGTH, EOS = 3, 512, 4, 64, 2
+
+
+class Following:
+    """A follower with a draft that is up."""
+
+    def __init__(self) -> None:
+        self.stats = Stats()
+        self.draft = DraftEnd()
+        requests = RequestTable(MAX_LENGTH)
+        self.client = client_of(self.draft, self.stats, requests.forget_all)
+        self.trees = DeviceTrees(SLOTS, DEPTH, VOCAB_SIZE, torch.device("cpu"))
+        self.client.published = writer = TreeWriter(self.trees)
+        self.follower = Follower(self.client, writer, requests, self.stats)
+        self.client.poll(1.0)
+        assert self.client.up
+
+    def begin(self, serial: int, slot: int, prompt: list[int], **params: Any) -> Start:
+        """A request begins; how it was announced."""
+        self.follower.scheduled([], [Begun(serial, slot, request(prompt, **params))])
+        (start,) = self.draft.hears()
+        assert isinstance(start, Start)
+        return start
+
+    def verify(self, *rows: Row) -> list[Any]:
+        """A step ends; what the draft hears of it."""
+        self.follower.verified(list(rows))
+        return self.draft.hears(0.1)
+
+    def plant(self, handle: int, base: int, tokens: list[int]) -> None:
+        chances = pack_floats(np.full(len(tokens), 0.5, np.float32))
+        numbers = [pack([each]) for each in (handle, base, 5, len(tokens), 0)]
+        self.draft.says(
+            Planted(
+                handles=numbers[0],
+                bases=numbers[1],
+                trunks=numbers[2],
+                counts=numbers[3],
+                ended=numbers[4],
+                tokens=pack(tokens),
+                chances=chances,
+            )
+        )
+        self.client.poll(1.0)
+
+    def found(self, slot: int, text: list[int]) -> list[int]:
+        """What the device finds after a text in a slot."""
+        texts = torch.zeros(SLOTS, MAX_LENGTH, dtype=torch.int32)
+        texts[slot, : len(text)] = torch.tensor(text)
+        found = look_up(
+            self.trees,
+            texts,
+            torch.full([SLOTS], len(text), dtype=torch.int32),
+            torch.full([SLOTS, 1], text[-1]),
+            torch.tensor([slot]),
+            torch.tensor([1]),
+        )
+        drafts: list[int] = found.drafts[0, : found.drafted[0]].tolist()
+        return drafts
+
+
+def request(prompt: list[int], tokens: int = 20, text: list[int] | None = None) -> Any:
+    """A new request as the scheduler describes it; ``text``: what it had before a preemption."""
+    params = SimpleNamespace(
+        max_tokens=tokens,
+        min_tokens=0,
+        temperature=0.0,
+        stop_token_ids=[],
+        eos_token_id=EOS,
+        ignore_eos=False,
+    )
+    return SimpleNamespace(
+        prompt_token_ids=prompt,
+        prompt_embeds=None,
+        mm_features=[],
+        lora_request=None,
+        sampling_params=params,
+        prompt_len=len(prompt),
+        prefill_token_ids=text or prompt,
+    )
+
+
+def row(serial: int, sampled: list[int], proposed: list[int] | None = None) -> Row:
+    where = Where.FOUND if proposed else Where.OFF
+    return Row(serial, sampled, DEPTH, proposed or [], False, where)
+
+
+@pytest.fixture
+def following() -> Iterator[Following]:
+    following = Following()
+    yield following
+    following.client.close()
+    following.draft.dies()
+
+
+def test_a_tree_that_the_draft_plants_is_found_in_the_slot(following: Following) -> None:
+    start = following.begin(7, 2, [1, 5, 6])
+    assert unpack_list(start.tokens) == [1, 5, 6]
+    following.plant(start.handle, 3, [8, 9, 4])
+    assert following.found(2, [1, 5, 6, 8]) == [9, 4]
+    assert following.found(1, [1, 5, 6, 8]) == []
+
+
+def test_outcomes_are_told_with_what_is_proposed(following: Following) -> None:
+    handle = following.begin(7, 2, [1, 5, 6]).handle
+    (verified,) = following.verify(row(7, [8], [9, 4]))
+    assert isinstance(verified, Verified)
+    assert unpack_list(verified.handles) == [handle]
+    assert unpack_list(verified.lengths) == [3]
+    assert unpack_list(verified.tokens) == [8, 9, 4]
+    (verified,) = following.verify(row(7, [9, 11]))
+    assert unpack_list(verified.lengths) == [4]
+    assert unpack_list(verified.confirmed_counts) == [2]
+    assert unpack_list(verified.proposed_counts) == [0]
+    assert following.stats.tokens_drafted == 2
+    assert following.stats.tokens_accepted == 1
+    assert (following.stats.hits, following.stats.misses_no_branch) == (1, 1)
+
+
+def test_a_prompt_that_is_being_computed_has_no_outcome(following: Following) -> None:
+    following.begin(7, 2, [1, 5, 6])
+    assert following.verify(row(7, [])) == []
+    assert following.stats.look_ups == 0
+
+
+@pytest.mark.parametrize("last", [[EOS, 77], list(range(20, 40))], ids=["end", "length"])
+def test_nothing_is_told_of_a_request_that_has_ended(following: Following, last: list[int]) -> None:
+    following.begin(7, 2, [1, 5, 6])
+    assert following.verify(row(7, last, [9])) == []
+    assert following.verify(row(7, [12], [9])) == []
+
+
+def test_a_request_that_has_gone_is_forgotten_and_so_is_its_tree(following: Following) -> None:
+    handle = following.begin(7, 2, [1, 5, 6]).handle
+    following.plant(handle, 3, [8, 9, 4])
+    following.follower.scheduled([7], [])
+    (finished,) = following.draft.hears()
+    assert isinstance(finished, Finished)
+    assert unpack_list(finished.handles) == [handle]
+    assert following.found(2, [1, 5, 6, 8]) == []
+    following.plant(handle, 3, [8, 9, 4])  # it was on its way
+    assert following.trees.host_roots.tolist() == [NOTHING] * SLOTS
+    assert following.verify(row(7, [8])) == []
+
+
+def test_a_preempted_request_is_announced_with_its_whole_text(following: Following) -> None:
+    following.begin(7, 2, [1, 5, 6])
+    following.verify(row(7, [8]))
+    following.follower.scheduled([7], [])
+    following.draft.hears()
+    new = request([1, 5, 6], text=[1, 5, 6, 8])
+    following.follower.scheduled([], [Begun(8, 0, new)])
+    (start,) = following.draft.hears()
+    assert isinstance(start, Start)
+    assert unpack_list(start.tokens) == [1, 5, 6, 8]
+    assert start.limit == 3 + 20 - 1
+
+
+def test_in_a_new_epoch_running_requests_are_announced_again(following: Following) -> None:
+    handle = following.begin(7, 2, [1, 5, 6]).handle
+    following.verify(row(7, [8]))
+    following.client.resync("a test")
+    (start,) = following.verify(row(7, [9, 10]))
+    assert isinstance(start, Start)
+    assert start.handle != handle
+    assert unpack_list(start.tokens) == [1, 5, 6, 8, 9, 10]
+    assert following.stats.misses_resync == 1
+    following.plant(start.handle, 6, [4])
+    assert following.found(2, [1, 5, 6, 8, 9, 10]) == [4]
+
+
+def test_without_a_draft_the_texts_are_still_followed(following: Following) -> None:
+    following.begin(7, 2, [1, 5, 6])
+    following.draft.dies()
+    following.client.poll(1.0)
+    assert not following.client.up
+    following.follower.verified([row(7, [8])])
+    assert following.stats.misses_draft_down == 1
+
+
+def test_a_request_that_is_not_plain_text_is_left_alone(following: Following) -> None:
+    new = request([1, 5, 6])
+    new.lora_request = object()
+    following.follower.scheduled([], [Begun(7, 2, new)])
+    assert following.verify(row(7, [8])) == []

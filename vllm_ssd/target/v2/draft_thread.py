@@ -1,0 +1,135 @@
+"""The thread that has the draft: it alone calls the client, whatever comes from where.
+
+It sleeps until the draft has sent something or the target has something to tell. The target's main
+thread leaves its news and goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import suppress
+from typing import TypeVar
+
+from vllm_ssd.core.stats import Stats
+from vllm_ssd.target.client import DraftClient
+
+logger = logging.getLogger("vllm.vllm_ssd")
+
+Result = TypeVar("Result")
+
+LOOK_SECONDS = 0.25
+"""A draft that is up is looked after so often at least."""
+LOOK_FOR_SECONDS = 0.02
+"""The same for one that is on its way up, or lost."""
+
+
+class DraftThread:
+    """Runs what concerns the draft, in order.
+
+    It holds nothing of the worker's, so that an engine that is dropped is freed.
+
+    Args:
+        client: the draft's.
+        stats: counts errors.
+        strict: keep the first error, for :meth:`check`.
+    """
+
+    def __init__(self, client: DraftClient, stats: Stats, strict: bool) -> None:
+        self._client = client
+        self._stats = stats
+        self._strict = strict
+        self._news: deque[Callable[[], object]] = deque()
+        self._wake_end, self._woken_end = os.pipe()[::-1]
+        os.set_blocking(self._wake_end, False)
+        self._ending = False
+        self._error: Exception | None = None
+        self._complained = False
+        self._thread = threading.Thread(target=self._run, name="vllm-ssd-draft", daemon=True)
+        self._thread.start()
+
+    def post(self, news: Callable[[], object]) -> None:
+        """Have something done soon. Never waits; after :meth:`close` nothing is done."""
+        if not self._ending:
+            self._news.append(news)
+            self._wake()
+
+    def _wake(self) -> None:
+        with suppress(BlockingIOError):  # a full pipe wakes as well
+            os.write(self._wake_end, b"\0")
+
+    def ask(self, call: Callable[[], Result]) -> Result:
+        """Have something done now, after all that was posted, and wait for its result.
+
+        Raises:
+            RuntimeError: the thread has ended.
+            Exception: what the call raises.
+        """
+        if self._ending:
+            raise RuntimeError("ssd: the draft's thread has ended")
+        future: Future[Result] = Future()
+
+        def answer() -> None:
+            try:
+                future.set_result(call())
+            except Exception as error:
+                future.set_exception(error)
+
+        self.post(answer)
+        return future.result()
+
+    def check(self) -> None:
+        """Raise the first error of the thread, if errors are to be raised (option ``strict``)."""
+        if self._error is not None:
+            raise self._error
+
+    def close(self) -> None:
+        """End the draft, then the thread."""
+        if self._ending:
+            return
+        self._news.append(self._client.close)
+        self._ending = True
+        self._wake()
+        if threading.current_thread() is not self._thread:  # a finalizer runs anywhere
+            self._thread.join()
+
+    def _run(self) -> None:
+        while not (self._ending and not self._news):
+            self._sleep()
+            try:
+                while self._news:
+                    self._news.popleft()()
+                self._client.poll()
+                self._client.maintain()
+            except Exception as error:  # no error of the plugin may stop the engine
+                self._degrade(error)
+        os.close(self._wake_end)
+        os.close(self._woken_end)
+
+    def _sleep(self) -> None:
+        """Wait for news, from the target or from the draft."""
+        poll = select.poll()
+        poll.register(self._woken_end, select.POLLIN)
+        link = self._client.link
+        if link is not None and link.channel is not None:
+            poll.register(link.channel.fileno(), select.POLLIN)
+        seconds = LOOK_SECONDS if self._client.up else LOOK_FOR_SECONDS
+        ready = poll.poll(0 if self._news else seconds * 1000.0)
+        if any(descriptor == self._woken_end for descriptor, _ in ready):
+            os.read(self._woken_end, 1 << 16)
+
+    def _degrade(self, error: Exception) -> None:
+        """Go on without drafts after an error of ours; one log line, not one a step."""
+        self._stats.errors += 1
+        if self._strict and self._error is None:
+            self._error = error
+        if not self._complained:
+            self._complained = True
+            logger.error("ssd: error in the plugin; decoding goes on plainly", exc_info=error)
+        if self._client.up:
+            self._client.resync("an error in the plugin", logged=True)

@@ -1,0 +1,188 @@
+"""Follows the requests behind the steps: announces them, tells the draft what came of them, counts.
+
+All of it runs on the draft's thread, a step behind the device. What is proposed was decided on the
+device; the draft is told what that was.
+"""
+
+from __future__ import annotations
+
+import time
+from array import array
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_ssd.core.stats import Stats
+from vllm_ssd.core.tree import Where
+from vllm_ssd.target.client import DraftClient
+from vllm_ssd.target.lookup import LookUp
+from vllm_ssd.target.notices import ANNOUNCED_TOKENS, Notices
+from vllm_ssd.target.requests import RequestTable, Tracked, can_draft, end_tokens
+from vllm_ssd.target.v2.outcomes import Row
+from vllm_ssd.target.v2.slots import Begun
+from vllm_ssd.target.v2.writer import TreeWriter
+from vllm_ssd.wire.messages import Finished, ToDraft
+from vllm_ssd.wire.packing import pack
+
+
+@dataclass(slots=True)
+class _Running:
+    """A request in a slot that the draft can follow."""
+
+    slot: int
+    text: array[int]
+    """All its tokens so far; the device has them too, but out of the host's reach."""
+    prompt_length: int
+    sampling_params: Any
+    ends: frozenset[int]
+    """Tokens that end it."""
+    longest: int
+    """It ends at this length at the latest."""
+    ended: bool = False
+    """What is sampled further on, until vLLM takes the slot away, is not its text."""
+
+    def confirm(self, tokens: list[int]) -> None:
+        """Its text goes on with these tokens."""
+        self.text.extend(tokens)
+        self.ended = len(self.text) >= self.longest or not self.ends.isdisjoint(tokens)
+
+
+class Follower:
+    """Turns what happens to requests into messages to the draft.
+
+    Args:
+        client: the draft's.
+        writer: where its trees go.
+        requests: those announced to it, by their serials as text.
+        stats: counters to keep.
+    """
+
+    def __init__(
+        self, client: DraftClient, writer: TreeWriter, requests: RequestTable, stats: Stats
+    ) -> None:
+        self._client = client
+        self._writer = writer
+        self._requests = requests
+        self._stats = stats
+        self._notices = Notices(client, requests)
+        self._running: dict[int, _Running] = {}
+        self._verified_at: float | None = None
+        self._announced = 0
+        """Tokens of text announced with this step."""
+
+    def scheduled(self, gone: list[int], begun: list[Begun]) -> None:
+        """Requests have left their slots, others have taken some."""
+        self._announced = 0
+        messages = self._forget(gone)
+        for serial, slot, new in begun:
+            if not can_draft(new):
+                continue
+            params, text = new.sampling_params, array("i", new.prefill_token_ids)
+            longest = new.prompt_len + (params.max_tokens or self._requests.max_length)
+            ends = frozenset(end_tokens(params))
+            running = _Running(slot, text, new.prompt_len, params, ends, longest)
+            self._running[serial] = running
+            if self._client.up:
+                messages += self._announce(serial, running)
+        self._client.send(messages)
+
+    def verified(self, rows: list[Row]) -> None:
+        """A step has ended: its outcome, and what is proposed next."""
+        going_on = self._confirm(rows)
+        if not self._client.up:
+            self._stats.missed("draft_down", len(going_on))
+            return
+        self._announced = 0
+        messages: list[ToDraft] = []
+        look_ups = []
+        for row, running in going_on:
+            request = self._requests.get(str(row.serial))
+            if request is None:
+                self._stats.missed("resync", 1)
+                messages += self._announce(row.serial, running)
+            else:
+                look_ups.append(self._look_up(row, running, request))
+        verify_us = self._measure(look_ups)
+        if look_ups:
+            messages.append(self._notices.verified(look_ups, verify_us))
+        self._client.send(messages)
+
+    def _confirm(self, rows: list[Row]) -> list[tuple[Row, _Running]]:
+        """The texts go on with what was sampled; those that have not ended with it."""
+        going_on = []
+        for row in rows:
+            running = self._running.get(row.serial)
+            if running is None or running.ended or not row.sampled:
+                continue
+            running.confirm(row.sampled)
+            request = self._requests.get(str(row.serial))
+            if request is not None and request.verifying:
+                self._count_verification(min(request.verifying, row.verified), len(row.sampled) - 1)
+            if not running.ended:
+                going_on.append((row, running))
+        return going_on
+
+    def _look_up(self, row: Row, running: _Running, request: Tracked) -> LookUp:
+        """What the device has found for a request, as V1 would have found it."""
+        length = len(running.text)
+        confirmed = running.text[request.length :].tolist()
+        request.proposed, request.verifying = row.proposed, len(row.proposed)
+        request.look_ups += 1
+        if request.limit > length:
+            self._count_look_up(row, request)
+        return LookUp(-1, request, confirmed, length, wanted=len(row.proposed))
+
+    def _announce(self, serial: int, running: _Running) -> list[ToDraft]:
+        """Announce a request with its whole text; in a later step if there is too much at once."""
+        if self._announced >= ANNOUNCED_TOKENS:
+            return []
+        self._announced += len(running.text)
+        start = self._requests.announce(
+            str(serial), running.text, running.prompt_length, running.sampling_params
+        )
+        self._writer.assign(start.handle, running.slot)
+        return [start]
+
+    def _forget(self, serials: list[int]) -> list[ToDraft]:
+        handles = []
+        for serial in serials:
+            self._running.pop(serial, None)
+            request = self._requests.forget(str(serial))
+            if request is not None:
+                self._writer.drop(request.handle)
+                handles.append(request.handle)
+        return [Finished(pack(handles))] if handles else []
+
+    def _measure(self, look_ups: list[LookUp]) -> int:
+        """Microseconds since the last outcome; 0 if no request has been decoding since."""
+        before, self._verified_at = self._verified_at, time.perf_counter()
+        if before is None or not any(each.request.look_ups > 1 for each in look_ups):
+            return 0
+        seconds = self._verified_at - before
+        self._stats.verify_seconds += seconds
+        self._stats.verify_intervals += 1
+        self._stats.recent["verify_seconds"].add(seconds)
+        return int(seconds * 1e6)
+
+    def _count_verification(self, drafted: int, accepted: int) -> None:
+        """Count a verification of drafted tokens; of those accepted, some may have filled up."""
+        right = min(accepted, drafted)
+        self._stats.verifications += 1
+        self._stats.rejections += right < drafted
+        self._stats.tokens_drafted += drafted
+        self._stats.tokens_accepted += right
+
+    def _count_look_up(self, row: Row, request: Tracked) -> None:
+        stats = self._stats
+        hit = row.where is Where.FOUND and (bool(row.proposed) or row.ended)
+        stats.look_ups += 1
+        if request.look_ups == 1 and not request.resynced:
+            stats.first_look_ups += 1
+            stats.first_hits += hit
+        if hit:
+            stats.hit(len(row.proposed))
+        elif row.where is Where.OFF:
+            stats.misses_no_branch += 1
+        elif request.look_ups == 1 and request.resynced:
+            stats.misses_resync += 1
+        else:
+            stats.misses_not_ready += 1

@@ -1,0 +1,107 @@
+"""A step's proposals and its outcome, computed on the device: what the main thread enqueues.
+
+On a GPU this is one CUDA graph for each size of the batch, since enqueuing some 80 operations one
+by one would take the main thread half a millisecond.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from vllm_ssd.target.v2.device_trees import DeviceTrees
+from vllm_ssd.target.v2.look_up import look_up
+from vllm_ssd.target.v2.outcomes import pack_outcome
+
+
+class Proposed(NamedTuple):
+    """For B requests."""
+
+    drafts: torch.Tensor
+    """``[B, K]`` int64; good until the next call."""
+    outcome: torch.Tensor
+    """As returned by :func:`pack_outcome`; a tensor of its own."""
+
+
+class _Inputs(NamedTuple):
+    slots: torch.Tensor
+    num_sampled: torch.Tensor
+    num_rejected: torch.Tensor
+
+
+class _Graph(NamedTuple):
+    """A captured graph with the memory it reads and writes."""
+
+    inputs: _Inputs
+    graph: torch.cuda.CUDAGraph
+    results: Proposed
+
+
+class Proposals:
+    """Computes them.
+
+    Args:
+        trees: the speculation cache.
+        req_states: the runner's ``RequestState``, whose tensors stay where they are.
+    """
+
+    def __init__(self, trees: DeviceTrees, req_states: Any) -> None:
+        self._trees = trees
+        self._req_states = req_states
+        self._graphs: dict[int, _Graph] = {}
+        """By the size of the batch, powers of 2."""
+
+    def compute(
+        self, slots: torch.Tensor, num_sampled: torch.Tensor, num_rejected: torch.Tensor
+    ) -> Proposed:
+        """Look up, and pack the outcome; neither waits for the device.
+
+        Args:
+            slots: ``[B]`` int64.
+            num_sampled: ``[B]`` int32.
+            num_rejected: ``[B]`` int32.
+        """
+        inputs = _Inputs(slots, num_sampled, num_rejected)
+        count = len(slots)
+        captured = self._graphs.get(_size(count))
+        if captured is None:
+            return self._compute(inputs)
+        # What lies behind the first B is of an earlier batch, and its results are not read.
+        for theirs, ours in zip(inputs, captured.inputs, strict=True):
+            ours[:count].copy_(theirs, non_blocking=True)
+        captured.graph.replay()
+        # The outcome leaves on another stream, and may still do so when the graph runs next.
+        return Proposed(captured.results.drafts[:count], captured.results.outcome[:count].clone())
+
+    def capture(self) -> None:
+        """Capture the graphs, on a GPU."""
+        most, device = self._req_states.max_num_reqs, self._req_states.device
+        if device.type != "cuda":
+            return
+        for size in sorted({_size(count) for count in range(1, most + 1)}):
+            inputs = _Inputs(
+                torch.zeros(size, dtype=torch.int64, device=device),
+                torch.zeros(size, dtype=torch.int32, device=device),
+                torch.zeros(size, dtype=torch.int32, device=device),
+            )
+            self._compute(inputs)  # what is set up at the first use must not be captured
+            torch.cuda.synchronize(device)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                results = self._compute(inputs)
+            self._graphs[size] = _Graph(inputs, graph, results)
+
+    def _compute(self, inputs: _Inputs) -> Proposed:
+        states = self._req_states
+        slots, num_sampled, num_rejected = inputs
+        texts, lengths = states.all_token_ids.gpu, states.total_len.gpu
+        last = states.last_sampled_tokens
+        found = look_up(self._trees, texts, lengths, last, slots, num_sampled)
+        outcome = pack_outcome(self._trees, found, texts, lengths, slots, num_sampled, num_rejected)
+        return Proposed(found.drafts, outcome)
+
+
+def _size(count: int) -> int:
+    """The next power of 2."""
+    return 1 << (count - 1).bit_length()

@@ -1,0 +1,181 @@
+"""SSDWorker for vLLM's V2 runner: the platform's own worker, plus the draft process."""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from msgspec.structs import replace
+from vllm.distributed.parallel_state import get_tp_group
+from vllm.platforms import current_platform
+
+from vllm_ssd import affinity, compat
+from vllm_ssd.core.stats import Stats
+from vllm_ssd.preflight import Checked, check_engine, engine_options
+from vllm_ssd.target.cores import bind_target, split_cores
+from vllm_ssd.target.counters import all_counters
+from vllm_ssd.target.draft_life import DraftLife
+from vllm_ssd.target.requests import RequestTable
+from vllm_ssd.target.v2.device_trees import DeviceTrees
+from vllm_ssd.target.v2.draft_thread import DraftThread
+from vllm_ssd.target.v2.follower import Follower
+from vllm_ssd.target.v2.outcomes import Courier, unpack_outcome
+from vllm_ssd.target.v2.proposals import Proposals
+from vllm_ssd.target.v2.slots import Slots
+from vllm_ssd.target.v2.speculator import Drafts, SSDSpeculator, take_over
+from vllm_ssd.target.v2.writer import TreeWriter
+
+if TYPE_CHECKING or not current_platform.is_cpu():
+    from vllm.v1.worker.gpu_worker import Worker as PlatformWorker
+else:
+    from vllm.v1.worker.cpu_worker import CPUWorker as PlatformWorker
+
+if TYPE_CHECKING:
+    from vllm_ssd.core.arrays import Int32Array
+
+
+class SSDWorker(PlatformWorker):
+    """The platform's worker with a draft beside it (vLLM's ``worker_cls``).
+
+    Only the first tensor-parallel rank has the draft; the others take its drafts.
+    """
+
+    def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        self._config = engine_options(vllm_config)
+        if not vllm_config.use_v2_model_runner:
+            raise ValueError(
+                "ssd: this worker is for vLLM's V2 model runner, but vLLM takes V1; leave "
+                "worker_cls out, or set it to vllm_ssd.target.v1.worker.SSDWorker"
+            )
+        super().__init__(vllm_config, *args, **kwargs)
+        # The others may be on machines that do not have the draft model.
+        self._checked: Checked | None = None
+        if self.rank % self.parallel_config.tensor_parallel_size == 0:
+            self._checked = _certain(check_engine(vllm_config))
+        length = int(vllm_config.model_config.max_model_len)
+        self._requests = RequestTable(length)
+        self._stats = Stats()
+        self._draft: DraftLife | None = None
+        self._thread: DraftThread | None = None
+        self._courier: Courier | None = None
+        self._unbind: weakref.finalize[..., SSDWorker] | None = None
+
+    def init_device(self) -> None:
+        """Bring up the device, and the draft process beside it."""
+        cores: list[int] = []
+        if current_platform.is_cpu() and self._config.has_process:
+            in_process = self.parallel_config.distributed_executor_backend == "uni"
+            split = split_cores(
+                self._config.draft_cpu_cores, in_process, self.parallel_config.world_size
+            )
+            if split.target is not None and bind_target(split.target):
+                # Also if the engine fails to start and is never shut down.
+                self._unbind = weakref.finalize(self, affinity.unbind)
+            cores = split.draft
+        super().init_device()
+        compat.check_v2_worker(self)
+        several = self.parallel_config.tensor_parallel_size > 1
+        speculator = SSDSpeculator(
+            self._config.num_speculative_tokens,
+            self.model_runner.req_states,
+            self._stats,
+            None if self._checked is None else self._start_draft(self._checked, cores),
+            get_tp_group() if several else None,
+            self._config.strict,
+        )
+        take_over(self.model_runner, speculator)
+
+    def _start_draft(self, checked: Checked, cores: list[int]) -> Drafts:
+        """The draft, the thread that has it, and what connects both to the device."""
+        states = self.model_runner.req_states
+        requests, stats = self._requests, self._stats
+        trees = DeviceTrees(
+            states.max_num_reqs,
+            self._config.num_speculative_tokens,
+            states.vocab_size,
+            states.device,
+        )
+        writer = TreeWriter(trees)
+        self._draft = DraftLife(checked, self.vllm_config, stats, requests, cores, writer)
+        client = self._draft.client
+        thread = self._thread = DraftThread(client, stats, self._config.strict)
+        # Also when the engine is dropped without a shutdown.
+        weakref.finalize(self, thread.close)
+        follower = Follower(client, writer, requests, stats)
+
+        def deliver(serials: list[int], packed: Int32Array) -> None:
+            thread.post(lambda: follower.verified(unpack_outcome(serials, packed)))
+
+        self._courier = Courier(states.device, deliver)
+        slots = Slots(
+            states.max_num_reqs,
+            lambda gone, begun: thread.post(lambda: follower.scheduled(gone, begun)),
+        )
+        return Drafts(Proposals(trees, states), slots, self._courier, thread)
+
+    def determine_available_memory(self) -> int:
+        """The target's KV budget, less the draft's share where both use one device."""
+        available = super().determine_available_memory()
+        draft, thread = self._draft, self._thread
+        if draft is None or thread is None:
+            return available
+        specs = self.get_kv_cache_spec().values()
+        return thread.ask(lambda: draft.share_memory(available, lambda: specs))
+
+    def update_max_model_len(self, max_model_len: int) -> None:
+        """With ``--max-model-len auto`` the engine lowers it to what the KV cache holds."""
+        super().update_max_model_len(max_model_len)
+        requests = self._requests
+        requests.max_length = min(requests.max_length, max_model_len)
+
+    def compile_or_warm_up_model(self) -> Any:
+        """Warm the target up; then, with its memory taken, let the draft allocate its own."""
+        result = super().compile_or_warm_up_model()
+        if self._draft is not None and self._thread is not None:
+            self._thread.ask(self._draft.target_is_ready)
+        return result
+
+    def sleep(self, level: int = 1) -> None:
+        """Free the target's memory as vLLM does, and all of the draft's."""
+        if self._draft is not None and self._thread is not None:
+            self._thread.ask(self._draft.sleep)
+        super().sleep(level)
+
+    def discard(self, tags: tuple[str, ...]) -> None:
+        """Free parts of the target's memory as vLLM does, and all of the draft's with its KV."""
+        super().discard(tags)
+        draft, thread = self._draft, self._thread
+        if draft is not None and thread is not None:
+            thread.ask(lambda: draft.sleep(tags))
+
+    def wake_up(self, tags: list[str] | None = None) -> None:
+        """Bring the target back as vLLM does; once all of it is back, start the draft."""
+        super().wake_up(tags)
+        draft, thread = self._draft, self._thread
+        if draft is not None and thread is not None:
+            thread.ask(lambda: draft.wake_up(tags))
+
+    def ssd_stats(self) -> dict[str, float]:
+        """Counters of this worker's look-ups and of its draft (for ``collective_rpc``)."""
+        draft, thread = self._draft, self._thread
+        if draft is None or thread is None:
+            return {}
+        client = draft.client
+        # Also lets the thread finish what was posted before.
+        return thread.ask(lambda: all_counters(self._stats, client))
+
+    def shutdown(self) -> None:
+        """End the draft process, undo the binding to cores made in-process, end the worker."""
+        if self._courier is not None:
+            self._courier.close()
+        if self._thread is not None:
+            self._thread.close()
+        if self._unbind is not None:
+            self._unbind()
+        super().shutdown()
+
+
+def _certain(checked: Checked) -> Checked:
+    """The same with greedy drafts: V2's are verified as certain, so none may be sampled."""
+    config = checked.config.model_copy(update={"draft_sampling": "greedy"})
+    return checked._replace(config=config, join=replace(checked.join, draft_sampling="greedy"))
