@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
 
 from vllm_ssd.core.stats import Stats
 from vllm_ssd.target.client import DraftClient
+from vllm_ssd.target.published import PublishedTrees
 from vllm_ssd.wire.channel import Channel
 from vllm_ssd.wire.messages import PROTOCOL, DraftBound, Join, Ready, TargetBound, ToDraft, ToTarget
 
@@ -47,9 +49,14 @@ class DraftEnd:
         self.channel.close()
 
 
-def client_of(draft: DraftEnd, stats: Stats, forget_requests: object) -> DraftClient:
+def client_of(
+    draft: DraftEnd,
+    stats: Stats,
+    forget_requests: Callable[[], None],
+    published: PublishedTrees | None = None,
+) -> DraftClient:
     """A client whose draft is on its way up."""
-    client = DraftClient(lambda: draft, JOIN, 60.0, stats, forget_requests)  # type: ignore[arg-type]
+    client = DraftClient(lambda: draft, JOIN, 60.0, stats, forget_requests, published=published)
     client.launch()
     assert draft.hears() == [JOIN]
     draft.says(Ready(max_rows=64, num_blocks=8, block_size=32))

@@ -33,9 +33,9 @@ class Following:
         self.stats = Stats()
         self.draft = DraftEnd()
         requests = RequestTable(MAX_LENGTH)
-        self.client = client_of(self.draft, self.stats, requests.forget_all)
         self.trees = DeviceTrees(SLOTS, DEPTH, VOCAB_SIZE, torch.device("cpu"))
-        self.client.published = writer = TreeWriter(self.trees)
+        writer = TreeWriter(self.trees)
+        self.client = client_of(self.draft, self.stats, requests.forget_all, writer)
         self.follower = Follower(self.client, writer, requests, self.stats)
         self.client.poll(1.0)
         assert self.client.up
