@@ -124,7 +124,7 @@ class TargetAndDraft(RuleBasedStateMachine):
         max_tokens=st.sampled_from([40, 12, 3, 1]),
         stop=st.sampled_from([[], [0], [1, 4]]),
         sampling=st.sampled_from(
-            [(0.0, 0, 1.0), (1.0, 0, 1.0), (0.6, 3, 1.0), (1.4, 0, 0.8), (0.9, 1, 0.5)]
+            [(0.0, 0, 1.0), (1.0, 0, 1.0), (0.6, 3, 1.0), (1.4, 0, 0.793), (0.9, 1, 0.5)]
         ),
         time=time_passing,
     )
