@@ -61,6 +61,8 @@ class Speed(NamedTuple):
     """Tokens of a verification; nan where nothing was drafted."""
     hit_rate: float
     """Of SSD; nan elsewhere."""
+    off_rate: float
+    """Of SSD: of its rounds, those without speculation, since plain decoding is faster."""
 
 
 class Watched(NamedTuple):
@@ -212,6 +214,7 @@ def _speed(engine: Any, prompts: Sequence[list[int]], size: int) -> Speed:
         1e3 * size * measured.seconds / measured.tokens,
         1.0 + ratio(grown, "accepted_tokens", "drafts"),
         ratio(grown, "hits", "look_ups"),
+        ratio(grown, "rounds_off", "proposals"),
     )
 
 

@@ -93,6 +93,8 @@ def _speed(size: int, speed: Speed) -> str:
         said += f", acceptance length {speed.accepted_length:.2f}"
     if speed.hit_rate == speed.hit_rate:
         said += f", {speed.hit_rate:.0%} hits"
+    if speed.off_rate == speed.off_rate:
+        said += f", {speed.off_rate:.0%} of rounds without speculation"
     return said + ")"
 
 
