@@ -40,6 +40,7 @@ def no_device() -> None:
 
 
 @pytest.mark.usefixtures("no_device")
+@pytest.mark.slow
 def test_what_needs_no_device_is_checked_and_the_rest_skipped(tmp_path: Path) -> None:
     """Three checks of two engines; the rest of what runs here takes more of them."""
     found = run(tmp_path, "--quick", "--only", "identity", "--only", "hits", "--only", "memory")
