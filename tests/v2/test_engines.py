@@ -19,7 +19,7 @@ DEPTH = 3
 Answers = list[list[Answer]]
 
 
-def job(index: int, tokens: int = 40, **more: Any) -> Job:
+def job(index: int, tokens: int = 24, **more: Any) -> Job:
     """A request of its own: prompts differ in length and content."""
     params = {"temperature": 0.0, "max_tokens": tokens, "ignore_eos": True, **more}
     prompt = [1, *range(10 + index, 16 + 4 * index)] * 2
@@ -27,16 +27,16 @@ def job(index: int, tokens: int = 40, **more: Any) -> Job:
 
 
 WORKLOADS: dict[str, list[Job]] = {
-    "plain": [job(index) for index in range(4)],
+    "plain": [job(index) for index in range(3)],
     # They end, on tokens that greedy answers have or at once, while others go on.
     "ends": [
         *[job(index, ignore_eos=False, stop_token_ids=[*range(5, 300, 7)]) for index in range(3)],
         job(3, tokens=1),
-        job(4, min_tokens=20, ignore_eos=False, stop_token_ids=[EOS, *range(5, 300, 3)]),
+        job(4, min_tokens=12, ignore_eos=False, stop_token_ids=[EOS, *range(5, 300, 3)]),
     ],
     "penalties": [job(index, repetition_penalty=1.3, logprobs=1) for index in range(2)],
     # Prompts of several chunks (max_num_batched_tokens).
-    "chunks": [Job([1, *([7, 8, 9 + index] * 50)], job(0, tokens=20).params) for index in range(2)],
+    "chunks": [Job([1, *([7, 8, 9 + index] * 50)], job(0, tokens=12).params) for index in range(2)],
 }
 SCARCE = {"num_gpu_blocks_override": 9, "max_model_len": 128}
 """Fewer KV blocks of 32 tokens than the requests fill: some are preempted."""
@@ -103,8 +103,10 @@ def asynchronous(request: pytest.FixtureRequest) -> bool:
 
 
 @pytest.fixture(scope="module")
-def itself(tiny_pair: TinyModels, asynchronous: bool) -> Iterator[Engine]:
-    """An engine that is its own draft."""
+def itself(
+    tiny_pair: TinyModels, asynchronous: bool, expected: dict[str, Answers]
+) -> Iterator[Engine]:
+    """An engine that is its own draft; after the plain one, whose end would disturb it."""
     engine = start(tiny_pair, "itself", asynchronous)
     yield engine
     engine.close()
@@ -119,8 +121,8 @@ def test_it_answers_as_plain_v2_does(
     print(workload, {name: value for name, value in grown.items() if value})
     assert grown["hits"] > 0
     assert grown["tokens_accepted"] > 0
-    if workload != "penalties":
-        # The draft is the target: it is wrong only where a torn read has made it so.
+    if workload in ("plain", "chunks"):
+        # Without tokens that only the target is kept from, the draft is always right.
         assert grown["tokens_accepted"] >= 0.95 * grown["tokens_drafted"]
 
 
@@ -128,14 +130,14 @@ def test_sampled_requests_run_beside_greedy_ones(
     itself: Engine, expected: dict[str, Answers]
 ) -> None:
     greedy = WORKLOADS["plain"]
-    sampled = [job(index, temperature=0.8, seed=index) for index in range(3)]
+    sampled = [job(index, temperature=0.8, seed=index) for index in range(2)]
     answered, _ = answers(itself, [*greedy, *sampled])
     assert answered[: len(greedy)] == expected["plain"]
-    assert all(len(answer.tokens) == 40 for (answer,) in answered[len(greedy) :])
+    assert all(len(answer.tokens) == 24 for (answer,) in answered[len(greedy) :])
 
 
 def test_an_aborted_request_disturbs_no_other(itself: Engine, expected: dict[str, Answers]) -> None:
-    aborted = Job([1, 90, 91, 92], job(0, tokens=200).params, abort_after=9)
+    aborted = Job([1, 90, 91, 92], job(0, tokens=200).params, abort_after=5)
     answered, _ = answers(itself, [*WORKLOADS["plain"], aborted])
     assert answered[:-1] == expected["plain"]
 
