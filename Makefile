@@ -37,6 +37,9 @@ test-v2: setup ## the tests of engines with vLLM's V2 model runner, which `make 
 test-slow: setup ## the tests that take minutes
 	@echo "test-slow: pytest -m slow"
 	@$(BIN)/python -m pytest -m slow $(ARGS)
+ifeq ($(ARGS),)
+	@$(MAKE) --no-print-directory test-v2 ARGS="-m slow"
+endif
 
 test-cuda: ## on a machine with a GPU: does it work there? ends with a report (docs/cuda.md)
 	@scripts/test_cuda.sh $(PYTHON) $(ARGS)

@@ -97,7 +97,7 @@ def expected(tiny_pair: TinyModels) -> dict[str, Answers]:
         engine.close()
 
 
-@pytest.fixture(scope="module", params=["sync", "async"])
+@pytest.fixture(scope="module", params=[pytest.param("sync", marks=pytest.mark.slow), "async"])
 def asynchronous(request: pytest.FixtureRequest) -> bool:
     return bool(request.param == "async")
 
@@ -158,6 +158,7 @@ def test_without_the_draft_decoding_goes_on_and_another_is_started(
     assert grown["hits"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("draft", ["near", "random"])
 def test_a_draft_that_is_wrong_changes_nothing(
     tiny_pair: TinyModels, asynchronous: bool, expected: dict[str, Answers], draft: str
@@ -172,6 +173,7 @@ def test_a_draft_that_is_wrong_changes_nothing(
     print({name: value for name, value in grown.items() if value})
 
 
+@pytest.mark.slow
 def test_requests_that_are_preempted_come_back(tiny_pair: TinyModels, asynchronous: bool) -> None:
     jobs = [Job([1, 20 + index, *range(60, 95)], job(0, tokens=60).params) for index in range(4)]
     plain = start(tiny_pair, None, asynchronous, **SCARCE)
