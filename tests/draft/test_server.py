@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import threading
 import time
@@ -366,6 +367,25 @@ def test_signs_of_life_are_for_targets_that_wait(
     assert busy.received >= before[1] + 2
     until(lambda: 2 in busy.published.cache.trees, busy)
     for client in (idle, busy):
+        client.close()
+
+
+def test_a_message_that_takes_long_to_arrive_is_answered_by_signs_of_life(served: Served) -> None:
+    slow, idle = served.client(), served.client()
+    time.sleep(0.6)
+    for client in (slow, idle):
+        client.poll()
+    before = slow.received, idle.received
+    assert slow.link is not None
+    assert slow.link.channel is not None
+    half = len(b"so much") * 2
+    os.write(slow.link.channel.fileno(), half.to_bytes(4, "little") + b"so much")
+    time.sleep(1.6)
+    slow.poll()
+    idle.poll()
+    assert slow.received >= before[0] + 2
+    assert idle.received == before[1]
+    for client in (slow, idle):
         client.close()
 
 

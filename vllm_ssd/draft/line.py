@@ -192,15 +192,19 @@ class Line:
             self._reads = False
             self.send([Report(session.counters, seconds.tobytes(), engine.gauges())])
 
-    def beat(self) -> None:
+    def beat(self, busy: bool) -> None:
         """A sign of life, if the target has waited for an answer for a while.
 
         One that is idle does not read: what is sent to it would pile up.
+
+        Args:
+            busy: whether the draft is in a turn of its loop: what the target has sent is not read.
         """
         if time.monotonic() - self._last_sent <= ALIVE_SECONDS:
             return
         with self._lock:
-            # What it has sent is not read during a step.
-            waits = not self._closed and (self._owes_answer or self.channel.has_input())
+            unread = busy and (self._owes_answer or self.channel.has_input())
+            # A long text may take its time on a slow network.
+            waits = not self._closed and (unread or self.channel.has_partial)
         if waits:
             self.send([Alive()])

@@ -293,7 +293,6 @@ class DraftServer:
     def _beat(self) -> None:
         """Signs of life while a step, or what a target has sent, takes long."""
         while not self._stopped.wait(ALIVE_SECONDS):
-            if self._busy:
-                for line in self._lines.copy():
-                    with suppress(ConnectionError):  # the loop finds out as well
-                        line.beat()
+            for line in self._lines.copy():
+                with suppress(ConnectionError):  # the loop finds out as well
+                    line.beat(self._busy)

@@ -235,6 +235,11 @@ class Channel(Generic[Frame]):
         """Whether something has arrived that was not received yet."""
         return self._wait(0.0)
 
+    @property
+    def has_partial(self) -> bool:
+        """Whether a frame has arrived in part; may be asked by another thread."""
+        return bool(self._inbox)
+
     def _wait(self, timeout: float | None) -> bool:
         """Wait until something can be read."""
         poll = select.poll()
