@@ -5,7 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 MODELS = ["gguf>=0.17", "safetensors>=0.5", "transformers>=5"]
-BENCH = ["matplotlib>=3.8"]
+BENCH = ["matplotlib>=3.8", "pandas>=2"]  # pandas: what vLLM's own benchmark reads data sets with
 DEV = [
     "accelerate>=1",  # transformers' own GGUF loader, the reference for our conversion
     "hypothesis>=6.100",
