@@ -77,13 +77,13 @@ class PublishedTrees:
 
     def _grow(self, packed_rows: bytes, steps: list[Stepped]) -> None:
         rows = _indices(packed_rows)
-        tokens = unpack(b"".join([step.tokens for step in steps]))
-        self._check_tokens(tokens)
+        packed_tokens = [step.tokens for step in steps]
+        packed_chances = [step.chances for step in steps]
         # Each step by itself: in the total, the errors of two could cancel out.
-        size = len(packed_rows)
-        if any(len(step.tokens) != size or len(step.chances) != size for step in steps):
+        if {len(packed_rows)} != {*map(len, packed_tokens), *map(len, packed_chances)}:
             raise ValueError("a step that does not fit its rows")
-        chances = _chances(b"".join([step.chances for step in steps]))
+        tokens, chances = unpack(b"".join(packed_tokens)), _chances(b"".join(packed_chances))
+        self._check_tokens(tokens)
         shape = len(steps), len(rows)
         ended = b"".join([step.ended for step in steps])
         if ended:
