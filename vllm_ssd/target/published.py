@@ -15,6 +15,7 @@ from vllm_ssd.wire.packing import unpack, unpack_floats, unpack_list
 
 _ROUNDING = 1e-4
 """How far the probabilities of a distribution, in float32, may be from 1 in all."""
+_UINT32 = np.dtype("<u4")
 _BITS_OF_1 = 0x3F800000
 """The float32 1.0 as an integer."""
 
@@ -242,4 +243,4 @@ def _indices(data: bytes) -> Int64Array:
 
     Indexing with 64 bits is faster.
     """
-    return np.frombuffer(data, dtype="<u4").astype(np.int64)
+    return np.frombuffer(data, _UINT32).astype(np.int64)
