@@ -11,7 +11,7 @@ from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
 from vllm_ssd.core.stats import Stats
 from vllm_ssd.target.v2.draft_thread import DraftThread
-from vllm_ssd.target.v2.outcomes import Courier
+from vllm_ssd.target.v2.outcomes import OutcomeReadback
 from vllm_ssd.target.v2.proposals import Proposals
 from vllm_ssd.target.v2.slots import Slots
 
@@ -27,7 +27,7 @@ class Drafts(NamedTuple):
 
     proposals: Proposals
     slots: Slots
-    courier: Courier
+    readback: OutcomeReadback
     thread: DraftThread
 
 
@@ -131,7 +131,7 @@ class SSDSpeculator(BaseSpeculator):
         proposed = draft.proposals.compute(
             batch.idx_mapping[:count], num_sampled[:count], num_rejected[:count]
         )
-        draft.courier.take(draft.slots.serials(batch.idx_mapping_np[:count]), proposed.outcome)
+        draft.readback.start(draft.slots.serials(batch.idx_mapping_np[:count]), proposed.outcome)
         return proposed.drafts
 
     def _zeros(self, batch: InputBatch) -> torch.Tensor:

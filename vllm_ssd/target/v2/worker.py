@@ -19,7 +19,7 @@ from vllm_ssd.target.requests import RequestTable
 from vllm_ssd.target.v2.device_trees import DeviceTrees
 from vllm_ssd.target.v2.draft_thread import DraftThread
 from vllm_ssd.target.v2.follower import Follower
-from vllm_ssd.target.v2.outcomes import Courier, unpack_outcome
+from vllm_ssd.target.v2.outcomes import OutcomeReadback, unpack_outcome
 from vllm_ssd.target.v2.proposals import Proposals
 from vllm_ssd.target.v2.slots import Slots
 from vllm_ssd.target.v2.speculator import Drafts, SSDSpeculator, take_over
@@ -57,7 +57,7 @@ class SSDWorker(PlatformWorker):
         self._stats = Stats()
         self._draft: DraftLife | None = None
         self._thread: DraftThread | None = None
-        self._courier: Courier | None = None
+        self._readback: OutcomeReadback | None = None
         self._unbind: weakref.finalize[..., SSDWorker] | None = None
 
     def init_device(self) -> None:
@@ -101,12 +101,12 @@ class SSDWorker(PlatformWorker):
         def deliver(serials: list[int], packed: Int32Array) -> None:
             thread.post(lambda: follower.verified(unpack_outcome(serials, packed)))
 
-        self._courier = Courier(states.device, deliver)
+        self._readback = OutcomeReadback(states.device, deliver)
         slots = Slots(
             states.max_num_reqs,
             lambda gone, begun: thread.post(lambda: follower.scheduled(gone, begun)),
         )
-        return Drafts(Proposals(trees, states), slots, self._courier, thread)
+        return Drafts(Proposals(trees, states), slots, self._readback, thread)
 
     def determine_available_memory(self) -> int:
         """The target's KV budget, less the draft's share where both use one device."""
@@ -161,8 +161,8 @@ class SSDWorker(PlatformWorker):
 
     def shutdown(self) -> None:
         """End the draft process, undo the binding to cores made in-process, end the worker."""
-        if self._courier is not None:
-            self._courier.close()
+        if self._readback is not None:
+            self._readback.close()
         if self._thread is not None:
             self._thread.close()
         if self._unbind is not None:
