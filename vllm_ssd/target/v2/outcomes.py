@@ -138,7 +138,8 @@ class OutcomeReadback:
         """Deliver what is under way, and end the thread."""
         if self._thread is not None:
             self._under_way.put(None)
-            self._thread.join()
+            if threading.current_thread() is not self._thread:  # a finalizer runs anywhere
+                self._thread.join()
 
     def _deliver_each(self) -> None:
         while (outcome := self._under_way.get()) is not None:

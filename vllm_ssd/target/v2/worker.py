@@ -101,12 +101,14 @@ class SSDWorker(PlatformWorker):
         def deliver(serials: list[int], packed: Int32Array) -> None:
             thread.post(lambda: follower.verified(unpack_outcome(serials, packed)))
 
-        self._readback = OutcomeReadback(states.device, deliver)
+        readback = self._readback = OutcomeReadback(states.device, deliver)
+        # Called before the one above: it posts to that thread.
+        weakref.finalize(self, readback.close)
         slots = Slots(
             states.max_num_reqs,
             lambda gone, begun: thread.post(lambda: follower.scheduled(gone, begun)),
         )
-        return Drafts(Proposals(trees, states), slots, self._readback, thread)
+        return Drafts(Proposals(trees, states), slots, readback, thread)
 
     def determine_available_memory(self) -> int:
         """The target's KV budget, less the draft's share where both use one device."""
