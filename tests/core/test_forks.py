@@ -18,9 +18,7 @@ some_chance = st.sampled_from([0.0, 0.01, 0.02, 0.05, 0.1])
 chance_tables = st.integers(1, 7).flatmap(
     lambda rows: st.integers(2, 6).flatmap(
         lambda columns: st.lists(
-            st.lists(
-                st.sampled_from([0.0, 0.01, 0.02, 0.05, 0.1]), min_size=columns, max_size=columns
-            ),
+            st.lists(some_chance, min_size=columns, max_size=columns),
             min_size=rows,
             max_size=rows,
         ).map(np.array)

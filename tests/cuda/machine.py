@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 import subprocess
 from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,13 +46,6 @@ class Machine(NamedTuple):
     def has_batch_invariance(self) -> bool:
         """Whether vLLM can compute a text in the same way whatever the shape of the batch."""
         return all(device.capability >= _INVARIANT_FROM for device in self.devices)
-
-    @property
-    def lacks_ssd_on_v2(self) -> str:
-        """Why SSD cannot use vLLM's V2 runner here; empty if it can."""
-        if find_spec("vllm_ssd.target.v2") is None:
-            return "vllm-ssd has no front-end for vLLM's V2 runner in this version"
-        return self.lacks_v2
 
 
 def look_around() -> Machine:

@@ -20,7 +20,7 @@ def stack(*files: str) -> list[FrameSummary]:
     return [FrameSummary(file, 1, Path(file).stem) for file in files]
 
 
-WORKER = f"{OURS}/target/worker.py"
+WORKER = f"{OURS}/target/v1/worker.py"
 PROPOSER = f"{OURS}/target/v1/proposer.py"
 RUNNER = f"{VLLM}/v1/worker/gpu_model_runner.py"
 

@@ -63,8 +63,8 @@ def check_runners(runs: Runs) -> list[str]:
 
 def check_ssd_on_v2(runs: Runs, placement: Placement) -> list[str]:
     """SSD on V2 answers what plain vLLM does; its speed beside that on V1."""
-    if runs.machine.lacks_ssd_on_v2:
-        raise SkippedError(runs.machine.lacks_ssd_on_v2)
+    if runs.machine.lacks_v2:
+        raise SkippedError(runs.machine.lacks_v2)
     exact = runs.ssd_exact_on_v2()
     figures = compare(runs.plain_exact(), exact, [exact.runner, exact.dtype])
     if not exact.counters["tokens_accepted"]:

@@ -16,8 +16,6 @@ from typing import Any
 
 import pytest
 
-MISTAKES = ("temperature", "C", "end tokens")
-
 
 @contextmanager
 def drafts_with(mistake: str, folder: Path) -> Iterator[None]:

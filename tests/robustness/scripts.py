@@ -5,16 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import queue
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.lines import Lines
 from tests.robustness import harness
 from tests.tiny_models import TinyModels
 
@@ -47,13 +46,8 @@ class Script:
             start_new_session=True,
             text=True,
         )
-        self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
-        threading.Thread(target=self._read, daemon=True).start()
-
-    def _read(self) -> None:
         assert self._process.stdout is not None
-        for line in self._process.stdout:
-            self._lines.put(line)
+        self._lines = Lines(self._process.stdout)
 
     @property
     def pid(self) -> int:
@@ -67,21 +61,19 @@ class Script:
 
     def next_answers(self) -> Any:
         """Its next line of answers."""
-        while True:
-            line = self._lines.get(timeout=START_SECONDS)
+        while line := self._lines.next(START_SECONDS):
             if line.startswith("["):
                 with contextlib.suppress(json.JSONDecodeError):
                     return json.loads(line)
+        raise AssertionError("the script has ended")
 
     def has_said(self, text: str) -> bool:
         """Whether a line of what it has printed since the last call has this text."""
-        lines = [self._lines.get() for _ in range(self._lines.qsize())]
-        return any(text in line for line in lines)
+        return any(text in line for line in self._lines.take())
 
     def forget_answers(self) -> None:
         """Discard what it has printed so far."""
-        while not self._lines.empty():
-            self._lines.get()
+        self._lines.take()
 
     def processes(self) -> list[int]:
         """All its living processes."""

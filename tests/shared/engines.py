@@ -5,16 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import queue
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from tests.lines import Lines
 from tests.robustness import harness
 from tests.shared.script import Order, Report
 
@@ -43,18 +42,8 @@ class EngineProcess:
                 start_new_session=True,
                 text=True,
             )
-        self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
-        threading.Thread(target=self._read, daemon=True).start()
-
-    def _read(self) -> None:
         assert self._process.stdout is not None
-        with self._log.open("a") as log:
-            for line in self._process.stdout:
-                if line.startswith(("{", '"up"')):
-                    self._lines.put(line)
-                else:
-                    log.write(line)
-        self._lines.put("")
+        self._lines = Lines(self._process.stdout, prefixes=("{", '"up"'), log=self._log)
 
     @property
     def log(self) -> str:
@@ -77,11 +66,10 @@ class EngineProcess:
 
     def forget_reports(self) -> None:
         """Discard those that have come so far."""
-        while not self._lines.empty():
-            self._lines.get()
+        self._lines.take()
 
     def _line(self) -> str:
-        line = self._lines.get(timeout=START_SECONDS)
+        line = self._lines.next(START_SECONDS)
         assert line, f"the engine has ended: {self.log[-3000:]}"
         return line
 

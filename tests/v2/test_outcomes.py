@@ -8,7 +8,7 @@ from vllm_ssd.core.arrays import Int32Array
 from vllm_ssd.core.tree import Where
 from vllm_ssd.target.v2.device_trees import DeviceTrees
 from vllm_ssd.target.v2.look_up import WHERE, Found
-from vllm_ssd.target.v2.outcomes import Courier, Row, pack_outcome, unpack_outcome
+from vllm_ssd.target.v2.outcomes import OutcomeReadback, Row, pack_outcome, unpack_outcome
 
 FOUND, OFF, UNKNOWN = (WHERE.index(where) for where in (Where.FOUND, Where.OFF, Where.UNKNOWN))
 
@@ -50,8 +50,8 @@ def test_an_outcome_arrives_as_it_was() -> None:
 
 def test_on_a_cpu_it_is_delivered_at_once() -> None:
     delivered: list[tuple[list[int], Int32Array]] = []
-    courier = Courier(torch.device("cpu"), lambda *outcome: delivered.append(outcome))
-    courier.take([11, 12, 13], packed())
+    readback = OutcomeReadback(torch.device("cpu"), lambda *outcome: delivered.append(outcome))
+    readback.start([11, 12, 13], packed())
     ((serials, table),) = delivered
     assert unpack_outcome(serials, table)[0].sampled == [4, 5]
-    courier.close()
+    readback.close()

@@ -8,12 +8,19 @@ from __future__ import annotations
 
 import logging
 import os
-from typing import NamedTuple
+import weakref
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from vllm_ssd import affinity
 from vllm_ssd.draft_checks import check_cores
 
+if TYPE_CHECKING:
+    from vllm.config import ParallelConfig
+
 logger = logging.getLogger("vllm.vllm_ssd")
+
+
+Worker = TypeVar("Worker")
 
 
 class Cores(NamedTuple):
@@ -22,6 +29,30 @@ class Cores(NamedTuple):
     target: list[int] | None
     """Where the target's threads are to be bound; ``None``: vLLM has bound them."""
     draft: list[int]
+
+
+def take_cores(
+    worker: Worker, wanted: list[int] | None, parallel: ParallelConfig
+) -> tuple[list[int], weakref.finalize[..., Worker] | None]:
+    """Split the cores, and keep the target's threads to theirs; called in its worker on CPU.
+
+    Args:
+        worker: the target's.
+        wanted: the cores the user gave the draft (``draft_cpu_cores``).
+        parallel: vLLM's.
+
+    Returns:
+        The draft's cores, and what undoes the binding, where there is one. That is also called when
+        the worker is freed: an engine that fails to start is never shut down.
+
+    Raises:
+        ValueError: a core that this process may not use.
+    """
+    in_process = parallel.distributed_executor_backend == "uni"
+    split = split_cores(wanted, in_process, parallel.world_size)
+    if split.target is None or not bind_target(split.target):
+        return split.draft, None
+    return split.draft, weakref.finalize(worker, affinity.unbind)
 
 
 def split_cores(wanted: list[int] | None, in_process: bool, num_workers: int = 1) -> Cores:

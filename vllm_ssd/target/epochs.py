@@ -44,17 +44,15 @@ class Epochs:
         """So many frames were sent."""
         self._sent += frames
 
-    def accept(self, frame: TargetBound | None) -> bool:
+    def accept(self, frame: TargetBound) -> bool:
         """Whether a frame is the next one; False if it is to be ignored.
-
-        Args:
-            frame: None if it could not be decoded.
 
         Raises:
             OutOfStepError: this epoch must end.
         """
-        if frame is None:
-            raise OutOfStepError("a frame that cannot be decoded")
+        if frame.epoch == self.epoch and frame.number == self._expected:
+            self._expected += 1
+            return True
         ahead = frame.epoch - self.epoch
         if 0 < ahead <= MAX_EPOCH_JUMP:
             # An error; but if the draft is in that epoch, it takes only frames of a later one.
@@ -63,7 +61,4 @@ class Epochs:
             raise OutOfStepError(f"a frame of epoch {frame.epoch}")
         if ahead < 0 or frame.number < self._expected:
             return False
-        if frame.number > self._expected:
-            raise OutOfStepError(f"frame {frame.number} in place of {self._expected}")
-        self._expected += 1
-        return True
+        raise OutOfStepError(f"frame {frame.number} in place of {self._expected}")

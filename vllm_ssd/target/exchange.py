@@ -109,13 +109,16 @@ class Exchange:
         if frames:
             self.unanswered_since = None
             self.received += len(frames)
-        epochs = self._epochs
+        epochs, take = self._epochs, self._arrivals.take
         for frame in frames:
-            if not epochs.accept(frame) or frame is None:
+            if frame is None:
+                raise OutOfStepError("a frame that cannot be decoded")
+            if not epochs.accept(frame):
                 continue
             for message in frame.messages:
+                if take(message):
+                    continue
+                yield message
                 if frame.epoch != epochs.epoch:
-                    break  # a message before this one has ended its epoch
-                if not self._arrivals.take(message):
-                    yield message
+                    break  # that message has ended the epoch
         self._arrivals.flush()

@@ -15,6 +15,7 @@ from vllm_ssd.wire.packing import unpack, unpack_floats, unpack_list
 
 _ROUNDING = 1e-4
 """How far the probabilities of a distribution, in float32, may be from 1 in all."""
+_UINT32 = np.dtype("<u4")
 _BITS_OF_1 = 0x3F800000
 """The float32 1.0 as an integer."""
 
@@ -77,13 +78,13 @@ class PublishedTrees:
 
     def _grow(self, packed_rows: bytes, steps: list[Stepped]) -> None:
         rows = _indices(packed_rows)
-        tokens = unpack(b"".join([step.tokens for step in steps]))
-        self._check_tokens(tokens)
+        packed_tokens = [step.tokens for step in steps]
+        packed_chances = [step.chances for step in steps]
         # Each step by itself: in the total, the errors of two could cancel out.
-        size = len(packed_rows)
-        if any(len(step.tokens) != size or len(step.chances) != size for step in steps):
+        if {len(packed_rows)} != {*map(len, packed_tokens), *map(len, packed_chances)}:
             raise ValueError("a step that does not fit its rows")
-        chances = _chances(b"".join([step.chances for step in steps]))
+        tokens, chances = unpack(b"".join(packed_tokens)), _chances(b"".join(packed_chances))
+        self._check_tokens(tokens)
         shape = len(steps), len(rows)
         ended = b"".join([step.ended for step in steps])
         if ended:
@@ -242,4 +243,4 @@ def _indices(data: bytes) -> Int64Array:
 
     Indexing with 64 bits is faster.
     """
-    return np.frombuffer(data, dtype="<u4").astype(np.int64)
+    return np.frombuffer(data, _UINT32).astype(np.int64)

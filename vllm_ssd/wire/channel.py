@@ -265,22 +265,22 @@ class Channel(Generic[Frame]):
     def _take_frames(self) -> list[Frame | None]:
         """Cut complete frames off the inbox."""
         frames: list[Frame | None] = []
-        at = 0
-        view = self._inbox
-        while len(view) - at >= _LENGTH.size:
-            (length,) = _LENGTH.unpack_from(view, at)
+        inbox, decode, header = self._inbox, self._decoder.decode, _LENGTH.size
+        at, arrived = 0, len(inbox)
+        while (begin := at + header) <= arrived:
+            (length,) = _LENGTH.unpack_from(inbox, at)
             if length > self._max_frame_bytes:
                 raise ChannelClosedError(f"a frame of {length} bytes: not our protocol")
-            end = at + _LENGTH.size + length
-            if end > len(view):
+            end = begin + length
+            if end > arrived:
                 break
             try:
-                frames.append(self._decoder.decode(bytes(view[at + _LENGTH.size : end])))
+                frames.append(decode(inbox[begin:end]))
             except (msgspec.DecodeError, UnicodeError, RecursionError):  # no text, nested too deep
                 frames.append(None)
             at = end
         if at:
-            del self._inbox[:at]
+            del inbox[:at]
         return frames
 
 

@@ -8,6 +8,9 @@ from array import array
 import numpy as np
 from numpy.typing import NDArray
 
+_INT32, _FLOAT32 = np.dtype("<i4"), np.dtype("<f4")
+"""Made once: NumPy takes longer to parse such a name than to wrap the bytes."""
+
 
 def pack(values: list[int] | NDArray[np.int32]) -> bytes:
     """Integers as int32 bytes.
@@ -21,7 +24,7 @@ def pack(values: list[int] | NDArray[np.int32]) -> bytes:
         if sys.byteorder == "big":
             packed.byteswap()
         return packed.tobytes()
-    return np.asarray(values, dtype="<i4").tobytes()
+    return np.asarray(values, _INT32).tobytes()
 
 
 def unpack(data: bytes) -> NDArray[np.int32]:
@@ -30,12 +33,12 @@ def unpack(data: bytes) -> NDArray[np.int32]:
     Raises:
         ValueError: the length is not a multiple of four bytes.
     """
-    return np.frombuffer(data, dtype="<i4")
+    return np.frombuffer(data, _INT32)
 
 
 def pack_floats(values: NDArray[np.float32]) -> bytes:
     """Numbers as float32 bytes."""
-    return np.asarray(values, dtype="<f4").tobytes()
+    return np.asarray(values, _FLOAT32).tobytes()
 
 
 def unpack_floats(data: bytes) -> NDArray[np.float32]:
@@ -44,7 +47,7 @@ def unpack_floats(data: bytes) -> NDArray[np.float32]:
     Raises:
         ValueError: the length is not a multiple of four bytes.
     """
-    return np.frombuffer(data, dtype="<f4")
+    return np.frombuffer(data, _FLOAT32)
 
 
 def unpack_list(data: bytes) -> list[int]:

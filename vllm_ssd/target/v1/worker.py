@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 from vllm.distributed.parallel_state import get_tp_group
 from vllm.platforms import current_platform
 
-from vllm_ssd import affinity, compat
+from vllm_ssd import compat
 from vllm_ssd.preflight import Checked, check_engine, engine_options
 from vllm_ssd.target.client import DraftClient
-from vllm_ssd.target.cores import bind_target, split_cores
+from vllm_ssd.target.cores import take_cores
 from vllm_ssd.target.counters import Snapshots, all_counters
 from vllm_ssd.target.draft_life import DraftLife
 from vllm_ssd.target.rounds import Rounds
@@ -53,14 +53,9 @@ class SSDWorker(PlatformWorker):
         """Bring up the device, and the draft process beside it."""
         cores: list[int] = []
         if current_platform.is_cpu() and self._config.has_process:
-            in_process = self.parallel_config.distributed_executor_backend == "uni"
-            split = split_cores(
-                self._config.draft_cpu_cores, in_process, self.parallel_config.world_size
+            cores, self._unbind = take_cores(
+                self, self._config.draft_cpu_cores, self.parallel_config
             )
-            if split.target is not None and bind_target(split.target):
-                # Also if the engine fails to start and is never shut down.
-                self._unbind = weakref.finalize(self, affinity.unbind)
-            cores = split.draft
         super().init_device()
         compat.check_worker(self)
         if current_platform.is_cpu():

@@ -1,7 +1,7 @@
 """The thread that has the draft: it alone calls the client, whatever comes from where.
 
 It sleeps until the draft has sent something or the target has something to tell. The target's main
-thread leaves its news and goes on.
+thread posts calls and goes on.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class DraftThread:
         self._client = client
         self._stats = stats
         self._strict = strict
-        self._news: deque[Callable[[], object]] = deque()
+        self._calls: deque[Callable[[], object]] = deque()
         self._wake_end, self._woken_end = os.pipe()[::-1]
         os.set_blocking(self._wake_end, False)
         self._ending = False
@@ -53,10 +53,10 @@ class DraftThread:
         self._thread = threading.Thread(target=self._run, name="vllm-ssd-draft", daemon=True)
         self._thread.start()
 
-    def post(self, news: Callable[[], object]) -> None:
+    def post(self, call: Callable[[], object]) -> None:
         """Have something done soon. Never waits; after :meth:`close` nothing is done."""
         if not self._ending:
-            self._news.append(news)
+            self._calls.append(call)
             self._wake()
 
     def _wake(self) -> None:
@@ -92,18 +92,18 @@ class DraftThread:
         """End the draft, then the thread."""
         if self._ending:
             return
-        self._news.append(self._client.close)
+        self._calls.append(self._client.close)
         self._ending = True
         self._wake()
         if threading.current_thread() is not self._thread:  # a finalizer runs anywhere
             self._thread.join()
 
     def _run(self) -> None:
-        while not (self._ending and not self._news):
+        while not (self._ending and not self._calls):
             self._sleep()
             try:
-                while self._news:
-                    self._news.popleft()()
+                while self._calls:
+                    self._calls.popleft()()
                 self._client.poll()
                 self._client.maintain()
             except Exception as error:  # no error of the plugin may stop the engine
@@ -112,14 +112,14 @@ class DraftThread:
         os.close(self._woken_end)
 
     def _sleep(self) -> None:
-        """Wait for news, from the target or from the draft."""
+        """Wait for a call, or for something from the draft."""
         poll = select.poll()
         poll.register(self._woken_end, select.POLLIN)
         link = self._client.link
         if link is not None and link.channel is not None:
             poll.register(link.channel.fileno(), select.POLLIN)
         seconds = LOOK_SECONDS if self._client.up else LOOK_FOR_SECONDS
-        ready = poll.poll(0 if self._news else seconds * 1000.0)
+        ready = poll.poll(0 if self._calls else seconds * 1000.0)
         if any(descriptor == self._woken_end for descriptor, _ in ready):
             os.read(self._woken_end, 1 << 16)
 

@@ -93,13 +93,13 @@ def unpack_outcome(serials: list[int], packed: Int32Array) -> list[Row]:
     ]
 
 
-class Courier:
-    """Carries outcomes from the device to the host, in order.
+class OutcomeReadback:
+    """Copies outcomes from the device to the host, in order.
 
     Args:
         device: where they are.
         deliver: takes the serials and the packed outcome of each step once it is there; on a GPU it
-            is called by a thread of the courier's.
+            is called by a thread of its own.
     """
 
     def __init__(
@@ -116,8 +116,8 @@ class Courier:
             )
             self._thread.start()
 
-    def take(self, serials: list[int], packed: torch.Tensor) -> None:
-        """Take an outcome along. Never waits.
+    def start(self, serials: list[int], packed: torch.Tensor) -> None:
+        """Start to copy an outcome. Never waits.
 
         Args:
             serials: ``[B]``, whose it is.
@@ -138,7 +138,8 @@ class Courier:
         """Deliver what is under way, and end the thread."""
         if self._thread is not None:
             self._under_way.put(None)
-            self._thread.join()
+            if threading.current_thread() is not self._thread:  # a finalizer runs anywhere
+                self._thread.join()
 
     def _deliver_each(self) -> None:
         while (outcome := self._under_way.get()) is not None:

@@ -11,7 +11,7 @@ from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
 from vllm_ssd.core.stats import Stats
 from vllm_ssd.target.v2.draft_thread import DraftThread
-from vllm_ssd.target.v2.outcomes import Courier
+from vllm_ssd.target.v2.outcomes import OutcomeReadback
 from vllm_ssd.target.v2.proposals import Proposals
 from vllm_ssd.target.v2.slots import Slots
 
@@ -27,7 +27,7 @@ class Drafts(NamedTuple):
 
     proposals: Proposals
     slots: Slots
-    courier: Courier
+    readback: OutcomeReadback
     thread: DraftThread
 
 
@@ -102,16 +102,17 @@ class SSDSpeculator(BaseSpeculator):
             ``[B, K]`` int64. Where fewer were found, the last token of the text fills up: the
             runner takes K for each request, and none that is not in the vocabulary.
         """
-        began, count = time.perf_counter(), input_batch.num_reqs
-        shape, device = (count, self._depth), self._req_states.device
-        drafts = torch.zeros(shape, dtype=torch.int64, device=device)
+        began = time.perf_counter()
         if dummy_run:  # its slots mean nothing
-            return drafts
+            return self._zeros(input_batch)
+        drafts: torch.Tensor | None = None
         if self._drafts is not None:
             try:
                 drafts = self._propose(self._drafts, input_batch, num_sampled, num_rejected)
             except Exception as error:  # no error of the plugin may stop the engine
                 self._degrade(error)
+        if drafts is None:
+            drafts = self._zeros(input_batch)
         if self._group is not None:
             drafts = self._group.broadcast(drafts.contiguous(), src=0)
         self._stats.proposals += 1
@@ -130,8 +131,13 @@ class SSDSpeculator(BaseSpeculator):
         proposed = draft.proposals.compute(
             batch.idx_mapping[:count], num_sampled[:count], num_rejected[:count]
         )
-        draft.courier.take(draft.slots.serials(batch.idx_mapping_np[:count]), proposed.outcome)
+        draft.readback.start(draft.slots.serials(batch.idx_mapping_np[:count]), proposed.outcome)
         return proposed.drafts
+
+    def _zeros(self, batch: InputBatch) -> torch.Tensor:
+        """In place of proposals, where there are none."""
+        shape, device = (batch.num_reqs, self._depth), self._req_states.device
+        return torch.zeros(shape, dtype=torch.int64, device=device)
 
     def scheduled(self, step: SchedulerOutput, slots: dict[str, int]) -> None:
         """A step begins; its finished requests have left their slots, its new ones have some.
@@ -176,7 +182,7 @@ class Announcing:
             self.speculator.scheduled(scheduler_output, self.req_states.req_id_to_index)
 
 
-def take_over(their: Any, speculator: SSDSpeculator) -> None:
-    """Put ours in the place of the speculator that their runner has built, before it is used."""
-    their.speculator = speculator
-    their.__class__ = type("SSDModelRunner", (Announcing, type(their)), {})
+def take_over(runner: Any, speculator: SSDSpeculator) -> None:
+    """Put ours in the place of the speculator that vLLM's runner has built, before it is used."""
+    runner.speculator = speculator
+    runner.__class__ = type("SSDModelRunner", (Announcing, type(runner)), {})

@@ -9,17 +9,17 @@ from msgspec.structs import replace
 from vllm.distributed.parallel_state import get_tp_group
 from vllm.platforms import current_platform
 
-from vllm_ssd import affinity, compat
+from vllm_ssd import compat
 from vllm_ssd.core.stats import Stats
 from vllm_ssd.preflight import Checked, check_engine, engine_options
-from vllm_ssd.target.cores import bind_target, split_cores
+from vllm_ssd.target.cores import take_cores
 from vllm_ssd.target.counters import all_counters
 from vllm_ssd.target.draft_life import DraftLife
 from vllm_ssd.target.requests import RequestTable
 from vllm_ssd.target.v2.device_trees import DeviceTrees
 from vllm_ssd.target.v2.draft_thread import DraftThread
 from vllm_ssd.target.v2.follower import Follower
-from vllm_ssd.target.v2.outcomes import Courier, unpack_outcome
+from vllm_ssd.target.v2.outcomes import OutcomeReadback, unpack_outcome
 from vllm_ssd.target.v2.proposals import Proposals
 from vllm_ssd.target.v2.slots import Slots
 from vllm_ssd.target.v2.speculator import Drafts, SSDSpeculator, take_over
@@ -57,21 +57,16 @@ class SSDWorker(PlatformWorker):
         self._stats = Stats()
         self._draft: DraftLife | None = None
         self._thread: DraftThread | None = None
-        self._courier: Courier | None = None
+        self._readback: OutcomeReadback | None = None
         self._unbind: weakref.finalize[..., SSDWorker] | None = None
 
     def init_device(self) -> None:
         """Bring up the device, and the draft process beside it."""
         cores: list[int] = []
         if current_platform.is_cpu() and self._config.has_process:
-            in_process = self.parallel_config.distributed_executor_backend == "uni"
-            split = split_cores(
-                self._config.draft_cpu_cores, in_process, self.parallel_config.world_size
+            cores, self._unbind = take_cores(
+                self, self._config.draft_cpu_cores, self.parallel_config
             )
-            if split.target is not None and bind_target(split.target):
-                # Also if the engine fails to start and is never shut down.
-                self._unbind = weakref.finalize(self, affinity.unbind)
-            cores = split.draft
         super().init_device()
         compat.check_v2_worker(self)
         several = self.parallel_config.tensor_parallel_size > 1
@@ -106,12 +101,14 @@ class SSDWorker(PlatformWorker):
         def deliver(serials: list[int], packed: Int32Array) -> None:
             thread.post(lambda: follower.verified(unpack_outcome(serials, packed)))
 
-        self._courier = Courier(states.device, deliver)
+        readback = self._readback = OutcomeReadback(states.device, deliver)
+        # Called before the one above: it posts to that thread.
+        weakref.finalize(self, readback.close)
         slots = Slots(
             states.max_num_reqs,
             lambda gone, begun: thread.post(lambda: follower.scheduled(gone, begun)),
         )
-        return Drafts(Proposals(trees, states), slots, self._courier, thread)
+        return Drafts(Proposals(trees, states), slots, readback, thread)
 
     def determine_available_memory(self) -> int:
         """The target's KV budget, less the draft's share where both use one device."""
@@ -166,8 +163,8 @@ class SSDWorker(PlatformWorker):
 
     def shutdown(self) -> None:
         """End the draft process, undo the binding to cores made in-process, end the worker."""
-        if self._courier is not None:
-            self._courier.close()
+        if self._readback is not None:
+            self._readback.close()
         if self._thread is not None:
             self._thread.close()
         if self._unbind is not None:

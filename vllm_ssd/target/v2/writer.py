@@ -27,11 +27,10 @@ class TreeWriter(PublishedTrees):
 
     Args:
         arrays: what the device reads.
-        sampled_from: as for :class:`PublishedTrees`.
     """
 
-    def __init__(self, arrays: DeviceTrees, sampled_from: int = 0) -> None:
-        super().__init__(arrays.depth, arrays.vocab_size, sampled_from)
+    def __init__(self, arrays: DeviceTrees) -> None:
+        super().__init__(arrays.depth, arrays.vocab_size)
         self._arrays = arrays
         self._slots: dict[int, int] = {}
         """Where each request is, by handle."""
