@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import torch
 
 from vllm_ssd.core.arrays import Int32Array
 from vllm_ssd.core.tree import Where
 from vllm_ssd.target.v2.device_trees import DeviceTrees
 from vllm_ssd.target.v2.look_up import WHERE, Found
-from vllm_ssd.target.v2.outcomes import Courier, Row, pack_outcome, unpack_outcome
+from vllm_ssd.target.v2.outcomes import Courier, Row, _UnderWay, pack_outcome, unpack_outcome
 
 FOUND, OFF, UNKNOWN = (WHERE.index(where) for where in (Where.FOUND, Where.OFF, Where.UNKNOWN))
 
@@ -48,10 +51,33 @@ def test_an_outcome_arrives_as_it_was() -> None:
     ]
 
 
+def fail(error: Exception) -> None:
+    raise error
+
+
 def test_on_a_cpu_it_is_delivered_at_once() -> None:
     delivered: list[tuple[list[int], Int32Array]] = []
-    courier = Courier(torch.device("cpu"), lambda *outcome: delivered.append(outcome))
+    courier = Courier(torch.device("cpu"), lambda *outcome: delivered.append(outcome), fail)
     courier.take([11, 12, 13], packed())
     ((serials, table),) = delivered
     assert unpack_outcome(serials, table)[0].sampled == [4, 5]
     courier.close()
+
+
+def test_an_outcome_that_cannot_be_delivered_is_reported_and_the_next_one_comes() -> None:
+    delivered: list[list[int]] = []
+    failed: list[Exception] = []
+
+    def deliver(serials: list[int], table: Int32Array) -> None:
+        if serials == [2]:
+            raise OSError(9, "Bad file descriptor")
+        delivered.append(serials)
+
+    courier = Courier(torch.device("cpu"), deliver, failed.append)
+    arrived: Any = SimpleNamespace(synchronize=lambda: None)
+    for serial in (1, 2, 3):
+        courier._under_way.put(_UnderWay([serial], packed(), packed(), arrived))
+    courier._under_way.put(None)
+    courier._deliver_each()  # in a thread, where there is a GPU
+    assert delivered == [[1], [3]]
+    assert [type(error) for error in failed] == [OSError]

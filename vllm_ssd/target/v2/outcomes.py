@@ -100,12 +100,17 @@ class Courier:
         device: where they are.
         deliver: takes the serials and the packed outcome of each step once it is there; on a GPU it
             is called by a thread of the courier's.
+        failed: takes that thread's errors, each of which costs one outcome.
     """
 
     def __init__(
-        self, device: torch.device, deliver: Callable[[list[int], Int32Array], object]
+        self,
+        device: torch.device,
+        deliver: Callable[[list[int], Int32Array], object],
+        failed: Callable[[Exception], object],
     ) -> None:
         self._deliver = deliver
+        self._failed = failed
         self._stream: torch.cuda.Stream | None = None
         self._under_way: queue.SimpleQueue[_UnderWay | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -138,12 +143,16 @@ class Courier:
         """Deliver what is under way, and end the thread."""
         if self._thread is not None:
             self._under_way.put(None)
-            self._thread.join()
+            if threading.current_thread() is not self._thread:  # a finalizer runs anywhere
+                self._thread.join()
 
     def _deliver_each(self) -> None:
         while (outcome := self._under_way.get()) is not None:
-            outcome.arrived.synchronize()
-            self._deliver(outcome.serials, outcome.host.numpy())
+            try:
+                outcome.arrived.synchronize()
+                self._deliver(outcome.serials, outcome.host.numpy())
+            except Exception as error:  # no error of the plugin may stop the engine
+                self._failed(error)
 
 
 class _UnderWay(NamedTuple):

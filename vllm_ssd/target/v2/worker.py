@@ -13,7 +13,7 @@ from vllm_ssd import affinity, compat
 from vllm_ssd.core.stats import Stats
 from vllm_ssd.preflight import Checked, check_engine, engine_options
 from vllm_ssd.target.cores import bind_target, split_cores
-from vllm_ssd.target.counters import all_counters
+from vllm_ssd.target.counters import Snapshots, all_counters
 from vllm_ssd.target.draft_life import DraftLife
 from vllm_ssd.target.requests import RequestTable
 from vllm_ssd.target.v2.device_trees import DeviceTrees
@@ -58,6 +58,7 @@ class SSDWorker(PlatformWorker):
         self._draft: DraftLife | None = None
         self._thread: DraftThread | None = None
         self._courier: Courier | None = None
+        self._snapshots: Snapshots | None = None
         self._unbind: weakref.finalize[..., SSDWorker] | None = None
 
     def init_device(self) -> None:
@@ -98,20 +99,24 @@ class SSDWorker(PlatformWorker):
         writer = TreeWriter(trees)
         self._draft = DraftLife(checked, self.vllm_config, stats, requests, cores, writer)
         client = self._draft.client
-        thread = self._thread = DraftThread(client, stats, self._config.strict)
-        # Also when the engine is dropped without a shutdown.
-        weakref.finalize(self, thread.close)
+        snapshots = self._snapshots = Snapshots(stats, lambda: all_counters(stats, client))
+        thread = self._thread = DraftThread(
+            client, stats, self._config.strict, lambda: snapshots.step_done(last=False)
+        )
         follower = Follower(client, writer, requests, stats)
 
         def deliver(serials: list[int], packed: Int32Array) -> None:
             thread.post(lambda: follower.verified(unpack_outcome(serials, packed)))
 
-        self._courier = Courier(states.device, deliver)
+        courier = self._courier = Courier(states.device, deliver, thread.report)
+        # Also when the engine is dropped without a shutdown; the last one is called first.
+        weakref.finalize(self, thread.close)
+        weakref.finalize(self, courier.close)
         slots = Slots(
             states.max_num_reqs,
             lambda gone, begun: thread.post(lambda: follower.scheduled(gone, begun)),
         )
-        return Drafts(Proposals(trees, states), slots, self._courier, thread)
+        return Drafts(Proposals(trees, states), slots, courier, thread)
 
     def determine_available_memory(self) -> int:
         """The target's KV budget, less the draft's share where both use one device."""
@@ -170,6 +175,8 @@ class SSDWorker(PlatformWorker):
             self._courier.close()
         if self._thread is not None:
             self._thread.close()
+        if self._snapshots is not None:
+            self._snapshots.close()
         if self._unbind is not None:
             self._unbind()
         super().shutdown()
