@@ -43,11 +43,11 @@ def packed() -> torch.Tensor:
 
 
 def test_an_outcome_arrives_as_it_was() -> None:
-    assert packed().shape == (3, 5 + 3 + 2)
+    assert packed().shape == (3, 6 + 3 + 2)
     assert unpack_outcome([11, 12, 13], packed().numpy()) == [
-        Row(11, [4, 5], verified=2, proposed=[6], ended=True, where=Where.FOUND),
-        Row(12, [], verified=0, proposed=[], ended=False, where=Where.UNKNOWN),
-        Row(13, [2], verified=0, proposed=[], ended=False, where=Where.OFF),
+        Row(11, [4, 5], 5, verified=2, proposed=[6], filled=1, ended=True, where=Where.FOUND),
+        Row(12, [], 3, verified=0, proposed=[], filled=2, ended=False, where=Where.UNKNOWN),
+        Row(13, [2], 8, verified=0, proposed=[], filled=2, ended=False, where=Where.OFF),
     ]
 
 

@@ -27,17 +27,21 @@ class Row(NamedTuple):
     """The request (:class:`vllm_ssd.target.v2.slots.Slots`)."""
     sampled: list[int]
     """The accepted tokens and the one after them; empty while a prompt is being computed."""
+    length: int
+    """Of its whole text, these tokens included; tells whether an earlier outcome was lost."""
     verified: int
     """How many drafts were verified, which the scheduler decides."""
     proposed: list[int]
     """The drafted tokens that are proposed next, without those that fill the proposal up."""
+    filled: int
+    """How many fill it up."""
     ended: bool
     """Nothing follows them: the draft knows that the text ends."""
     where: Where
     """Where the walk ended that has found them."""
 
 
-_COUNTS = 5
+_COUNTS = 6
 """Columns of a packed outcome before its tokens."""
 
 
@@ -62,13 +66,13 @@ def pack_outcome(
         num_rejected: ``[B]`` int32, how many drafts were verified and not accepted.
 
     Returns:
-        ``[B, 5 + (K + 1) + K]`` int32.
+        ``[B, 6 + (K + 1) + K]`` int32.
     """
-    columns = trees.counting[: trees.depth + 1]
-    positions = (lengths[slots] - num_sampled)[:, None] + columns
+    columns, length = trees.counting[: trees.depth + 1], lengths[slots]
+    positions = (length - num_sampled)[:, None] + columns
     positions = positions.clamp(0, texts.shape[1] - 1)
     sampled = texts[slots[:, None], positions]
-    counts = [num_sampled, num_rejected, found.drafted, found.ended, found.where]
+    counts = [num_sampled, num_rejected, length, found.drafted, found.ended, found.where]
     return torch.cat([torch.stack(counts, dim=1), sampled, found.drafts.int()], dim=1)
 
 
@@ -80,14 +84,17 @@ def unpack_outcome(serials: list[int], packed: Int32Array) -> list[Row]:
         packed: as returned above.
     """
     after = _COUNTS + (packed.shape[1] - _COUNTS + 1) // 2
+    depth = packed.shape[1] - after
     return [
         Row(
             serial,
             sampled=row[_COUNTS : _COUNTS + row[0]],
+            length=row[2],
             verified=max(0, row[0] - 1 + row[1]),
-            proposed=row[after : after + row[2]],
-            ended=bool(row[3]),
-            where=WHERE[row[4]],
+            proposed=row[after : after + row[3]],
+            filled=depth - row[3],
+            ended=bool(row[4]),
+            where=WHERE[row[5]],
         )
         for serial, row in zip(serials, packed.tolist(), strict=True)
     ]

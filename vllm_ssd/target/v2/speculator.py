@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,8 +17,6 @@ from vllm_ssd.target.v2.slots import Slots
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
     from vllm.v1.worker.gpu.input_batch import InputBatch
-
-logger = logging.getLogger("vllm.vllm_ssd")
 
 
 class Drafts(NamedTuple):
@@ -42,7 +39,6 @@ class SSDSpeculator(BaseSpeculator):
         stats: counters to keep.
         drafts: the draft; ``None`` on other tensor-parallel ranks than the first.
         group: the tensor-parallel ranks, if there are several: all take the first one's drafts.
-        strict: raise errors of the plugin.
     """
 
     supports_mm_inputs = False
@@ -56,14 +52,13 @@ class SSDSpeculator(BaseSpeculator):
         stats: Stats,
         drafts: Drafts | None,
         group: Any = None,
-        strict: bool = False,
     ) -> None:
+        self.serving = False
+        """Until vLLM has warmed up, the requests are its own: nobody is told of them."""
         self._req_states = req_states
         self._stats = stats
         self._drafts = drafts
         self._group = group
-        self._strict = strict
-        self._complained = False
         self._depth = depth
 
     def init_cudagraph_manager(self, cudagraph_mode: Any) -> None:
@@ -107,15 +102,19 @@ class SSDSpeculator(BaseSpeculator):
         drafts = torch.zeros(shape, dtype=torch.int64, device=device)
         if dummy_run:  # its slots mean nothing
             return drafts
-        if self._drafts is not None:
+        draft = self._drafts
+        if draft is not None:
             try:
-                drafts = self._propose(self._drafts, input_batch, num_sampled, num_rejected)
+                drafts = self._propose(draft, input_batch, num_sampled, num_rejected)
             except Exception as error:  # no error of the plugin may stop the engine
-                self._degrade(error)
+                draft.thread.report(error)
         if self._group is not None:
             drafts = self._group.broadcast(drafts.contiguous(), src=0)
-        self._stats.proposals += 1
-        self._stats.propose_seconds += time.perf_counter() - began
+        if draft is not None:
+            draft.thread.check()  # after the broadcast, for which the other ranks wait
+        if self.serving:
+            self._stats.proposals += 1
+            self._stats.propose_seconds += time.perf_counter() - began
         return drafts
 
     def _propose(
@@ -125,42 +124,37 @@ class SSDSpeculator(BaseSpeculator):
         num_sampled: torch.Tensor,
         num_rejected: torch.Tensor,
     ) -> torch.Tensor:
-        draft.thread.check()
         count = batch.num_reqs
         proposed = draft.proposals.compute(
             batch.idx_mapping[:count], num_sampled[:count], num_rejected[:count]
         )
-        draft.courier.take(draft.slots.serials(batch.idx_mapping_np[:count]), proposed.outcome)
+        if self.serving:
+            serials = draft.slots.serials(batch.idx_mapping_np[:count])
+            draft.courier.take(serials, proposed.outcome)
         return proposed.drafts
 
     def scheduled(self, step: SchedulerOutput, slots: dict[str, int]) -> None:
         """A step begins; its finished requests have left their slots, its new ones have some.
 
+        Errors are raised by :meth:`propose`, if at all: the other ranks wait for this one.
+
         Args:
             step: vLLM's.
             slots: the runner's, by request id.
         """
-        if self._drafts is None:
+        draft = self._drafts
+        if draft is None or not self.serving:
             return
         began = time.perf_counter()
         gone = step.finished_req_ids | (step.preempted_req_ids or set())
         new: list[NewRequestData] = step.scheduled_new_reqs
         try:
-            self._drafts.slots.free(gone)
-            self._drafts.slots.fill(new, slots)
+            draft.slots.free(gone)
+            draft.slots.fill(new, slots)
         except Exception as error:  # as above
-            self._degrade(error)
+            draft.thread.report(error)
         self._stats.notices += 1
         self._stats.notice_seconds += time.perf_counter() - began
-
-    def _degrade(self, error: Exception) -> None:
-        """Go on without drafts after an error of ours; one log line, not one a step."""
-        if self._strict:
-            raise error
-        self._stats.errors += 1
-        if not self._complained:
-            self._complained = True
-            logger.exception("ssd: error in the plugin; decoding goes on plainly")
 
 
 class Announcing:

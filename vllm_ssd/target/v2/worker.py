@@ -76,15 +76,14 @@ class SSDWorker(PlatformWorker):
         super().init_device()
         compat.check_v2_worker(self)
         several = self.parallel_config.tensor_parallel_size > 1
-        speculator = SSDSpeculator(
+        self._speculator = SSDSpeculator(
             self._config.num_speculative_tokens,
             self.model_runner.req_states,
             self._stats,
             None if self._checked is None else self._start_draft(self._checked, cores),
             get_tp_group() if several else None,
-            self._config.strict,
         )
-        take_over(self.model_runner, speculator)
+        take_over(self.model_runner, self._speculator)
 
     def _start_draft(self, checked: Checked, cores: list[int]) -> Drafts:
         """The draft, the thread that has it, and what connects both to the device."""
@@ -138,6 +137,7 @@ class SSDWorker(PlatformWorker):
         result = super().compile_or_warm_up_model()
         if self._draft is not None and self._thread is not None:
             self._thread.ask(self._draft.target_is_ready)
+        self._speculator.serving = True
         return result
 
     def sleep(self, level: int = 1) -> None:
