@@ -47,7 +47,7 @@ class Rank:
         client = client_of(self.draft, self.stats, lambda: None)
         self.thread = DraftThread(client, self.stats, strict)
         self.group = Group()
-        states = SimpleNamespace(
+        states = self.states = SimpleNamespace(
             max_num_reqs=SLOTS,
             device=CPU,
             all_token_ids=SimpleNamespace(gpu=torch.full((SLOTS, LENGTH), 7, dtype=torch.int32)),
@@ -126,6 +126,15 @@ def test_after_an_error_decoding_goes_on(rank: Rank) -> None:
     rank.schedule({})  # no slot
     assert rank.propose() == [[7] * DEPTH]
     assert rank.thread.ask(lambda: rank.stats.errors) == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has to fail")
+def test_without_cuda_graphs_the_look_up_goes_on(rank: Rank) -> None:
+    rank.states.device = torch.device("cuda")
+    rank.speculator.capture()
+    rank.states.device = CPU
+    assert rank.propose() == [[7] * DEPTH]
+    assert rank.thread.ask(lambda: rank.stats.errors) == 1
 
 
 @strict

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,6 +18,9 @@ from vllm_ssd.target.v2.slots import Slots
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
     from vllm.v1.worker.gpu.input_batch import InputBatch
+
+
+logger = logging.getLogger("vllm.vllm_ssd")
 
 
 class Drafts(NamedTuple):
@@ -62,13 +66,21 @@ class SSDSpeculator(BaseSpeculator):
         self._depth = depth
 
     def init_cudagraph_manager(self, cudagraph_mode: Any) -> None:
-        """Nothing of vLLM's is captured: the draft model is elsewhere."""
+        """Graphs will be captured: those of vLLM's memory profile go. None is a draft model's."""
+        if self._drafts is not None:
+            self._drafts.proposals.forget_graphs()
 
     def capture(self) -> None:
-        """Capture the look-up."""
-        if self._drafts is not None:
+        """Capture the look-up, which works without a graph as well."""
+        draft = self._drafts
+        if draft is None:
+            return
+        try:
             with torch.inference_mode():
-                self._drafts.proposals.capture()
+                draft.proposals.capture()
+        except Exception as error:  # no error of the plugin may stop the engine
+            logger.warning("ssd: no CUDA graphs of the look-up: %s", error)
+            draft.thread.report(error)
 
     @torch.inference_mode()
     def propose(
