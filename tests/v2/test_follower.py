@@ -20,7 +20,7 @@ from vllm_ssd.target.v2.look_up import look_up
 from vllm_ssd.target.v2.outcomes import Row
 from vllm_ssd.target.v2.slots import Begun
 from vllm_ssd.target.v2.writer import TreeWriter
-from vllm_ssd.wire.messages import Finished, Planted, Start, Verified
+from vllm_ssd.wire.messages import Finished, Planted, Start, Trimmed, Verified
 from vllm_ssd.wire.packing import pack, pack_floats, unpack_list
 
 DEPTH, VOCAB_SIZE, SLOTS, MAX_LENGTH, EOS = 3, 512, 4, 64, 2
@@ -153,6 +153,19 @@ def test_outcomes_are_told_with_what_is_proposed(following: Following) -> None:
     assert following.stats.tokens_drafted == 2
     assert following.stats.tokens_accepted == 1
     assert (following.stats.hits, following.stats.misses_no_branch) == (1, 1)
+
+
+def test_a_proposal_that_the_scheduler_has_cut_is_told(following: Following) -> None:
+    handle = following.begin(7, 2, [1, 5, 6]).handle
+    following.begin(8, 1, [1, 5, 6])
+    following.verify(row(7, [8], [9, 4]), row(8, [8], [9]))
+    following.follower.trimmed([(7, 1), (8, 2), (5, 0)])
+    (trimmed,) = following.draft.hears(0.1)
+    assert isinstance(trimmed, Trimmed)
+    assert unpack_list(trimmed.handles) == [handle]
+    assert unpack_list(trimmed.verified_counts) == [1]
+    following.verify(row(7, [9, 3]))
+    assert following.stats.tokens_drafted == following.stats.tokens_accepted == 1
 
 
 def test_a_prompt_that_is_being_computed_has_no_outcome(following: Following) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -77,7 +78,8 @@ def test_an_outcome_that_cannot_be_delivered_is_reported_and_the_next_one_comes(
     arrived: Any = SimpleNamespace(synchronize=lambda: None)
     for serial in (1, 2, 3):
         courier._under_way.put(_UnderWay([serial], packed(), packed(), arrived))
+        courier._under_way.put(partial(delivered.append, [-serial]))
     courier._under_way.put(None)
     courier._deliver_each()  # in a thread, where there is a GPU
-    assert delivered == [[1], [3]]
+    assert delivered == [[1], [-1], [-2], [3], [-3]]
     assert [type(error) for error in failed] == [OSError]

@@ -59,6 +59,7 @@ class Rank:
             Slots(SLOTS, lambda gone, begun: self.told.append((gone, begun))),
             Courier(CPU, self._deliver, self.thread.report),
             self.thread,
+            self.told.append,
         )
         self.speculator = SSDSpeculator(DEPTH, states, self.stats, drafts, self.group)
         self.speculator.serving = True
@@ -68,12 +69,14 @@ class Rank:
             raise KeyError("a mistake")
         self.outcomes.append(serials)
 
-    def schedule(self, slots: dict[str, int] | None = None) -> None:
+    def schedule(self, slots: dict[str, int] | None = None, drafts: int = DEPTH) -> None:
         """A step begins, in which a request comes."""
         step: Any = SimpleNamespace(
             finished_req_ids=set(),
             preempted_req_ids=None,
             scheduled_new_reqs=[SimpleNamespace(req_id="a")],
+            num_scheduled_tokens={"a": 1 + drafts},
+            scheduled_spec_decode_tokens={"a": [-1] * drafts} if drafts else {},
         )
         self.speculator.scheduled(step, {"a": 2} if slots is None else slots)
 
@@ -107,6 +110,12 @@ def test_a_request_is_told_with_its_outcomes(rank: Rank) -> None:
     assert len(rank.told) == 1
     assert rank.outcomes == [[0]]
     assert (rank.stats.proposals, rank.stats.notices) == (1, 1)
+
+
+@pytest.mark.parametrize("drafts", [0, DEPTH - 1])
+def test_a_proposal_that_was_cut_is_told(rank: Rank, drafts: int) -> None:
+    rank.schedule(drafts=drafts)
+    assert rank.told[1:] == [[(0, drafts)]]
 
 
 def test_nobody_is_told_of_vllms_own_requests_while_it_warms_up(rank: Rank) -> None:

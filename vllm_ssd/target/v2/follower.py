@@ -112,6 +112,15 @@ class Follower:
             messages.append(self._notices.verified(look_ups, verify_us))
         self._client.send(messages)
 
+    def trimmed(self, cut: list[tuple[int, int]]) -> None:
+        """The scheduler has cut what was proposed last.
+
+        Args:
+            cut: serials, and how many tokens of each proposal are verified, filling included.
+        """
+        verified = ((str(serial), tokens) for serial, tokens in cut)
+        self._client.send(self._notices.trimmed(verified))
+
     def _confirm(self, rows: list[Row]) -> tuple[list[tuple[Row, _Running]], list[int]]:
         """The texts go on with what was sampled.
 

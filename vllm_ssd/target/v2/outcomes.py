@@ -119,7 +119,8 @@ class Courier:
         self._deliver = deliver
         self._failed = failed
         self._stream: torch.cuda.Stream | None = None
-        self._under_way: queue.SimpleQueue[_UnderWay | None] = queue.SimpleQueue()
+        self._under_way: queue.SimpleQueue[_UnderWay | Callable[[], object] | None]
+        self._under_way = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         if device.type != "cpu":
             self._stream = torch.cuda.Stream(device)
@@ -146,6 +147,13 @@ class Courier:
             arrived.record(self._stream)
         self._under_way.put(_UnderWay(serials, packed, host, arrived))
 
+    def then(self, call: Callable[[], object]) -> None:
+        """Have something called once all that was taken is delivered. Never waits."""
+        if self._thread is None:
+            call()
+        else:
+            self._under_way.put(call)
+
     def close(self) -> None:
         """Deliver what is under way, and end the thread."""
         if self._thread is not None:
@@ -154,10 +162,13 @@ class Courier:
                 self._thread.join()
 
     def _deliver_each(self) -> None:
-        while (outcome := self._under_way.get()) is not None:
+        while (each := self._under_way.get()) is not None:
             try:
-                outcome.arrived.synchronize()
-                self._deliver(outcome.serials, outcome.host.numpy())
+                if isinstance(each, _UnderWay):
+                    each.arrived.synchronize()
+                    self._deliver(each.serials, each.host.numpy())
+                else:
+                    each()
             except Exception as error:  # no error of the plugin may stop the engine
                 self._failed(error)
 

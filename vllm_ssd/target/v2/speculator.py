@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -30,6 +31,9 @@ class Drafts(NamedTuple):
     slots: Slots
     courier: Courier
     thread: DraftThread
+    trimmed: Callable[[list[tuple[int, int]]], object]
+    """Takes proposals that the scheduler cut (:meth:`.follower.Follower.trimmed`), after the
+    outcomes they came with."""
 
 
 class SSDSpeculator(BaseSpeculator):
@@ -163,10 +167,22 @@ class SSDSpeculator(BaseSpeculator):
         try:
             draft.slots.free(gone)
             draft.slots.fill(new, slots)
+            self._tell_of_cuts(draft, step)
         except Exception as error:  # as above
             draft.thread.report(error)
         self._stats.notices += 1
         self._stats.notice_seconds += time.perf_counter() - began
+
+    def _tell_of_cuts(self, draft: Drafts, step: SchedulerOutput) -> None:
+        """Requests of this step of which less than what was proposed is verified.
+
+        What a grammar cuts is known by now without asynchronous scheduling only.
+        """
+        drafts = step.scheduled_spec_decode_tokens
+        counts = [(req_id, len(drafts.get(req_id, ()))) for req_id in step.num_scheduled_tokens]
+        cut = [(draft.slots.serial(each), count) for each, count in counts if count < self._depth]
+        if cut:
+            draft.courier.then(lambda: draft.trimmed(cut))
 
 
 class Announcing:

@@ -115,7 +115,13 @@ class SSDWorker(PlatformWorker):
             states.max_num_reqs,
             lambda gone, begun: thread.post(lambda: follower.scheduled(gone, begun)),
         )
-        return Drafts(Proposals(trees, states), slots, courier, thread)
+        return Drafts(
+            Proposals(trees, states),
+            slots,
+            courier,
+            thread,
+            lambda cut: thread.post(lambda: follower.trimmed(cut)),
+        )
 
     def determine_available_memory(self) -> int:
         """The target's KV budget, less the draft's share where both use one device."""
