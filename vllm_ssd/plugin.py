@@ -7,8 +7,9 @@ vLLM.
 
 vLLM decides which runner it takes. V1's method is ``custom_class`` with our proposer. V2 refuses
 that; there ``ngram_gpu`` carries ours through vLLM's checks, and our worker replaces the speculator
-that is built for it. It is the method that reserves nothing, loads no draft model, and goes with
-asynchronous scheduling.
+that is built for it. It is the method that reserves no KV cache, loads no draft model, and goes
+with asynchronous scheduling. For it vLLM keeps all texts on the device, where our look-up reads
+them: ``max_num_seqs * max_model_len`` tokens of 4 bytes.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ def _rewrite(engine_args: Any, options: dict[str, Any], target: Any, parallel: A
     from vllm_ssd.affinity import available_cores
     from vllm_ssd.config import ADDITIONAL_CONFIG_KEY, SSDConfig
     from vllm_ssd.draft_checks import check_cores
-    from vllm_ssd.preflight import absolute_paths, check, takes_v2
+    from vllm_ssd.preflight import absolute_paths, check, takes_v2, warn_of_v2_options
 
     own = {name: value for name, value in options.items() if name != "method"}
     config = absolute_paths(SSDConfig.parse(own))
@@ -97,7 +98,9 @@ def _rewrite(engine_args: Any, options: dict[str, Any], target: Any, parallel: A
         ADDITIONAL_CONFIG_KEY: config.model_dump(exclude_unset=True),
     }
     spelling: dict[str, Any] = {"method": V2_METHOD}
-    if not takes_v2(parallel):
+    if takes_v2(parallel):
+        warn_of_v2_options(config)
+    else:
         spelling = {
             "method": "custom_class",
             "model": PROPOSER,

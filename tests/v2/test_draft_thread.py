@@ -24,7 +24,11 @@ class Running:
         self.stats = Stats()
         self.draft = DraftEnd()
         self.client: DraftClient = client_of(self.draft, self.stats, lambda: None)
-        self.thread = DraftThread(self.client, self.stats, strict)
+        self.turns = 0
+        self.thread = DraftThread(self.client, self.stats, strict, self.turn_done)
+
+    def turn_done(self) -> None:
+        self.turns += 1
 
 
 @pytest.fixture(params=[False])
@@ -80,6 +84,49 @@ def test_an_error_ends_the_epoch_and_nothing_else(running: Running) -> None:
     assert running.thread.ask(lambda: running.client.epoch) == epoch + 1
     assert running.stats.errors == 1
     running.thread.check()
+
+
+def test_an_error_of_another_thread_counts_like_one_of_its_own(running: Running) -> None:
+    until(lambda: running.client.up)
+    epoch = running.client.epoch
+    running.thread.report(KeyError("a mistake"))
+    assert running.thread.ask(lambda: running.client.epoch) == epoch + 1
+    assert running.stats.errors == 1
+    running.thread.check()
+
+
+def test_an_idle_thread_looks_around(running: Running) -> None:
+    until(lambda: running.client.up)
+    before = running.turns
+    until(lambda: running.turns >= before + 2)
+
+
+def test_a_descriptor_that_was_closed_under_it_costs_the_draft_alone(running: Running) -> None:
+    until(lambda: running.client.up)
+    running.draft.channel.close()
+    assert running.thread.ask(lambda: threading.current_thread().name) == "vllm-ssd-draft"
+    until(lambda: not running.client.up)
+    before = running.turns
+    until(lambda: running.turns > before)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_who_asks_a_thread_that_dies_is_told(running: Running) -> None:
+    def end() -> None:
+        raise SystemExit
+
+    running.thread.post(end)
+    with pytest.raises(RuntimeError, match="has ended"):
+        running.thread.ask(lambda: None)
+    assert running.client.link is None
+    running.thread.post(fail)  # too late
+
+
+@strict
+def test_a_reported_error_is_raised_at_once(running: Running) -> None:
+    running.thread.report(KeyError("a mistake"))
+    with pytest.raises(KeyError, match="a mistake"):
+        running.thread.check()
 
 
 @strict

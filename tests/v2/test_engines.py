@@ -14,6 +14,7 @@ from vllm import SamplingParams
 from tests.engine.harness import Answer, Engine, Job
 from tests.tiny_models import EOS, TinyModels
 from tests.v2.interpreter import allow_async_scheduling
+from vllm_ssd import stats_file
 
 DEPTH = 3
 Answers = list[list[Answer]]
@@ -78,7 +79,7 @@ def answers(engine: Engine, jobs: Sequence[Job]) -> tuple[Answers, dict[str, flo
     before = engine.stats()
     answered = engine.run(jobs)
     after = engine.stats()
-    assert after["errors"] == 0
+    assert after["errors"] == after["texts_lost"] == after["misses_cannot_draft"] == 0
     return answered, {name: after[name] - before.get(name, 0.0) for name in after}
 
 
@@ -124,6 +125,22 @@ def test_it_answers_as_plain_v2_does(
     if workload in ("plain", "chunks"):
         # Without tokens that only the target is kept from, the draft is always right.
         assert grown["tokens_accepted"] >= 0.95 * grown["tokens_drafted"]
+
+
+def test_the_counters_reach_the_servers_process(itself: Engine) -> None:
+    reader = stats_file.Reader()
+    try:
+        _, grown = answers(itself, WORKLOADS["plain"])
+        expected = itself.stats()["hits"]
+        deadline = time.monotonic() + 10.0
+        while (snapshot := reader.read()) is None or snapshot.counters["hits"] < expected:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        reader.close()
+    assert grown["hits"] > 0
+    assert snapshot.counters["draft_up"] == 1.0
+    assert sum(snapshot.depths) == snapshot.counters["hits"]
 
 
 def test_sampled_requests_run_beside_greedy_ones(

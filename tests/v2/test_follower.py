@@ -20,7 +20,7 @@ from vllm_ssd.target.v2.look_up import look_up
 from vllm_ssd.target.v2.outcomes import Row
 from vllm_ssd.target.v2.slots import Begun
 from vllm_ssd.target.v2.writer import TreeWriter
-from vllm_ssd.wire.messages import Finished, Planted, Start, Verified
+from vllm_ssd.wire.messages import Finished, Planted, Start, Trimmed, Verified
 from vllm_ssd.wire.packing import pack, pack_floats, unpack_list
 
 DEPTH, VOCAB_SIZE, SLOTS, MAX_LENGTH, EOS = 3, 512, 4, 64, 2
@@ -31,6 +31,8 @@ class Following:
 
     def __init__(self) -> None:
         self.stats = Stats()
+        self.lengths: dict[int, int] = {}
+        """Of each request's text, by serial."""
         self.draft = DraftEnd()
         requests = RequestTable(MAX_LENGTH)
         self.trees = DeviceTrees(SLOTS, DEPTH, VOCAB_SIZE, torch.device("cpu"))
@@ -42,6 +44,7 @@ class Following:
 
     def begin(self, serial: int, slot: int, prompt: list[int], **params: Any) -> Start:
         """A request begins; how it was announced."""
+        self.lengths[serial] = len(prompt)
         self.follower.scheduled([], [Begun(serial, slot, request(prompt, **params))])
         (start,) = self.draft.hears()
         assert isinstance(start, Start)
@@ -49,7 +52,13 @@ class Following:
 
     def verify(self, *rows: Row) -> list[Any]:
         """A step ends; what the draft hears of it."""
-        self.follower.verified(list(rows))
+        told = []
+        for each in rows:
+            before = self.lengths.get(each.serial, 0)
+            length = before + len(each.sampled) if each.length < 0 else each.length
+            self.lengths[each.serial] = length
+            told.append(each._replace(length=length))
+        self.follower.verified(told)
         return self.draft.hears(0.1)
 
     def plant(self, handle: int, base: int, tokens: list[int]) -> None:
@@ -105,9 +114,13 @@ def request(prompt: list[int], tokens: int = 20, text: list[int] | None = None) 
     )
 
 
-def row(serial: int, sampled: list[int], proposed: list[int] | None = None) -> Row:
-    where = Where.FOUND if proposed else Where.OFF
-    return Row(serial, sampled, DEPTH, proposed or [], False, where)
+def row(
+    serial: int, sampled: list[int], proposed: list[int] | None = None, length: int = -1
+) -> Row:
+    """An outcome; without a length, one that follows the last one."""
+    found = proposed or []
+    where = Where.FOUND if found else Where.OFF
+    return Row(serial, sampled, length, DEPTH, found, DEPTH - len(found), False, where)
 
 
 @pytest.fixture
@@ -140,6 +153,19 @@ def test_outcomes_are_told_with_what_is_proposed(following: Following) -> None:
     assert following.stats.tokens_drafted == 2
     assert following.stats.tokens_accepted == 1
     assert (following.stats.hits, following.stats.misses_no_branch) == (1, 1)
+
+
+def test_a_proposal_that_the_scheduler_has_cut_is_told(following: Following) -> None:
+    handle = following.begin(7, 2, [1, 5, 6]).handle
+    following.begin(8, 1, [1, 5, 6])
+    following.verify(row(7, [8], [9, 4]), row(8, [8], [9]))
+    following.follower.trimmed([(7, 1), (8, 2), (5, 0)])
+    (trimmed,) = following.draft.hears(0.1)
+    assert isinstance(trimmed, Trimmed)
+    assert unpack_list(trimmed.handles) == [handle]
+    assert unpack_list(trimmed.verified_counts) == [1]
+    following.verify(row(7, [9, 3]))
+    assert following.stats.tokens_drafted == following.stats.tokens_accepted == 1
 
 
 def test_a_prompt_that_is_being_computed_has_no_outcome(following: Following) -> None:
@@ -199,12 +225,62 @@ def test_without_a_draft_the_texts_are_still_followed(following: Following) -> N
     following.draft.dies()
     following.client.poll(1.0)
     assert not following.client.up
-    following.follower.verified([row(7, [8])])
+    following.follower.verified([row(7, [8], length=4)])
     assert following.stats.misses_draft_down == 1
+    assert following.stats.tokens_filled == DEPTH
 
 
-def test_a_request_that_is_not_plain_text_is_left_alone(following: Following) -> None:
+def test_a_request_that_is_not_plain_text_is_left_alone_and_counted(following: Following) -> None:
     new = request([1, 5, 6])
     new.lora_request = object()
     following.follower.scheduled([], [Begun(7, 2, new)])
     assert following.verify(row(7, [8])) == []
+    assert following.verify(row(7, [])) == []
+    assert following.stats.misses_cannot_draft == 1
+    assert following.stats.tokens_filled == DEPTH
+    assert following.stats.look_ups == 0
+    following.follower.scheduled([7], [])
+    following.verify(row(7, [8]))
+    assert following.stats.misses_cannot_draft == 1
+
+
+def test_a_text_that_is_too_long_for_the_draft_is_counted(following: Following) -> None:
+    following.begin(7, 2, [1] * (MAX_LENGTH - 2), tokens=20)
+    following.verify(row(7, [8]))
+    assert following.stats.misses_cannot_draft == 0
+    following.verify(row(7, [8]))
+    assert following.stats.misses_cannot_draft == 1
+    assert following.stats.look_ups == 0
+
+
+def test_what_only_fills_up_is_counted(following: Following) -> None:
+    following.begin(7, 2, [1, 5, 6])
+    following.verify(row(7, [8], [9]))
+    assert following.stats.tokens_filled == DEPTH - 1
+
+
+@pytest.mark.parametrize("up", [True, False], ids=["up", "down"])
+def test_after_a_lost_outcome_a_request_is_not_followed_any_more(
+    following: Following, up: bool
+) -> None:
+    handle = following.begin(7, 2, [1, 5, 6]).handle
+    following.begin(8, 1, [1, 5, 6])
+    following.plant(handle, 3, [8, 9, 4])
+    if not up:
+        following.draft.dies()
+        following.client.poll(1.0)
+    # An outcome with two tokens never came.
+    following.follower.verified([row(7, [11], length=6), row(8, [9], length=4)])
+    assert following.stats.texts_lost == 1
+    assert following.found(2, [1, 5, 6, 8]) == []
+    if up:
+        finished, verified = following.draft.hears(0.1)
+        assert isinstance(finished, Finished)
+        assert isinstance(verified, Verified)
+        assert unpack_list(finished.handles) == [handle]
+        assert len(unpack_list(verified.handles)) == 1
+        following.client.resync("a test")
+    following.follower.verified([row(7, [12], length=7)])
+    if up:
+        assert following.draft.hears(0.1) == []
+    assert following.stats.texts_lost == following.stats.misses_cannot_draft == 1

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
 import torch
 
 from vllm_ssd.core.arrays import Int32Array
 from vllm_ssd.core.tree import Where
 from vllm_ssd.target.v2.device_trees import DeviceTrees
 from vllm_ssd.target.v2.look_up import WHERE, Found
-from vllm_ssd.target.v2.outcomes import OutcomeReadback, Row, pack_outcome, unpack_outcome
+from vllm_ssd.target.v2.outcomes import (
+    OutcomeReadback,
+    Row,
+    _UnderWay,
+    pack_outcome,
+    unpack_outcome,
+)
 
 FOUND, OFF, UNKNOWN = (WHERE.index(where) for where in (Where.FOUND, Where.OFF, Where.UNKNOWN))
 
@@ -40,18 +50,44 @@ def packed() -> torch.Tensor:
 
 
 def test_an_outcome_arrives_as_it_was() -> None:
-    assert packed().shape == (3, 5 + 3 + 2)
+    assert packed().shape == (3, 6 + 3 + 2)
     assert unpack_outcome([11, 12, 13], packed().numpy()) == [
-        Row(11, [4, 5], verified=2, proposed=[6], ended=True, where=Where.FOUND),
-        Row(12, [], verified=0, proposed=[], ended=False, where=Where.UNKNOWN),
-        Row(13, [2], verified=0, proposed=[], ended=False, where=Where.OFF),
+        Row(11, [4, 5], 5, verified=2, proposed=[6], filled=1, ended=True, where=Where.FOUND),
+        Row(12, [], 3, verified=0, proposed=[], filled=2, ended=False, where=Where.UNKNOWN),
+        Row(13, [2], 8, verified=0, proposed=[], filled=2, ended=False, where=Where.OFF),
     ]
+
+
+def fail(error: Exception) -> None:
+    raise error
 
 
 def test_on_a_cpu_it_is_delivered_at_once() -> None:
     delivered: list[tuple[list[int], Int32Array]] = []
-    readback = OutcomeReadback(torch.device("cpu"), lambda *outcome: delivered.append(outcome))
+    readback = OutcomeReadback(
+        torch.device("cpu"), lambda *outcome: delivered.append(outcome), fail
+    )
     readback.start([11, 12, 13], packed())
     ((serials, table),) = delivered
     assert unpack_outcome(serials, table)[0].sampled == [4, 5]
     readback.close()
+
+
+def test_an_outcome_that_cannot_be_delivered_is_reported_and_the_next_one_comes() -> None:
+    delivered: list[list[int]] = []
+    failed: list[Exception] = []
+
+    def deliver(serials: list[int], table: Int32Array) -> None:
+        if serials == [2]:
+            raise OSError(9, "Bad file descriptor")
+        delivered.append(serials)
+
+    readback = OutcomeReadback(torch.device("cpu"), deliver, failed.append)
+    arrived: Any = SimpleNamespace(synchronize=lambda: None)
+    for serial in (1, 2, 3):
+        readback._under_way.put(_UnderWay([serial], packed(), packed(), arrived))
+        readback._under_way.put(partial(delivered.append, [-serial]))
+    readback._under_way.put(None)
+    readback._deliver_each()  # in a thread, where there is a GPU
+    assert delivered == [[1], [-1], [-2], [3], [-3]]
+    assert [type(error) for error in failed] == [OSError]

@@ -42,8 +42,10 @@ def test_new_requests_are_told_with_their_slots(slots: Slots, told: list[Any]) -
 
 def test_who_takes_a_slot_has_another_serial(slots: Slots, told: list[Any]) -> None:
     slots.fill(new("a"), {"a": 2})
+    assert slots.serial("a") == 0
     slots.free(["a", "never seen"])
     assert serials(slots, 2) == [NOBODY]
+    assert slots.serial("a") == NOBODY
     slots.fill(new("b"), {"b": 2})
     assert told[-1][0] == [0]
     assert serials(slots, 2) == [1]

@@ -29,6 +29,8 @@ class Stats:
     """The request had just been announced to the draft again."""
     misses_draft_down: int = 0
     """There was no draft process."""
+    misses_cannot_draft: int = 0
+    """Of requests that the draft cannot follow, on the V2 runner; not counted in ``look_ups``."""
     tokens_drafted: int = 0
     """Drafted tokens that were verified."""
     tokens_accepted: int = 0
@@ -38,6 +40,10 @@ class Stats:
     """Verifications that rejected a drafted token."""
     depth_at_hit: int = 0
     """Sum over the hits of the tokens found below the outcome."""
+    tokens_filled: int = 0
+    """Tokens that only filled proposals up to K, as the V2 runner needs them."""
+    texts_lost: int = 0
+    """Requests not followed any more, on the V2 runner: an error has cost a piece of their text."""
     batches_with_probabilities: int = 0
     """Proposals of a batch in which tokens were sampled, verified by their probabilities."""
     tokens_with_probabilities: int = 0

@@ -50,11 +50,15 @@ class Notices:
             messages.insert(0, Finished(pack(handles)))
             for handle in handles:
                 client.published.drop(handle)
-        messages += self._trimmed(step.verified)
+        messages += self.trimmed(step.verified)
         return messages
 
-    def _trimmed(self, verified: Iterable[tuple[str, int]]) -> list[ToDraft]:
-        """The requests whose proposals the scheduler cut (token budget, grammar, length)."""
+    def trimmed(self, verified: Iterable[tuple[str, int]]) -> list[ToDraft]:
+        """The message of proposals that the scheduler cut (token budget, grammar, length).
+
+        Args:
+            verified: requests, and how many of the tokens proposed for each are verified.
+        """
         handles, counts = [], []
         for req_id, tokens in verified:
             request = self._requests.get(req_id)

@@ -10,9 +10,10 @@ import logging
 import os
 import select
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from typing import TypeVar
 
@@ -26,7 +27,10 @@ Result = TypeVar("Result")
 LOOK_SECONDS = 0.25
 """A draft that is up is looked after so often at least."""
 LOOK_FOR_SECONDS = 0.02
-"""The same for one that is on its way up, or lost."""
+"""The same for one that is on its way up, or lost; also the pause after an error, so that one that
+comes again at once takes no core."""
+DEAD_AFTER_SECONDS = 1.0
+"""Who waits for an answer looks so often whether the thread lives."""
 
 
 class DraftThread:
@@ -38,12 +42,20 @@ class DraftThread:
         client: the draft's.
         stats: counts errors.
         strict: keep the first error, for :meth:`check`.
+        after_each: called at the end of each turn, every 0.25 s at least.
     """
 
-    def __init__(self, client: DraftClient, stats: Stats, strict: bool) -> None:
+    def __init__(
+        self,
+        client: DraftClient,
+        stats: Stats,
+        strict: bool,
+        after_each: Callable[[], object] = lambda: None,
+    ) -> None:
         self._client = client
         self._stats = stats
         self._strict = strict
+        self._after_each = after_each
         self._calls: deque[Callable[[], object]] = deque()
         self._wake_end, self._woken_end = os.pipe()[::-1]
         os.set_blocking(self._wake_end, False)
@@ -81,7 +93,15 @@ class DraftThread:
                 future.set_exception(error)
 
         self.post(answer)
+        while not wait([future], DEAD_AFTER_SECONDS).done:
+            if not self._thread.is_alive() and not future.done():
+                raise RuntimeError("ssd: the draft's thread has ended")
         return future.result()
+
+    def report(self, error: Exception) -> None:
+        """Take an error of the plugin in another thread as one of this thread's. Never waits."""
+        self._keep(error)
+        self.post(lambda: self._degrade(error))
 
     def check(self) -> None:
         """Raise the first error of the thread, if errors are to be raised (option ``strict``)."""
@@ -90,26 +110,35 @@ class DraftThread:
 
     def close(self) -> None:
         """End the draft, then the thread."""
-        if self._ending:
-            return
-        self._calls.append(self._client.close)
-        self._ending = True
-        self._wake()
+        if not self._ending:
+            self._ending = True
+            self._wake()
         if threading.current_thread() is not self._thread:  # a finalizer runs anywhere
             self._thread.join()
 
     def _run(self) -> None:
-        while not (self._ending and not self._calls):
-            self._sleep()
-            try:
-                while self._calls:
-                    self._calls.popleft()()
-                self._client.poll()
-                self._client.maintain()
-            except Exception as error:  # no error of the plugin may stop the engine
-                self._degrade(error)
-        os.close(self._wake_end)
-        os.close(self._woken_end)
+        try:
+            while not (self._ending and not self._calls):
+                self._take_turn()
+        finally:
+            self._ending = True
+            self._client.close()
+            os.close(self._wake_end)
+            os.close(self._woken_end)
+
+    def _take_turn(self) -> None:
+        """Do what there is to do, then sleep until there is more."""
+        try:
+            while self._calls:
+                self._calls.popleft()()
+            self._client.poll()
+            self._client.maintain()
+            self._after_each()
+            if not self._ending:
+                self._sleep()
+        except Exception as error:  # no error of the plugin may stop the engine
+            self._degrade(error)
+            time.sleep(LOOK_FOR_SECONDS)
 
     def _sleep(self) -> None:
         """Wait for a call, or for something from the draft."""
@@ -124,12 +153,22 @@ class DraftThread:
             os.read(self._woken_end, 1 << 16)
 
     def _degrade(self, error: Exception) -> None:
-        """Go on without drafts after an error of ours; one log line, not one a step."""
+        """Go on after an error of ours, in a new epoch."""
+        self._count(error)
+        if self._client.up:
+            try:
+                self._client.resync("an error in the plugin", logged=True)
+            except Exception as another:
+                self._count(another)
+
+    def _count(self, error: Exception) -> None:
+        """Count an error; one log line, not one a step."""
         self._stats.errors += 1
-        if self._strict and self._error is None:
-            self._error = error
+        self._keep(error)
         if not self._complained:
             self._complained = True
-            logger.error("ssd: error in the plugin; decoding goes on plainly", exc_info=error)
-        if self._client.up:
-            self._client.resync("an error in the plugin", logged=True)
+            logger.error("ssd: error in the plugin; decoding goes on without it", exc_info=error)
+
+    def _keep(self, error: Exception) -> None:
+        if self._strict and self._error is None:
+            self._error = error

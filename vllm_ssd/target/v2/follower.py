@@ -6,6 +6,7 @@ device; the draft is told what that was.
 
 from __future__ import annotations
 
+import logging
 import time
 from array import array
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from vllm_ssd.target.v2.slots import Begun
 from vllm_ssd.target.v2.writer import TreeWriter
 from vllm_ssd.wire.messages import Finished, ToDraft
 from vllm_ssd.wire.packing import pack
+
+logger = logging.getLogger("vllm.vllm_ssd")
 
 
 @dataclass(slots=True)
@@ -65,6 +68,8 @@ class Follower:
         self._stats = stats
         self._notices = Notices(client, requests)
         self._running: dict[int, _Running] = {}
+        self._left_alone: set[int] = set()
+        """Requests in slots that the draft cannot follow."""
         self._verified_at: float | None = None
         self._announced = 0
         """Tokens of text announced with this step."""
@@ -75,6 +80,7 @@ class Follower:
         messages = self._forget(gone)
         for serial, slot, new in begun:
             if not can_draft(new):
+                self._leave_alone(serial)
                 continue
             params, text = new.sampling_params, array("i", new.prefill_token_ids)
             longest = new.prompt_len + (params.max_tokens or self._requests.max_length)
@@ -87,12 +93,12 @@ class Follower:
 
     def verified(self, rows: list[Row]) -> None:
         """A step has ended: its outcome, and what is proposed next."""
-        going_on = self._confirm(rows)
+        going_on, lost = self._confirm(rows)
+        messages = self._give_up(lost)
         if not self._client.up:
             self._stats.missed("draft_down", len(going_on))
             return
         self._announced = 0
-        messages: list[ToDraft] = []
         look_ups = []
         for row, running in going_on:
             request = self._requests.get(str(row.serial))
@@ -106,20 +112,61 @@ class Follower:
             messages.append(self._notices.verified(look_ups, verify_us))
         self._client.send(messages)
 
-    def _confirm(self, rows: list[Row]) -> list[tuple[Row, _Running]]:
-        """The texts go on with what was sampled; those that have not ended with it."""
-        going_on = []
+    def trimmed(self, cut: list[tuple[int, int]]) -> None:
+        """The scheduler has cut what was proposed last.
+
+        Args:
+            cut: serials, and how many tokens of each proposal are verified, filling included.
+        """
+        verified = ((str(serial), tokens) for serial, tokens in cut)
+        self._client.send(self._notices.trimmed(verified))
+
+    def _confirm(self, rows: list[Row]) -> tuple[list[tuple[Row, _Running]], list[int]]:
+        """The texts go on with what was sampled.
+
+        Returns:
+            Those that have not ended with it; the serials of those of which a piece is missing.
+        """
+        going_on, lost = [], []
         for row in rows:
+            if not row.sampled:
+                continue
             running = self._running.get(row.serial)
-            if running is None or running.ended or not row.sampled:
+            if running is None:
+                if row.serial in self._left_alone:
+                    self._count_left_alone(row)
+                continue
+            if running.ended:
+                continue
+            if len(running.text) + len(row.sampled) != row.length:
+                lost.append(row.serial)
                 continue
             running.confirm(row.sampled)
             request = self._requests.get(str(row.serial))
             if request is not None and request.verifying:
                 self._count_verification(min(request.verifying, row.verified), len(row.sampled) - 1)
             if not running.ended:
+                self._stats.tokens_filled += row.filled
                 going_on.append((row, running))
-        return going_on
+        return going_on, lost
+
+    def _give_up(self, lost: list[int]) -> list[ToDraft]:
+        """An error has cost an outcome of these requests: their texts are not known any more."""
+        if lost and not self._stats.texts_lost:
+            logger.warning("ssd: an outcome was lost; its requests are not drafted for any more")
+        self._stats.texts_lost += len(lost)
+        messages = self._forget(lost)
+        self._left_alone.update(lost)
+        return messages
+
+    def _leave_alone(self, serial: int) -> None:
+        """The draft cannot follow this request."""
+        if not self._left_alone and not self._stats.misses_cannot_draft:
+            logger.info(
+                "ssd: no drafts for requests with LoRA, multimodal inputs or prompt embeddings; "
+                "counted as misses_cannot_draft"
+            )
+        self._left_alone.add(serial)
 
     def _look_up(self, row: Row, running: _Running, request: Tracked) -> LookUp:
         """What the device has found for a request, as V1 would have found it."""
@@ -129,6 +176,8 @@ class Follower:
         request.look_ups += 1
         if request.limit > length:
             self._count_look_up(row, request)
+        elif request.limit < length:  # longer than the draft can follow
+            self._stats.misses_cannot_draft += 1
         return LookUp(-1, request, confirmed, length, wanted=len(row.proposed))
 
     def _announce(self, serial: int, running: _Running) -> list[ToDraft]:
@@ -146,6 +195,7 @@ class Follower:
         handles = []
         for serial in serials:
             self._running.pop(serial, None)
+            self._left_alone.discard(serial)
             request = self._requests.forget(str(serial))
             if request is not None:
                 self._writer.drop(request.handle)
@@ -170,6 +220,10 @@ class Follower:
         self._stats.rejections += right < drafted
         self._stats.tokens_drafted += drafted
         self._stats.tokens_accepted += right
+
+    def _count_left_alone(self, row: Row) -> None:
+        self._stats.misses_cannot_draft += 1
+        self._stats.tokens_filled += row.filled
 
     def _count_look_up(self, row: Row, request: Tracked) -> None:
         stats = self._stats

@@ -27,17 +27,21 @@ class Row(NamedTuple):
     """The request (:class:`vllm_ssd.target.v2.slots.Slots`)."""
     sampled: list[int]
     """The accepted tokens and the one after them; empty while a prompt is being computed."""
+    length: int
+    """Of its whole text, these tokens included; tells whether an earlier outcome was lost."""
     verified: int
     """How many drafts were verified, which the scheduler decides."""
     proposed: list[int]
     """The drafted tokens that are proposed next, without those that fill the proposal up."""
+    filled: int
+    """How many fill it up."""
     ended: bool
     """Nothing follows them: the draft knows that the text ends."""
     where: Where
     """Where the walk ended that has found them."""
 
 
-_COUNTS = 5
+_COUNTS = 6
 """Columns of a packed outcome before its tokens."""
 
 
@@ -62,13 +66,13 @@ def pack_outcome(
         num_rejected: ``[B]`` int32, how many drafts were verified and not accepted.
 
     Returns:
-        ``[B, 5 + (K + 1) + K]`` int32.
+        ``[B, 6 + (K + 1) + K]`` int32.
     """
-    columns = trees.counting[: trees.depth + 1]
-    positions = (lengths[slots] - num_sampled)[:, None] + columns
+    columns, length = trees.counting[: trees.depth + 1], lengths[slots]
+    positions = (length - num_sampled)[:, None] + columns
     positions = positions.clamp(0, texts.shape[1] - 1)
     sampled = texts[slots[:, None], positions]
-    counts = [num_sampled, num_rejected, found.drafted, found.ended, found.where]
+    counts = [num_sampled, num_rejected, length, found.drafted, found.ended, found.where]
     return torch.cat([torch.stack(counts, dim=1), sampled, found.drafts.int()], dim=1)
 
 
@@ -80,14 +84,17 @@ def unpack_outcome(serials: list[int], packed: Int32Array) -> list[Row]:
         packed: as returned above.
     """
     after = _COUNTS + (packed.shape[1] - _COUNTS + 1) // 2
+    depth = packed.shape[1] - after
     return [
         Row(
             serial,
             sampled=row[_COUNTS : _COUNTS + row[0]],
+            length=row[2],
             verified=max(0, row[0] - 1 + row[1]),
-            proposed=row[after : after + row[2]],
-            ended=bool(row[3]),
-            where=WHERE[row[4]],
+            proposed=row[after : after + row[3]],
+            filled=depth - row[3],
+            ended=bool(row[4]),
+            where=WHERE[row[5]],
         )
         for serial, row in zip(serials, packed.tolist(), strict=True)
     ]
@@ -100,14 +107,20 @@ class OutcomeReadback:
         device: where they are.
         deliver: takes the serials and the packed outcome of each step once it is there; on a GPU it
             is called by a thread of its own.
+        failed: takes that thread's errors, each of which costs one outcome.
     """
 
     def __init__(
-        self, device: torch.device, deliver: Callable[[list[int], Int32Array], object]
+        self,
+        device: torch.device,
+        deliver: Callable[[list[int], Int32Array], object],
+        failed: Callable[[Exception], object],
     ) -> None:
         self._deliver = deliver
+        self._failed = failed
         self._stream: torch.cuda.Stream | None = None
-        self._under_way: queue.SimpleQueue[_UnderWay | None] = queue.SimpleQueue()
+        self._under_way: queue.SimpleQueue[_UnderWay | Callable[[], object] | None]
+        self._under_way = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         if device.type != "cpu":
             self._stream = torch.cuda.Stream(device)
@@ -134,6 +147,13 @@ class OutcomeReadback:
             arrived.record(self._stream)
         self._under_way.put(_UnderWay(serials, packed, host, arrived))
 
+    def then(self, call: Callable[[], object]) -> None:
+        """Have something called once all that was taken is delivered. Never waits."""
+        if self._thread is None:
+            call()
+        else:
+            self._under_way.put(call)
+
     def close(self) -> None:
         """Deliver what is under way, and end the thread."""
         if self._thread is not None:
@@ -142,9 +162,15 @@ class OutcomeReadback:
                 self._thread.join()
 
     def _deliver_each(self) -> None:
-        while (outcome := self._under_way.get()) is not None:
-            outcome.arrived.synchronize()
-            self._deliver(outcome.serials, outcome.host.numpy())
+        while (each := self._under_way.get()) is not None:
+            try:
+                if isinstance(each, _UnderWay):
+                    each.arrived.synchronize()
+                    self._deliver(each.serials, each.host.numpy())
+                else:
+                    each()
+            except Exception as error:  # no error of the plugin may stop the engine
+                self._failed(error)
 
 
 class _UnderWay(NamedTuple):

@@ -75,11 +75,19 @@ class Proposals:
         return Proposed(captured.results.drafts[:count], captured.results.outcome[:count].clone())
 
     def capture(self) -> None:
-        """Capture the graphs, on a GPU."""
+        """Capture the graphs, on a GPU.
+
+        Raises:
+            Exception: as torch and CUDA do; there are no graphs then, and none is needed.
+        """
+        self.forget_graphs()
         most, device = self._req_states.max_num_reqs, self._req_states.device
         if device.type != "cuda":
             return
-        for size in sorted({_size(count) for count in range(1, most + 1)}):
+        # The largest comes first: in a pool that they share, the others find room in what it took.
+        # They run one after the other, and what one returns is read before the next one runs.
+        graphs, pool = {}, torch.cuda.graph_pool_handle()
+        for size in sorted({_size(count) for count in range(1, most + 1)}, reverse=True):
             inputs = _Inputs(
                 torch.zeros(size, dtype=torch.int64, device=device),
                 torch.zeros(size, dtype=torch.int32, device=device),
@@ -88,9 +96,14 @@ class Proposals:
             self._compute(inputs)  # what is set up at the first use must not be captured
             torch.cuda.synchronize(device)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, pool=pool):
                 results = self._compute(inputs)
-            self._graphs[size] = _Graph(inputs, graph, results)
+            graphs[size] = _Graph(inputs, graph, results)
+        self._graphs = graphs
+
+    def forget_graphs(self) -> None:
+        """Free the graphs; without one, operations are enqueued one by one."""
+        self._graphs = {}
 
     def _compute(self, inputs: _Inputs) -> Proposed:
         states = self._req_states

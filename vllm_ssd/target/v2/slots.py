@@ -63,6 +63,11 @@ class Slots:
         if gone or begun:
             self._tell(gone, begun)
 
+    def serial(self, req_id: str) -> int:
+        """A request's, by vLLM's id; :data:`NOBODY` if it has no slot."""
+        slot = self._slots.get(req_id)
+        return NOBODY if slot is None else self._of_slot[slot]
+
     def serials(self, slots: Any) -> list[int]:
         """Who is in these slots; :data:`NOBODY` where none is.
 

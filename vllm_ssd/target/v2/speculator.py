@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
     from vllm.v1.worker.gpu.input_batch import InputBatch
 
+
 logger = logging.getLogger("vllm.vllm_ssd")
 
 
@@ -29,6 +31,9 @@ class Drafts(NamedTuple):
     slots: Slots
     readback: OutcomeReadback
     thread: DraftThread
+    trimmed: Callable[[list[tuple[int, int]]], object]
+    """Takes proposals that the scheduler cut (:meth:`.follower.Follower.trimmed`), after the
+    outcomes they came with."""
 
 
 class SSDSpeculator(BaseSpeculator):
@@ -42,7 +47,6 @@ class SSDSpeculator(BaseSpeculator):
         stats: counters to keep.
         drafts: the draft; ``None`` on other tensor-parallel ranks than the first.
         group: the tensor-parallel ranks, if there are several: all take the first one's drafts.
-        strict: raise errors of the plugin.
     """
 
     supports_mm_inputs = False
@@ -56,24 +60,31 @@ class SSDSpeculator(BaseSpeculator):
         stats: Stats,
         drafts: Drafts | None,
         group: Any = None,
-        strict: bool = False,
     ) -> None:
+        self.serving = False
+        """Until vLLM has warmed up, the requests are its own: nobody is told of them."""
         self._req_states = req_states
         self._stats = stats
         self._drafts = drafts
         self._group = group
-        self._strict = strict
-        self._complained = False
         self._depth = depth
 
     def init_cudagraph_manager(self, cudagraph_mode: Any) -> None:
-        """Nothing of vLLM's is captured: the draft model is elsewhere."""
+        """Graphs will be captured: those of vLLM's memory profile go. None is a draft model's."""
+        if self._drafts is not None:
+            self._drafts.proposals.forget_graphs()
 
     def capture(self) -> None:
-        """Capture the look-up."""
-        if self._drafts is not None:
+        """Capture the look-up, which works without a graph as well."""
+        draft = self._drafts
+        if draft is None:
+            return
+        try:
             with torch.inference_mode():
-                self._drafts.proposals.capture()
+                draft.proposals.capture()
+        except Exception as error:  # no error of the plugin may stop the engine
+            logger.warning("ssd: no CUDA graphs of the look-up: %s", error)
+            draft.thread.report(error)
 
     @torch.inference_mode()
     def propose(
@@ -105,18 +116,21 @@ class SSDSpeculator(BaseSpeculator):
         began = time.perf_counter()
         if dummy_run:  # its slots mean nothing
             return self._zeros(input_batch)
-        drafts: torch.Tensor | None = None
-        if self._drafts is not None:
+        draft, drafts = self._drafts, None
+        if draft is not None:
             try:
-                drafts = self._propose(self._drafts, input_batch, num_sampled, num_rejected)
+                drafts = self._propose(draft, input_batch, num_sampled, num_rejected)
             except Exception as error:  # no error of the plugin may stop the engine
-                self._degrade(error)
+                draft.thread.report(error)
         if drafts is None:
             drafts = self._zeros(input_batch)
         if self._group is not None:
             drafts = self._group.broadcast(drafts.contiguous(), src=0)
-        self._stats.proposals += 1
-        self._stats.propose_seconds += time.perf_counter() - began
+        if draft is not None:
+            draft.thread.check()  # after the broadcast, for which the other ranks wait
+        if self.serving:
+            self._stats.proposals += 1
+            self._stats.propose_seconds += time.perf_counter() - began
         return drafts
 
     def _propose(
@@ -126,12 +140,13 @@ class SSDSpeculator(BaseSpeculator):
         num_sampled: torch.Tensor,
         num_rejected: torch.Tensor,
     ) -> torch.Tensor:
-        draft.thread.check()
         count = batch.num_reqs
         proposed = draft.proposals.compute(
             batch.idx_mapping[:count], num_sampled[:count], num_rejected[:count]
         )
-        draft.readback.start(draft.slots.serials(batch.idx_mapping_np[:count]), proposed.outcome)
+        if self.serving:
+            serials = draft.slots.serials(batch.idx_mapping_np[:count])
+            draft.readback.start(serials, proposed.outcome)
         return proposed.drafts
 
     def _zeros(self, batch: InputBatch) -> torch.Tensor:
@@ -142,31 +157,37 @@ class SSDSpeculator(BaseSpeculator):
     def scheduled(self, step: SchedulerOutput, slots: dict[str, int]) -> None:
         """A step begins; its finished requests have left their slots, its new ones have some.
 
+        Errors are raised by :meth:`propose`, if at all: the other ranks wait for this one.
+
         Args:
             step: vLLM's.
             slots: the runner's, by request id.
         """
-        if self._drafts is None:
+        draft = self._drafts
+        if draft is None or not self.serving:
             return
         began = time.perf_counter()
         gone = step.finished_req_ids | (step.preempted_req_ids or set())
         new: list[NewRequestData] = step.scheduled_new_reqs
         try:
-            self._drafts.slots.free(gone)
-            self._drafts.slots.fill(new, slots)
+            draft.slots.free(gone)
+            draft.slots.fill(new, slots)
+            self._tell_of_cuts(draft, step)
         except Exception as error:  # as above
-            self._degrade(error)
+            draft.thread.report(error)
         self._stats.notices += 1
         self._stats.notice_seconds += time.perf_counter() - began
 
-    def _degrade(self, error: Exception) -> None:
-        """Go on without drafts after an error of ours; one log line, not one a step."""
-        if self._strict:
-            raise error
-        self._stats.errors += 1
-        if not self._complained:
-            self._complained = True
-            logger.exception("ssd: error in the plugin; decoding goes on plainly")
+    def _tell_of_cuts(self, draft: Drafts, step: SchedulerOutput) -> None:
+        """Requests of this step of which less than what was proposed is verified.
+
+        What a grammar cuts is known by now without asynchronous scheduling only.
+        """
+        drafts = step.scheduled_spec_decode_tokens
+        counts = [(req_id, len(drafts.get(req_id, ()))) for req_id in step.num_scheduled_tokens]
+        cut = [(draft.slots.serial(each), count) for each, count in counts if count < self._depth]
+        if cut:
+            draft.readback.then(lambda: draft.trimmed(cut))
 
 
 class Announcing:
@@ -182,7 +203,7 @@ class Announcing:
             self.speculator.scheduled(scheduler_output, self.req_states.req_id_to_index)
 
 
-def take_over(runner: Any, speculator: SSDSpeculator) -> None:
-    """Put ours in the place of the speculator that vLLM's runner has built, before it is used."""
-    runner.speculator = speculator
-    runner.__class__ = type("SSDModelRunner", (Announcing, type(runner)), {})
+def take_over(their: Any, speculator: SSDSpeculator) -> None:
+    """Put ours in the place of the speculator that their runner has built, before it is used."""
+    their.speculator = speculator
+    their.__class__ = type("SSDModelRunner", (Announcing, type(their)), {})

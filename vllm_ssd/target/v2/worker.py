@@ -13,7 +13,7 @@ from vllm_ssd import compat
 from vllm_ssd.core.stats import Stats
 from vllm_ssd.preflight import Checked, check_engine, engine_options
 from vllm_ssd.target.cores import take_cores
-from vllm_ssd.target.counters import all_counters
+from vllm_ssd.target.counters import Snapshots, all_counters
 from vllm_ssd.target.draft_life import DraftLife
 from vllm_ssd.target.requests import RequestTable
 from vllm_ssd.target.v2.device_trees import DeviceTrees
@@ -58,6 +58,7 @@ class SSDWorker(PlatformWorker):
         self._draft: DraftLife | None = None
         self._thread: DraftThread | None = None
         self._readback: OutcomeReadback | None = None
+        self._snapshots: Snapshots | None = None
         self._unbind: weakref.finalize[..., SSDWorker] | None = None
 
     def init_device(self) -> None:
@@ -70,15 +71,14 @@ class SSDWorker(PlatformWorker):
         super().init_device()
         compat.check_v2_worker(self)
         several = self.parallel_config.tensor_parallel_size > 1
-        speculator = SSDSpeculator(
+        self._speculator = SSDSpeculator(
             self._config.num_speculative_tokens,
             self.model_runner.req_states,
             self._stats,
             None if self._checked is None else self._start_draft(self._checked, cores),
             get_tp_group() if several else None,
-            self._config.strict,
         )
-        take_over(self.model_runner, speculator)
+        take_over(self.model_runner, self._speculator)
 
     def _start_draft(self, checked: Checked, cores: list[int]) -> Drafts:
         """The draft, the thread that has it, and what connects both to the device."""
@@ -93,22 +93,30 @@ class SSDWorker(PlatformWorker):
         writer = TreeWriter(trees)
         self._draft = DraftLife(checked, self.vllm_config, stats, requests, cores, writer)
         client = self._draft.client
-        thread = self._thread = DraftThread(client, stats, self._config.strict)
-        # Also when the engine is dropped without a shutdown.
-        weakref.finalize(self, thread.close)
+        snapshots = self._snapshots = Snapshots(stats, lambda: all_counters(stats, client))
+        thread = self._thread = DraftThread(
+            client, stats, self._config.strict, lambda: snapshots.step_done(last=False)
+        )
         follower = Follower(client, writer, requests, stats)
 
         def deliver(serials: list[int], packed: Int32Array) -> None:
             thread.post(lambda: follower.verified(unpack_outcome(serials, packed)))
 
-        readback = self._readback = OutcomeReadback(states.device, deliver)
-        # Called before the one above: it posts to that thread.
+        readback = self._readback = OutcomeReadback(states.device, deliver, thread.report)
+        # Also when the engine is dropped without a shutdown; the last one is called first.
+        weakref.finalize(self, thread.close)
         weakref.finalize(self, readback.close)
         slots = Slots(
             states.max_num_reqs,
             lambda gone, begun: thread.post(lambda: follower.scheduled(gone, begun)),
         )
-        return Drafts(Proposals(trees, states), slots, readback, thread)
+        return Drafts(
+            Proposals(trees, states),
+            slots,
+            readback,
+            thread,
+            lambda cut: thread.post(lambda: follower.trimmed(cut)),
+        )
 
     def determine_available_memory(self) -> int:
         """The target's KV budget, less the draft's share where both use one device."""
@@ -130,6 +138,7 @@ class SSDWorker(PlatformWorker):
         result = super().compile_or_warm_up_model()
         if self._draft is not None and self._thread is not None:
             self._thread.ask(self._draft.target_is_ready)
+        self._speculator.serving = True
         return result
 
     def sleep(self, level: int = 1) -> None:
@@ -167,6 +176,8 @@ class SSDWorker(PlatformWorker):
             self._readback.close()
         if self._thread is not None:
             self._thread.close()
+        if self._snapshots is not None:
+            self._snapshots.close()
         if self._unbind is not None:
             self._unbind()
         super().shutdown()
