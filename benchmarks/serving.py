@@ -1,6 +1,6 @@
 """``vllm bench serve`` against ``vllm-ssd serve``: SSD beside plain vLLM.
 
-Plain vLLM has all cores, or those that SSD leaves its target. The prompts are held-out ones, as
+Plain vLLM has the cores it chooses itself, or those that SSD leaves its target. The prompts are held-out ones, as
 chat, so many requests at once as ``--concurrency`` says. Servers take turns; each is started once a
 round and asked at all concurrencies. Times are those of vLLM's client, which runs on the same cores
 as the server.
@@ -168,7 +168,7 @@ def main() -> None:
     servers = {
         "SSD": (ssd(str(demo_models().draft), its), None),
         "plain, the target's cores": (None, target_cores(its)),
-        "plain, all cores": (None, None),
+        "plain, vLLM's choice of cores": (None, None),
     }
     console = wide_console()
     results: Results = {}
