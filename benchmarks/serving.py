@@ -1,9 +1,9 @@
 """``vllm bench serve`` against ``vllm-ssd serve``: SSD beside plain vLLM.
 
-Plain vLLM has the cores it chooses itself, or those that SSD leaves its target. The prompts are held-out ones, as
-chat, so many requests at once as ``--concurrency`` says. Servers take turns; each is started once a
-round and asked at all concurrencies. Times are those of vLLM's client, which runs on the same cores
-as the server.
+Plain vLLM has the cores it chooses itself, or those that SSD leaves its target. The prompts are
+held-out ones, as chat, so many requests at once as ``--concurrency`` says. Servers take turns; each
+is started once a round and asked at all concurrencies. Times are those of vLLM's client, which runs
+on the same cores as the server.
 
     python -m benchmarks.serving [--rounds 2] [--concurrency 1,4,16] [--prompts 24] [--compile]
 """
