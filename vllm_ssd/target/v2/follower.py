@@ -76,6 +76,8 @@ class Follower:
         self._running: dict[int, _Running] = {}
         self._left_alone: set[int] = set()
         """Requests in slots that the draft cannot follow."""
+        self._has_said = False
+        """That there are such requests."""
         self._verified_at: float | None = None
         self._announced = 0
         """Tokens of text announced with this step."""
@@ -167,7 +169,8 @@ class Follower:
 
     def _leave_alone(self, serial: int) -> None:
         """The draft cannot follow this request."""
-        if not self._left_alone and not self._stats.misses_cannot_draft:
+        if not self._has_said:
+            self._has_said = True
             logger.info(
                 "ssd: no drafts for requests with LoRA, multimodal inputs or prompt embeddings; "
                 "counted as misses_cannot_draft"
