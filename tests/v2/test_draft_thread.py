@@ -71,6 +71,19 @@ def test_it_does_what_is_posted_in_order_and_answers_after_that(running: Running
     assert done == list(range(50))
 
 
+def test_the_draft_is_heard_while_calls_pile_up(running: Running) -> None:
+    until(lambda: running.client.up)
+    before, slow = running.turns, partial(time.sleep, 0.003)
+    for _ in range(20):
+        running.thread.post(slow)
+    running.draft.says(Report({"steps": 7.0}))
+    heard: list[bool] = []
+    running.thread.post(lambda: heard.append(bool(running.client.reported.counters)))
+    running.thread.ask(lambda: None)
+    assert heard == [True]
+    assert running.turns - before >= 5
+
+
 def test_who_asks_gets_the_error(running: Running) -> None:
     with pytest.raises(KeyError, match="a mistake"):
         running.thread.ask(fail)

@@ -39,11 +39,13 @@ WORKLOADS: dict[str, list[Job]] = {
     # Prompts of several chunks (max_num_batched_tokens).
     "chunks": [Job([1, *([7, 8, 9 + index] * 50)], job(0, tokens=12).params) for index in range(2)],
 }
-SCARCE = {"num_gpu_blocks_override": 9, "max_model_len": 128}
+SCARCE: dict[str, Any] = {"num_gpu_blocks_override": 9, "max_model_len": 128}
 """Fewer KV blocks of 32 tokens than the requests fill: some are preempted."""
 
 
-def start(models: TinyModels, draft: str | None, asynchronous: bool, **more: Any) -> Engine:
+def start(
+    models: TinyModels, draft: str | None, asynchronous: bool, strict: bool = True, **more: Any
+) -> Engine:
     """An engine on V2; with SSD if there is a draft."""
     arguments: dict[str, Any] = {
         "async_scheduling": asynchronous,
@@ -58,7 +60,7 @@ def start(models: TinyModels, draft: str | None, asynchronous: bool, **more: Any
             "model": str(models.drafts()[draft]),
             "num_speculative_tokens": DEPTH,
             "branches": 8,
-            "strict": True,
+            "strict": strict,
         }
     engine = Engine(str(models.target), **arguments)
     config: Any = engine.llm.llm_engine.vllm_config
@@ -67,11 +69,11 @@ def start(models: TinyModels, draft: str | None, asynchronous: bool, **more: Any
     return engine
 
 
-def thread_of(engine: Engine) -> Any:
-    """The draft's thread, in-process."""
+def drafts_of(engine: Engine) -> Any:
+    """What connects the engine to its draft, in-process."""
     core: Any = engine.llm.llm_engine.engine_core
     runner = core.engine_core.model_executor.driver_worker.worker.model_runner
-    return runner.speculator._drafts.thread
+    return runner.speculator._drafts
 
 
 def answers(engine: Engine, jobs: Sequence[Job]) -> tuple[Answers, dict[str, float]]:
@@ -162,7 +164,7 @@ def test_an_aborted_request_disturbs_no_other(itself: Engine, expected: dict[str
 def test_without_the_draft_decoding_goes_on_and_another_is_started(
     itself: Engine, expected: dict[str, Answers]
 ) -> None:
-    thread = thread_of(itself)
+    thread = drafts_of(itself).thread
     os.kill(thread.ask(lambda: thread._client.link.pid), signal.SIGKILL)
     assert answers(itself, WORKLOADS["plain"])[0] == expected["plain"]
     deadline = time.monotonic() + 60.0
@@ -207,3 +209,28 @@ def test_requests_that_are_preempted_come_back(tiny_pair: TinyModels, asynchrono
     assert preempted > 0
     assert answered == expected
     assert grown["hits"] > 0
+
+
+@pytest.mark.slow
+def test_after_a_lost_outcome_texts_are_right_and_new_requests_are_drafted_for(
+    tiny_pair: TinyModels, asynchronous: bool, expected: dict[str, Answers]
+) -> None:
+    engine = start(tiny_pair, "itself", asynchronous, strict=False)
+    try:
+        readback = drafts_of(engine).readback
+        deliver = readback._deliver
+
+        def lose(*outcome: Any) -> None:
+            readback._deliver = deliver
+            raise OSError("an outcome is lost")
+
+        readback._deliver = lose
+        assert engine.run(WORKLOADS["plain"]) == expected["plain"]
+        before = engine.stats()
+        assert engine.run(WORKLOADS["plain"]) == expected["plain"]
+        after = engine.stats()
+    finally:
+        engine.close()
+    assert after["errors"] == after["texts_lost"] == 1
+    assert after["misses_cannot_draft"] == before["misses_cannot_draft"] > 0
+    assert after["hits"] > before["hits"]

@@ -29,6 +29,8 @@ LOOK_SECONDS = 0.25
 LOOK_FOR_SECONDS = 0.02
 """The same for one that is on its way up, or lost; also the pause after an error, so that one that
 comes again at once takes no core."""
+CALLS_SECONDS = 0.005
+"""No longer than that calls go before what the draft has sent."""
 DEAD_AFTER_SECONDS = 1.0
 """Who waits for an answer looks so often whether the thread lives."""
 
@@ -129,12 +131,13 @@ class DraftThread:
     def _take_turn(self) -> None:
         """Do what there is to do, then sleep until there is more."""
         try:
-            while self._calls:
+            until = time.monotonic() + CALLS_SECONDS
+            while self._calls and time.monotonic() < until:
                 self._calls.popleft()()
             self._client.poll()
             self._client.maintain()
             self._after_each()
-            if not self._ending:
+            if not self._ending and not self._calls:
                 self._sleep()
         except Exception as error:  # no error of the plugin may stop the engine
             self._degrade(error)
@@ -148,7 +151,7 @@ class DraftThread:
         if link is not None and link.channel is not None:
             poll.register(link.channel.fileno(), select.POLLIN)
         seconds = LOOK_SECONDS if self._client.up else LOOK_FOR_SECONDS
-        ready = poll.poll(0 if self._calls else seconds * 1000.0)
+        ready = poll.poll(seconds * 1000.0)
         if any(descriptor == self._woken_end for descriptor, _ in ready):
             os.read(self._woken_end, 1 << 16)
 

@@ -31,6 +31,8 @@ logger = logging.getLogger("vllm.vllm_ssd")
 class _Running:
     """A request in a slot that the draft can follow."""
 
+    name: str
+    """Its serial, as the table of requests has it."""
     slot: int
     text: array[int]
     """All its tokens so far; the device has them too, but out of the host's reach."""
@@ -47,6 +49,10 @@ class _Running:
         """Its text goes on with these tokens."""
         self.text.extend(tokens)
         self.ended = len(self.text) >= self.longest or not self.ends.isdisjoint(tokens)
+
+
+_GoingOn = tuple[Row, _Running, Tracked | None]
+"""An outcome, the request it belongs to, and what was announced of it."""
 
 
 class Follower:
@@ -70,6 +76,8 @@ class Follower:
         self._running: dict[int, _Running] = {}
         self._left_alone: set[int] = set()
         """Requests in slots that the draft cannot follow."""
+        self._has_said = False
+        """That there are such requests."""
         self._verified_at: float | None = None
         self._announced = 0
         """Tokens of text announced with this step."""
@@ -85,10 +93,10 @@ class Follower:
             params, text = new.sampling_params, array("i", new.prefill_token_ids)
             longest = new.prompt_len + (params.max_tokens or self._requests.max_length)
             ends = frozenset(end_tokens(params))
-            running = _Running(slot, text, new.prompt_len, params, ends, longest)
+            running = _Running(str(serial), slot, text, new.prompt_len, params, ends, longest)
             self._running[serial] = running
             if self._client.up:
-                messages += self._announce(serial, running)
+                messages += self._announce(running)
         self._client.send(messages)
 
     def verified(self, rows: list[Row]) -> None:
@@ -100,11 +108,10 @@ class Follower:
             return
         self._announced = 0
         look_ups = []
-        for row, running in going_on:
-            request = self._requests.get(str(row.serial))
+        for row, running, request in going_on:
             if request is None:
                 self._stats.missed("resync", 1)
-                messages += self._announce(row.serial, running)
+                messages += self._announce(running)
             else:
                 look_ups.append(self._look_up(row, running, request))
         verify_us = self._measure(look_ups)
@@ -121,13 +128,14 @@ class Follower:
         verified = ((str(serial), tokens) for serial, tokens in cut)
         self._client.send(self._notices.trimmed(verified))
 
-    def _confirm(self, rows: list[Row]) -> tuple[list[tuple[Row, _Running]], list[int]]:
+    def _confirm(self, rows: list[Row]) -> tuple[list[_GoingOn], list[int]]:
         """The texts go on with what was sampled.
 
         Returns:
             Those that have not ended with it; the serials of those of which a piece is missing.
         """
-        going_on, lost = [], []
+        going_on: list[_GoingOn] = []
+        lost = []
         for row in rows:
             if not row.sampled:
                 continue
@@ -142,12 +150,12 @@ class Follower:
                 lost.append(row.serial)
                 continue
             running.confirm(row.sampled)
-            request = self._requests.get(str(row.serial))
+            request = self._requests.get(running.name)
             if request is not None and request.verifying:
                 self._count_verification(min(request.verifying, row.verified), len(row.sampled) - 1)
             if not running.ended:
                 self._stats.tokens_filled += row.filled
-                going_on.append((row, running))
+                going_on.append((row, running, request))
         return going_on, lost
 
     def _give_up(self, lost: list[int]) -> list[ToDraft]:
@@ -161,7 +169,8 @@ class Follower:
 
     def _leave_alone(self, serial: int) -> None:
         """The draft cannot follow this request."""
-        if not self._left_alone and not self._stats.misses_cannot_draft:
+        if not self._has_said:
+            self._has_said = True
             logger.info(
                 "ssd: no drafts for requests with LoRA, multimodal inputs or prompt embeddings; "
                 "counted as misses_cannot_draft"
@@ -170,8 +179,9 @@ class Follower:
 
     def _look_up(self, row: Row, running: _Running, request: Tracked) -> LookUp:
         """What the device has found for a request, as V1 would have found it."""
-        length = len(running.text)
-        confirmed = running.text[request.length :].tolist()
+        length, confirmed = row.length, row.sampled
+        if request.length + len(confirmed) != length:  # the draft was not told of some before
+            confirmed = running.text[request.length :].tolist()
         request.proposed, request.verifying = row.proposed, len(row.proposed)
         request.look_ups += 1
         if request.limit > length:
@@ -180,13 +190,13 @@ class Follower:
             self._stats.misses_cannot_draft += 1
         return LookUp(-1, request, confirmed, length, wanted=len(row.proposed))
 
-    def _announce(self, serial: int, running: _Running) -> list[ToDraft]:
+    def _announce(self, running: _Running) -> list[ToDraft]:
         """Announce a request with its whole text; in a later step if there is too much at once."""
         if self._announced >= ANNOUNCED_TOKENS:
             return []
         self._announced += len(running.text)
         start = self._requests.announce(
-            str(serial), running.text, running.prompt_length, running.sampling_params
+            running.name, running.text, running.prompt_length, running.sampling_params
         )
         self._writer.assign(start.handle, running.slot)
         return [start]

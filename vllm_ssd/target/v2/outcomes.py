@@ -88,13 +88,13 @@ def unpack_outcome(serials: list[int], packed: Int32Array) -> list[Row]:
     return [
         Row(
             serial,
-            sampled=row[_COUNTS : _COUNTS + row[0]],
-            length=row[2],
-            verified=max(0, row[0] - 1 + row[1]),
-            proposed=row[after : after + row[3]],
-            filled=depth - row[3],
-            ended=bool(row[4]),
-            where=WHERE[row[5]],
+            row[_COUNTS : _COUNTS + row[0]],
+            row[2],
+            max(0, row[0] - 1 + row[1]),
+            row[after : after + row[3]],
+            depth - row[3],
+            row[4] != 0,
+            WHERE[row[5]],
         )
         for serial, row in zip(serials, packed.tolist(), strict=True)
     ]
