@@ -61,7 +61,14 @@ def start_pair(
     return start
 
 
-@pytest.fixture(scope="package", params=SPECS)
+@pytest.fixture(
+    scope="package",
+    params=[
+        # The right draft has tests of its own: of its hits and of each mode.
+        pytest.param(name, marks=[pytest.mark.slow] * (name == "itself"))
+        for name in SPECS
+    ],
+)
 def draft_spec(request: pytest.FixtureRequest) -> Spec:
     """A spec for each kind of draft; package scope, so that tests of one engine run together."""
     return SPECS[request.param]
