@@ -93,6 +93,7 @@ def check_q(sim: Simulation, request: TargetRequest, tree: Tree) -> None:
                 sizes.vocab_size,
                 sim.model.confidence_at(len(so_far)),
                 sizes.sampled_from,
+                sim.model.num_candidates,
                 request.temperature,
                 request.top_k,
                 request.top_p,

@@ -56,10 +56,10 @@ class Target:
             if self._forgets == "q'":
                 drawn_from = None
             elif self._forgets == "end tokens" and drawn_from is not None:
-                q = toy_q(text, VOCABULARY, 0.5, VOCABULARY, request.temperature)
+                q = toy_q(text, VOCABULARY, 0.5, VOCABULARY, VOCABULARY, request.temperature)
                 drawn_from = dict(enumerate(q.tolist()))
             elif self._forgets == "temperature" and drawn_from is not None:
-                q = toy_q(text, VOCABULARY, 0.5, VOCABULARY, 1.0, stop=request.stop)
+                q = toy_q(text, VOCABULARY, 0.5, VOCABULARY, VOCABULARY, 1.0, stop=request.stop)
                 drawn_from = dict(enumerate(q.tolist()))
             self.drafted += 1
             self.sampled += drawn_from is not None

@@ -61,6 +61,7 @@ def toy_q(
     vocab_size: int,
     first: float,
     count: int,
+    candidates: int,
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
@@ -75,6 +76,7 @@ def toy_q(
         vocab_size: the model's tokens.
         first: the model's confidence in its first choice.
         count: N.
+        candidates: how many best tokens the model looks at; it cuts by top-k and top-p among those.
         temperature: of the request.
         top_k: of the request; 0: no such bound.
         top_p: of the request.
@@ -83,7 +85,8 @@ def toy_q(
         weight: ... by C.
     """
     order = best_tokens(text, vocab_size, vocab_size)
-    base = best_first(np.array([first]), vocab_size)[0].astype(np.float64)[:count]
+    base = best_first(np.array([first]), vocab_size)[0].astype(np.float64)
+    base = base[: max(count, candidates)]
     heat = base ** (1.0 / temperature)
     if top_k:
         heat[top_k:] = 0.0
@@ -94,6 +97,7 @@ def toy_q(
         if before < top_p:
             q[token] = share
         before += share
+    q[order[count:]] = 0.0
     q /= q.sum()
     q[list(stop)] = 0.0
     if q.sum() <= (0.5 if order[0] in stop else 0.0):
@@ -158,7 +162,7 @@ class ToyModel:
         self.confidence_at: Callable[[int], float] = lambda position: 0.5
         """The confidence in the first choice for a position."""
         self._size = block_size
-        self._num_candidates = num_candidates
+        self.num_candidates = num_candidates
         self._num_sampled_from = num_sampled_from
         self.random = np.random.default_rng(0)
         self._tables = np.zeros((_MOST_ROWS, num_blocks), np.int32)
@@ -215,7 +219,7 @@ class ToyModel:
         firsts = [self.confidence_at(int(positions[end - 1]) + 1) for end in ends]
         best = _best(hashes, self.vocab_size)
         if sampling is None:
-            best = best[:, : self._num_candidates]
+            best = best[:, : self.num_candidates]
             return Choices.firsts(best, stated(np.array(firsts), best.shape[1]))
         return self._sample(best, np.array(firsts), sampling)
 
@@ -224,11 +228,11 @@ class ToyModel:
         assert all(len(values) == len(best) for values in sampling)
         parameters = parameters_on_host(sampling)
         samples = self._num_sampled_from if sampling.sampled.any() else 0
-        tokens = best[:, : max(self._num_candidates, samples)]
+        tokens = best[:, : max(self.num_candidates, samples)]
         with np.errstate(divide="ignore"):
             logits = np.log(best_first(firsts, self.vocab_size)[:, : tokens.shape[1]])
         q = requested(logits, parameters)
-        probabilities = shares(q, self._num_candidates)
+        probabilities = shares(q, self.num_candidates)
         if not samples:
             return Choices.firsts(tokens, probabilities)
         q, among = q[:, :samples], tokens[:, :samples]
