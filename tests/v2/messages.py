@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from vllm_ssd.core.tree import Where
 from vllm_ssd.target.published import PublishedTrees
+from vllm_ssd.target.v2.device_trees import DeviceTrees
 from vllm_ssd.target.v2.look_up import WHERE, Found, look_up
 from vllm_ssd.wire.messages import Forked, Planted, Pruned, Ready, Stepped
 from vllm_ssd.wire.packing import pack, pack_floats
@@ -234,6 +235,21 @@ def _path(data: Any, request: Request, published: PublishedTrees) -> list[int]:
     k, token = outcome
     row = request.forks.get(outcome)
     return trunk[:k] + ([token] if row is None else published.cache.row_tokens(row))
+
+
+def look_up_one(trees: DeviceTrees, slot: int, text: list[int], sampled: int = 1) -> Found:
+    """What the device finds after a text in a slot."""
+    slots = len(trees.roots)
+    texts = torch.zeros(slots, len(text), dtype=torch.int32)
+    texts[slot] = torch.tensor(text)
+    return look_up(
+        trees,
+        texts,
+        torch.full([slots], len(text), dtype=torch.int32),
+        torch.full([slots, 1], text[-1]),
+        torch.tensor([slot]),
+        torch.tensor([sampled]),
+    )
 
 
 def look_up_all(trees: Any, texts: Texts) -> Found:

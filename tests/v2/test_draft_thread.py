@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -157,5 +158,20 @@ def test_closing_ends_draft_thread_and_descriptors(running: Running) -> None:
     assert running.client.link is None
     assert len(os.listdir("/proc/self/fd")) == before - 3  # the pipe and the channel
     running.thread.post(fail)  # too late
+    with pytest.raises(RuntimeError, match="has ended"):
+        running.thread.ask(lambda: None)
+
+
+def test_what_is_posted_after_the_end_is_dropped_and_its_pipe_is_not_anothers(
+    running: Running,
+) -> None:
+    running.thread.close()
+    with tempfile.TemporaryFile() as other:  # gets the first number that is free
+        running.thread.post(fail)
+        running.thread.close()
+        running.thread.report(KeyError("late"))
+        running.thread._wake()
+        assert other.read() == b""
+        assert other.seek(0, os.SEEK_END) == 0
     with pytest.raises(RuntimeError, match="has ended"):
         running.thread.ask(lambda: None)

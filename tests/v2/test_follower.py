@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from tests.v2.draft_end import DraftEnd, client_of
+from tests.v2.messages import look_up_one
 from vllm_ssd.core.stats import Stats
 from vllm_ssd.core.tree import Where
 from vllm_ssd.target.requests import RequestTable
 from vllm_ssd.target.v2.device_trees import NOTHING, DeviceTrees
 from vllm_ssd.target.v2.follower import Follower
-from vllm_ssd.target.v2.look_up import look_up
 from vllm_ssd.target.v2.outcomes import Row
 from vllm_ssd.target.v2.slots import Begun
 from vllm_ssd.target.v2.writer import TreeWriter
@@ -79,16 +79,7 @@ class Following:
 
     def found(self, slot: int, text: list[int]) -> list[int]:
         """What the device finds after a text in a slot."""
-        texts = torch.zeros(SLOTS, MAX_LENGTH, dtype=torch.int32)
-        texts[slot, : len(text)] = torch.tensor(text)
-        found = look_up(
-            self.trees,
-            texts,
-            torch.full([SLOTS], len(text), dtype=torch.int32),
-            torch.full([SLOTS, 1], text[-1]),
-            torch.tensor([slot]),
-            torch.tensor([1]),
-        )
+        found = look_up_one(self.trees, slot, text)
         drafts: list[int] = found.drafts[0, : found.drafted[0]].tolist()
         return drafts
 

@@ -9,9 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.v2.messages import look_up_one
 from vllm_ssd.core.tree import Where
 from vllm_ssd.target.v2.device_trees import NOTHING, DeviceTrees
-from vllm_ssd.target.v2.look_up import WHERE, look_up
+from vllm_ssd.target.v2.look_up import WHERE
 from vllm_ssd.target.v2.writer import TreeWriter
 from vllm_ssd.wire.messages import Forked, Planted, Pruned, Ready, Stepped, ToTarget
 from vllm_ssd.wire.packing import pack, pack_floats
@@ -53,17 +54,7 @@ class Published:
 
     def find(self, *new: int, slot: int = SLOT, sampled: int = 1) -> tuple[list[int], int, Where]:
         """The drafts after these new tokens, how many of them were found, and where."""
-        texts = torch.zeros(SLOTS, 32, dtype=torch.int32)
-        text = [40, 41, 42, 43, *new]
-        texts[slot, : len(text)] = torch.tensor(text)
-        found = look_up(
-            self.trees,
-            texts,
-            torch.full([SLOTS], len(text), dtype=torch.int32),
-            torch.full([SLOTS, 1], text[-1]),
-            torch.tensor([slot]),
-            torch.tensor([sampled]),
-        )
+        found = look_up_one(self.trees, slot, [40, 41, 42, 43, *new], sampled)
         return found.drafts[0].tolist(), int(found.drafted), WHERE[int(found.where)]
 
 

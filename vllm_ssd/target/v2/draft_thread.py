@@ -11,6 +11,7 @@ import os
 import select
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, wait
@@ -61,6 +62,8 @@ class DraftThread:
         self._calls: deque[Callable[[], object]] = deque()
         self._wake_end, self._woken_end = os.pipe()[::-1]
         os.set_blocking(self._wake_end, False)
+        # Not with the thread: others may be about to write to it, and numbers are used again.
+        weakref.finalize(self, _close, self._wake_end, self._woken_end)
         self._ending = False
         self._error: Exception | None = None
         self._complained = False
@@ -125,8 +128,6 @@ class DraftThread:
         finally:
             self._ending = True
             self._client.close()
-            os.close(self._wake_end)
-            os.close(self._woken_end)
 
     def _take_turn(self) -> None:
         """Do what there is to do, then sleep until there is more."""
@@ -175,3 +176,8 @@ class DraftThread:
     def _keep(self, error: Exception) -> None:
         if self._strict and self._error is None:
             self._error = error
+
+
+def _close(*descriptors: int) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
