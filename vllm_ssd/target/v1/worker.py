@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.parallel_state import get_tp_group
@@ -10,10 +10,12 @@ from vllm.platforms import current_platform
 
 from vllm_ssd import compat
 from vllm_ssd.preflight import Checked, check_engine, engine_options
+from vllm_ssd.target.beside import DraftBeside
 from vllm_ssd.target.client import DraftClient
 from vllm_ssd.target.cores import take_cores
 from vllm_ssd.target.counters import Snapshots, all_counters
 from vllm_ssd.target.draft_life import DraftLife
+from vllm_ssd.target.requests import RequestTable
 from vllm_ssd.target.rounds import Rounds
 from vllm_ssd.target.v1.handover import HandOver, most_bytes
 from vllm_ssd.target.v1.proposer import SSDProposer
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
 
 
-class SSDWorker(PlatformWorker):
+class SSDWorker(DraftBeside, PlatformWorker):
     """The platform's worker with a draft beside it (vLLM's ``worker_cls``).
 
     Only the rank whose drafts vLLM uses has the draft; the others propose nothing.
@@ -37,11 +39,7 @@ class SSDWorker(PlatformWorker):
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         self._config = engine_options(vllm_config)
         super().__init__(vllm_config, *args, **kwargs)
-        # The others may be on machines that do not have the draft model.
-        self._checked = check_engine(vllm_config) if self._drafts_are_used else None
-        self._draft: DraftLife | None = None
-        self._snapshots: Snapshots | None = None
-        self._unbind: weakref.finalize[..., SSDWorker] | None = None
+        self._checked = check_engine(vllm_config) if self._has_draft else None
         # On CPU ``execute_model`` is the forward: a notice sent after it would come late by all
         # that time. On a GPU it returns once the kernels are queued: a notice sent before it delays
         # their launch, on all tensor-parallel ranks, since they wait for this one.
@@ -100,6 +98,14 @@ class SSDWorker(PlatformWorker):
         return self._proposer.rounds
 
     @property
+    def _announced(self) -> RequestTable:
+        return self._rounds.requests
+
+    def _with_draft(self, call: Callable[[DraftLife], object]) -> None:
+        if self._draft is not None:
+            call(self._draft)
+
+    @property
     def _proposer(self) -> SSDProposer:
         proposer = self.model_runner.drafter
         if not isinstance(proposer, SSDProposer):
@@ -108,11 +114,6 @@ class SSDWorker(PlatformWorker):
                 'the speculative "model" to vllm_ssd.target.v1.proposer.SSDProposer'
             )
         return proposer
-
-    @property
-    def _drafts_are_used(self) -> bool:
-        """vLLM takes the drafts of the first tensor-parallel rank only."""
-        return self.rank % self.parallel_config.tensor_parallel_size == 0
 
     def determine_available_memory(self) -> int:
         """The target's KV budget, less the draft's share where both use one device."""
@@ -124,18 +125,11 @@ class SSDWorker(PlatformWorker):
             return available
         return self._draft.share_memory(available, lambda: self.get_kv_cache_spec().values())
 
-    def update_max_model_len(self, max_model_len: int) -> None:
-        """With ``--max-model-len auto`` the engine lowers it to what the KV cache holds."""
-        super().update_max_model_len(max_model_len)
-        requests = self._rounds.requests
-        requests.max_length = min(requests.max_length, max_model_len)
-
     def compile_or_warm_up_model(self) -> Any:
         """Warm the target up; then, with its memory taken, let the draft allocate its own."""
         result = super().compile_or_warm_up_model()
         self._proposer.warmed_up(self.vllm_config)
-        if self._draft is not None:
-            self._draft.target_is_ready()
+        self._with_draft(DraftLife.target_is_ready)
         return result
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
@@ -150,24 +144,6 @@ class SSDWorker(PlatformWorker):
             self._snapshots.step_done(last=not scheduler_output.total_num_scheduled_tokens)
         return output
 
-    def sleep(self, level: int = 1) -> None:
-        """Free the target's memory as vLLM does, and all of the draft's."""
-        if self._draft is not None:
-            self._draft.sleep()
-        super().sleep(level)
-
-    def discard(self, tags: tuple[str, ...]) -> None:
-        """Free parts of the target's memory as vLLM does, and all of the draft's with its KV."""
-        super().discard(tags)
-        if self._draft is not None:
-            self._draft.sleep(tags)
-
-    def wake_up(self, tags: list[str] | None = None) -> None:
-        """Bring the target back as vLLM does; once all of it is back, start the draft."""
-        super().wake_up(tags)
-        if self._draft is not None:
-            self._draft.wake_up(tags)
-
     def ssd_stats(self) -> dict[str, float]:
         """Counters of this worker's proposer and of its draft process (for ``collective_rpc``)."""
         if self._client is None:
@@ -177,11 +153,7 @@ class SSDWorker(PlatformWorker):
         return all_counters(rounds.stats, self._client, rounds.decisions.as_dict())
 
     def shutdown(self) -> None:
-        """End the draft process, undo the binding to cores made in-process, end the worker."""
+        """End the draft process, then the worker."""
         if self._client is not None:
             self._client.close()
-        if self._snapshots is not None:
-            self._snapshots.close()
-        if self._unbind is not None:
-            self._unbind()
         super().shutdown()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
@@ -12,6 +13,7 @@ from vllm.platforms import current_platform
 from vllm_ssd import compat
 from vllm_ssd.core.stats import Stats
 from vllm_ssd.preflight import Checked, check_engine, engine_options
+from vllm_ssd.target.beside import DraftBeside
 from vllm_ssd.target.cores import take_cores
 from vllm_ssd.target.counters import Snapshots, all_counters
 from vllm_ssd.target.draft_life import DraftLife
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
     from vllm_ssd.core.arrays import Int32Array
 
 
-class SSDWorker(PlatformWorker):
+class SSDWorker(DraftBeside, PlatformWorker):
     """The platform's worker with a draft beside it (vLLM's ``worker_cls``).
 
     Only the first tensor-parallel rank has the draft; the others take its drafts.
@@ -48,18 +50,12 @@ class SSDWorker(PlatformWorker):
                 "worker_cls out, or set it to vllm_ssd.target.v1.worker.SSDWorker"
             )
         super().__init__(vllm_config, *args, **kwargs)
-        # The others may be on machines that do not have the draft model.
-        self._checked: Checked | None = None
-        if self.rank % self.parallel_config.tensor_parallel_size == 0:
-            self._checked = _certain(check_engine(vllm_config))
+        self._checked = _certain(check_engine(vllm_config)) if self._has_draft else None
         length = int(vllm_config.model_config.max_model_len)
         self._requests = RequestTable(length)
         self._stats = Stats()
-        self._draft: DraftLife | None = None
         self._thread: DraftThread | None = None
         self._readback: OutcomeReadback | None = None
-        self._snapshots: Snapshots | None = None
-        self._unbind: weakref.finalize[..., SSDWorker] | None = None
 
     def init_device(self) -> None:
         """Bring up the device, and the draft process beside it."""
@@ -118,6 +114,15 @@ class SSDWorker(PlatformWorker):
             lambda cut: thread.post(lambda: follower.trimmed(cut)),
         )
 
+    @property
+    def _announced(self) -> RequestTable:
+        return self._requests
+
+    def _with_draft(self, call: Callable[[DraftLife], object]) -> None:
+        draft, thread = self._draft, self._thread
+        if draft is not None and thread is not None:
+            thread.ask(lambda: call(draft))
+
     def determine_available_memory(self) -> int:
         """The target's KV budget, less the draft's share where both use one device."""
         available = super().determine_available_memory()
@@ -127,39 +132,12 @@ class SSDWorker(PlatformWorker):
         specs = self.get_kv_cache_spec().values()
         return thread.ask(lambda: draft.share_memory(available, lambda: specs))
 
-    def update_max_model_len(self, max_model_len: int) -> None:
-        """With ``--max-model-len auto`` the engine lowers it to what the KV cache holds."""
-        super().update_max_model_len(max_model_len)
-        requests = self._requests
-        requests.max_length = min(requests.max_length, max_model_len)
-
     def compile_or_warm_up_model(self) -> Any:
         """Warm the target up; then, with its memory taken, let the draft allocate its own."""
         result = super().compile_or_warm_up_model()
-        if self._draft is not None and self._thread is not None:
-            self._thread.ask(self._draft.target_is_ready)
+        self._with_draft(DraftLife.target_is_ready)
         self._speculator.serving = True
         return result
-
-    def sleep(self, level: int = 1) -> None:
-        """Free the target's memory as vLLM does, and all of the draft's."""
-        if self._draft is not None and self._thread is not None:
-            self._thread.ask(self._draft.sleep)
-        super().sleep(level)
-
-    def discard(self, tags: tuple[str, ...]) -> None:
-        """Free parts of the target's memory as vLLM does, and all of the draft's with its KV."""
-        super().discard(tags)
-        draft, thread = self._draft, self._thread
-        if draft is not None and thread is not None:
-            thread.ask(lambda: draft.sleep(tags))
-
-    def wake_up(self, tags: list[str] | None = None) -> None:
-        """Bring the target back as vLLM does; once all of it is back, start the draft."""
-        super().wake_up(tags)
-        draft, thread = self._draft, self._thread
-        if draft is not None and thread is not None:
-            thread.ask(lambda: draft.wake_up(tags))
 
     def ssd_stats(self) -> dict[str, float]:
         """Counters of this worker's look-ups and of its draft (for ``collective_rpc``)."""
@@ -171,15 +149,11 @@ class SSDWorker(PlatformWorker):
         return thread.ask(lambda: all_counters(self._stats, client))
 
     def shutdown(self) -> None:
-        """End the draft process, undo the binding to cores made in-process, end the worker."""
+        """End the draft process and the threads, then the worker."""
         if self._readback is not None:
             self._readback.close()
         if self._thread is not None:
             self._thread.close()
-        if self._snapshots is not None:
-            self._snapshots.close()
-        if self._unbind is not None:
-            self._unbind()
         super().shutdown()
 
 
