@@ -36,6 +36,7 @@ class Running:
 
 @pytest.fixture(params=[False])
 def running(request: pytest.FixtureRequest) -> Iterator[Running]:
+    gc.collect()  # the pipes of tests before: descriptors are counted
     running = Running(strict=request.param)
     yield running
     running.thread.close()
@@ -165,7 +166,6 @@ def test_closing_ends_draft_thread_and_descriptors(running: Running) -> None:
 
 
 def test_its_pipe_is_freed_with_it(running: Running) -> None:
-    gc.collect()  # those of tests before
     before = len(os.listdir("/proc/self/fd"))
     running.thread.close()
     vars(running)["thread"] = SimpleNamespace(close=lambda: None)
