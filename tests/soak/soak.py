@@ -29,8 +29,9 @@ from rich.table import Table
 
 from tests.tiny_models import tiny_models
 
-SETTLED_SECONDS = 60.0
-"""After its start, until the first measurement of a process's memory."""
+SETTLED_SECONDS = 300.0
+"""After its start, until the first measurement of a process's memory: until then it grows, by some
+100 MiB, as caches of torch's and of the allocator's fill."""
 FAULTS = ("server killed", "server stopped", "target stopped", "target killed")
 
 
@@ -144,10 +145,12 @@ def _soak(folder: Path, minutes: float, seed: int, pause: float) -> bool:
     everyone, happened = [server, *targets], dict.fromkeys(FAULTS, 0)
     _until(lambda: all(target.figures for target in targets), 300.0)
     end = time.monotonic() + 60.0 * minutes
+    quiet = min(2 * SETTLED_SECONDS, 30.0 * minutes)
     while time.monotonic() < end:
         _watch(everyone, min(pause * chance.uniform(0.5, 1.5), end - time.monotonic()))
-        # Nothing happens in the last minutes: what is measured at the end has settled.
-        if time.monotonic() < end - 2 * SETTLED_SECONDS:
+        # Nothing happens in the last ten minutes, of a short soak in its second half: what is
+        # measured at the end has settled, and had so for a while.
+        if time.monotonic() < end - quiet:
             fault = chance.choice(FAULTS)
             happened[fault] += 1
             console.print(f"{time.strftime('%H:%M:%S')} {fault}")
