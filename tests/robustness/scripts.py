@@ -95,13 +95,13 @@ class Script:
         """
         return self._process.wait(seconds)
 
-    def assert_nothing_left(self) -> None:
+    def assert_nothing_left(self, seconds: float = harness.GONE_SECONDS) -> None:
         """No process of its session, and no file of the plugin's; vLLM leaves sockets of its own.
 
         Raises:
-            AssertionError: says what is left after two seconds.
+            AssertionError: says what is left after that many seconds.
         """
-        deadline = time.monotonic() + harness.GONE_SECONDS
+        deadline = time.monotonic() + seconds
         while left := self.processes():
             commands = [harness.command(pid) for pid in left]
             assert time.monotonic() < deadline, f"left behind: {commands}"

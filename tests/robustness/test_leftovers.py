@@ -99,6 +99,19 @@ def test_killed_engine_core_leaves_nothing_below_it(
 
 
 @pytest.mark.slow
+def test_engine_whose_caller_is_killed_leaves_nothing(
+    tiny_pair: TinyModels, expected: list[list[int]], tmp_path: Path
+) -> None:
+    with running_script(
+        tiny_pair, tiny_pair.itself, TEXTS, MAX_TOKENS, tmp_path / "t", multiprocessing=True
+    ) as script:
+        assert script.next_answers() == expected
+        assert len(script.drafts()) == 1
+        script.signal(signal.SIGKILL)
+        script.assert_nothing_left(10.0)  # vLLM's engine ends its workers one after the other
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("whole_group", [False, True], ids=["process", "terminal"])
 def test_interrupted_engine_with_processes_leaves_nothing(
     tiny_pair: TinyModels, expected: list[list[int]], tmp_path: Path, whole_group: bool

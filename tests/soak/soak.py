@@ -143,18 +143,24 @@ def _soak(folder: Path, minutes: float, seed: int, pause: float) -> bool:
         for n in (1, 2)
     ]
     everyone, happened = [server, *targets], dict.fromkeys(FAULTS, 0)
-    _until(lambda: all(target.figures for target in targets), 300.0)
-    end = time.monotonic() + 60.0 * minutes
-    quiet = min(2 * SETTLED_SECONDS, 30.0 * minutes)
-    while time.monotonic() < end:
-        _watch(everyone, min(pause * chance.uniform(0.5, 1.5), end - time.monotonic()))
-        # Nothing happens in the last ten minutes, of a short soak in its second half: what is
-        # measured at the end has settled, and had so for a while.
-        if time.monotonic() < end - quiet:
-            fault = chance.choice(FAULTS)
-            happened[fault] += 1
-            console.print(f"{time.strftime('%H:%M:%S')} {fault}")
-            _cause(fault, server, chance.choice(targets), chance)
+    try:
+        _until(lambda: all(target.figures for target in targets), 300.0)
+        end = time.monotonic() + 60.0 * minutes
+        quiet = min(2 * SETTLED_SECONDS, 30.0 * minutes)
+        while time.monotonic() < end:
+            _watch(everyone, min(pause * chance.uniform(0.5, 1.5), end - time.monotonic()))
+            # Nothing happens in the last ten minutes, of a short soak in its second half: what is
+            # measured at the end has settled, and had so for a while.
+            if time.monotonic() < end - quiet:
+                fault = chance.choice(FAULTS)
+                happened[fault] += 1
+                console.print(f"{time.strftime('%H:%M:%S')} {fault}")
+                _cause(fault, server, chance.choice(targets), chance)
+    except BaseException:
+        for process in everyone:
+            process.kill()
+        console.print(log.read_text()[-4000:], markup=False)
+        raise
     last = {process.name: process.usage() for process in everyone if process.alive}
     status = {process.name: process.end() for process in reversed(everyone)}
     console.print(_report(everyone, last, status, happened, minutes))

@@ -9,6 +9,7 @@ from typing import Any
 from vllm_ssd.preflight import Checked
 from vllm_ssd.target.counters import Snapshots
 from vllm_ssd.target.draft_life import DraftLife
+from vllm_ssd.target.orphaned import end_when_orphaned
 from vllm_ssd.target.requests import RequestTable
 
 
@@ -40,6 +41,12 @@ class DraftBeside:
     def _with_draft(self, call: Callable[[DraftLife], object]) -> None:
         """Call something with the draft, if this rank has one, in the thread that has it."""
         raise NotImplementedError
+
+    def init_device(self) -> None:
+        """Bring up the device; from now on the engine ends with what has started it."""
+        super().init_device()  # type: ignore[misc]
+        if self._has_draft:
+            end_when_orphaned()
 
     def update_max_model_len(self, max_model_len: int) -> None:
         """With ``--max-model-len auto`` the engine lowers it to what the KV cache holds."""
