@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tests.cuda.explained import explained
 from tests.cuda.marks import Marks, marked, used_bytes
-from tests.cuda.steps import Step, Steps, worker_of
+from tests.cuda.steps import Step, Steps, Waits, worker_of
 from vllm_ssd.cli.engine_process import EngineSpec, chat, counters, difference, start_engine
 
 if TYPE_CHECKING:
@@ -46,7 +46,8 @@ class Work(EngineSpec):
     sizes: tuple[int, ...] = ()
     """Batch sizes to measure the speed at."""
     watched_rounds: int = 0
-    """How often each question is answered to watch the steps; 0: they are not."""
+    """How often each question is answered to watch the steps, on V1; 0: they are not."""
+    counts_waits: bool = False
     limit_s: int
     """The process ends after so long, with its threads' stacks in the log."""
 
@@ -75,9 +76,15 @@ class Watched(NamedTuple):
     depth: int
     counters: dict[str, float]
     """Growth during the steps beside the draft."""
-    syncs: Counter[str]
-    """Where the host waited, greedy and with a temperature, in so many steps:"""
-    steps_with_syncs: int
+
+
+class Waited(NamedTuple):
+    """For the device, greedy and with a temperature."""
+
+    places: Counter[str]
+    """Where the host did, and how often."""
+    steps: int
+    """In how many steps."""
 
 
 class Found(NamedTuple):
@@ -99,6 +106,7 @@ class Found(NamedTuple):
     """Growth during the answers."""
     speeds: dict[int, Speed]
     watched: Watched | None
+    waited: Waited | None
     marks: Marks
 
 
@@ -126,6 +134,7 @@ def _use(work: Work) -> Found:
     config, runner = engine.vllm_config, worker_of(engine).model_runner
     speeds = {size: _speed(engine, prompts, size) for size in work.sizes}
     watched = _watch(engine, prompts, work.watched_rounds) if work.watched_rounds else None
+    waited = _count_waits(engine, prompts[:2]) if work.counts_waits else None
     marks.worked = used_bytes()
     return Found(
         seconds,
@@ -139,6 +148,7 @@ def _use(work: Work) -> Found:
         grown,
         speeds,
         watched,
+        waited,
         marks,
     )
 
@@ -243,10 +253,14 @@ def _watch(engine: Any, prompts: Sequence[list[int]], rounds: int) -> Watched:
                 steps.steps.clear()
     time.sleep(SETTLE_SECONDS)
     grown = difference(before, counters(engine))
-    steps.counts_syncs = True
-    _answer(engine, some)
-    _sample(engine, some)
-    return Watched(alone, beside, depth, grown, steps.syncs, len(steps.steps))
+    return Watched(alone, beside, depth, grown)
+
+
+def _count_waits(engine: Any, prompts: Sequence[list[int]]) -> Waited:
+    waits = Waits(engine)
+    _answer(engine, prompts)
+    _sample(engine, prompts)
+    return Waited(waits.places, waits.steps)
 
 
 def _sample(engine: Any, prompts: Sequence[list[int]]) -> None:

@@ -52,6 +52,7 @@ def checks(runs: Runs) -> Iterator[Check]:
             yield Check(f"{title}, {placement.name}", partial(check, runs, placement))
     yield Check("V1 and V2 runner, plain", partial(times.check_runners, runs))
     yield Check("SSD on the V2 runner", partial(times.check_ssd_on_v2, runs, runs.placements[0]))
+    yield Check("no synchronisation, on the V2 runner", partial(device.check_syncs_on_v2, runs))
 
 
 def chosen(every: Iterable[Check], only: list[str] | None) -> list[Check]:

@@ -91,7 +91,7 @@ class Runs:
     def ssd_exact_on_v2(self) -> Found:
         """The same on vLLM's V2 runner."""
         work = self._exact(self._ssd(self.placements[0], {"num_speculative_tokens": DEPTH}), "1")
-        return self._engine("SSD on V2, exact", work)
+        return self._engine("SSD on V2, exact", replace(work, counts_waits=True))
 
     def watched(self, placement: Placement) -> Found:
         """SSD in the usual type, its steps watched."""
@@ -101,6 +101,7 @@ class Runs:
                 self._work(self._forced(placement), "0"),
                 forced=True,
                 watched_rounds=self.effort.rounds,
+                counts_waits=True,
             ),
         )
 
@@ -180,7 +181,7 @@ class Runs:
             work = replace(work, forced=True)
             if not self.machine.has_cuda:
                 # Here nothing tells it from the one that is watched: one engine does for both.
-                work = replace(work, watched_rounds=self.effort.rounds)
+                work = replace(work, watched_rounds=self.effort.rounds, counts_waits=True)
         if self.machine.has_cuda and self.machine.has_batch_invariance:
             work.environment["VLLM_BATCH_INVARIANT"] = "1"
         return work

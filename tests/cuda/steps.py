@@ -1,4 +1,4 @@
-"""Watches the steps of an engine of this process that uses SSD on vLLM's V1 runner."""
+"""Watches the steps of an engine of this process that uses SSD."""
 
 from __future__ import annotations
 
@@ -26,8 +26,38 @@ def worker_of(engine: Any) -> Any:
     return engine.engine_core.engine_core.model_executor.driver_worker.worker
 
 
+class Waits:
+    """Counts where the host waits for the device in an engine's steps, ours in them included.
+
+    Args:
+        engine: vLLM's, with either runner.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        worker = worker_of(engine)
+        self.places: Counter[str] = Counter()
+        self.steps = 0
+        self._execute, self._sample = worker.execute_model, worker.sample_tokens
+        worker.execute_model, worker.sample_tokens = self.execute_model, self.sample_tokens
+
+    def execute_model(self, scheduler_output: Any) -> Any:
+        """The worker's own, which launches a step."""
+        self.steps += 1
+        return self._watch(self._execute, scheduler_output)
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        """The worker's own, which ends it, drafts for the next step included."""
+        return self._watch(self._sample, grammar_output)
+
+    def _watch(self, call: Any, argument: Any) -> Any:
+        with counted() as places:
+            result = call(argument)
+        self.places.update(places)
+        return result
+
+
 class Steps:
-    """Notes every step; and, while there is a record of the texts, has that record proposed: the
+    """Notes every step, on V1; and, while there is a record of the texts, has that proposed: the
     target verifies the same tokens and the draft has nothing to do.
 
     Args:
@@ -40,9 +70,6 @@ class Steps:
         drafter = worker.model_runner.drafter
         self.record: list[list[int]] | None = None
         self.steps: list[Step] = []
-        self.syncs: Counter[str] = Counter()
-        """Where the host waited for the device in the steps, notices and proposals included."""
-        self.counts_syncs = False
         self._depth = depth
         self._execute, self._sample = worker.execute_model, worker.sample_tokens
         self._scheduled, self._propose = drafter.scheduled, drafter.propose
@@ -55,11 +82,11 @@ class Steps:
         """The worker's own, which launches a step."""
         self._began, self._proposing = time.perf_counter(), 0.0
         self._tokens = scheduler_output.total_num_scheduled_tokens
-        return self._watch(self._execute, scheduler_output)
+        return self._execute(scheduler_output)
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         """The worker's own, which ends it, drafts for the next step included."""
-        output = self._watch(self._sample, grammar_output)
+        output = self._sample(grammar_output)
         seconds = time.perf_counter() - self._began - self._proposing
         graph = getattr(output, "cudagraph_stats", None)
         self.steps.append(Step(self._tokens, seconds, graph.runtime_mode if graph else ""))
@@ -90,11 +117,3 @@ class Steps:
             if known[:length] == text:
                 return known[length : length + self._depth]
         return []
-
-    def _watch(self, call: Any, argument: Any) -> Any:
-        if not self.counts_syncs:
-            return call(argument)
-        with counted() as places:
-            result = call(argument)
-        self.syncs.update(places)
-        return result

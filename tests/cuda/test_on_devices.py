@@ -11,7 +11,7 @@ import pytest
 
 from tests.cuda import device, report
 from tests.cuda.draft_alone import DraftFound, Rows
-from tests.cuda.engines import Found, Watched, Work
+from tests.cuda.engines import Found, Waited, Watched, Work
 from tests.cuda.machine import Device, Machine
 from tests.cuda.marks import Marks, Planned
 from tests.cuda.report import carry_out, checks
@@ -54,9 +54,8 @@ WATCHED = Watched(
     beside=[Step(5, 0.003, "FULL")] * 20 + [Step(1, 0.001, "PIECEWISE")],
     depth=4,
     counters=COUNTERS,
-    syncs=Counter({"vllm/v1/worker/gpu_model_runner.py _to_list": 40}),
-    steps_with_syncs=40,
 )
+WAITED = Waited(Counter({"vllm/v1/worker/gpu_model_runner.py _to_list": 40}), 40)
 FOUND = Found(
     start_seconds=30.0,
     runner="V1",
@@ -69,6 +68,7 @@ FOUND = Found(
     counters={},
     speeds={},
     watched=WATCHED,
+    waited=WAITED,
     marks=MARKS,
 )
 DRAFT = DraftFound(
@@ -104,6 +104,9 @@ class Prepared(Runs):
     def draft_alone(self, placement: Placement) -> DraftFound:
         return self._draft
 
+    def ssd_exact_on_v2(self) -> Found:
+        return self._found
+
 
 class Asked(Runs):
     """Notes what is to be started, and starts nothing."""
@@ -124,6 +127,12 @@ CHECKS = (device.check_graphs, device.check_syncs, device.check_memory, check_st
 @pytest.mark.parametrize("check", CHECKS)
 def test_a_device_where_all_is_well_passes(check: Callable[..., list[str]]) -> None:
     assert check(Prepared(FOUND), SHARED)
+
+
+def test_waits_of_the_hooks_on_v2_fail_as_well() -> None:
+    assert device.check_syncs_on_v2(Prepared(FOUND))
+    with pytest.raises(FailedError, match="in our hooks: vllm_ssd/target/v1/handover"):
+        device.check_syncs_on_v2(Prepared(FOUND._replace(waited=Waited(OURS, 40))))
 
 
 def watched(**changes: Any) -> Found:
@@ -156,7 +165,7 @@ PLACED = PLAN._replace(shares_device=False, kv_bytes=0)
         ),
         (
             device.check_syncs,
-            watched(syncs=OURS),
+            FOUND._replace(waited=Waited(OURS, 40)),
             DRAFT,
             "in our hooks: vllm_ssd/target/v1/handover",
         ),
