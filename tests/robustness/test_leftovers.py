@@ -108,7 +108,7 @@ def test_engine_whose_caller_is_killed_leaves_nothing(
         assert script.next_answers() == expected
         assert len(script.drafts()) == 1
         script.signal(signal.SIGKILL)
-        script.assert_nothing_left(10.0)  # vLLM's engine ends its workers one after the other
+        script.assert_nothing_left(30.0)  # vLLM gives each of its processes some seconds
 
 
 @pytest.mark.slow
