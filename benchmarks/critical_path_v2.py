@@ -89,7 +89,8 @@ class Target:
         self.last = states.last_sampled_tokens.numpy()[:, 0]
         trees = DeviceTrees(requests, DEPTH, VOCABULARY, CPU)
         writer, table = TreeWriter(trees), RequestTable(length)
-        link: Any = SimpleNamespace(channel=Channel(connection, TargetBound), failure=None)
+        channel = Channel(connection, TargetBound)
+        link: Any = SimpleNamespace(channel=channel, failure=None, end=channel.close)
         join = join_of(branches, sampled=False)
         client = DraftClient(lambda: link, join, 60.0, stats, table.forget_all, published=writer)
         client.launch()
