@@ -70,10 +70,16 @@ class Target:
         requests: how many, one a slot.
         branches: of each.
         context: length of their texts.
+        from_text: option ``backup``: what the draft lacks comes from the text.
     """
 
     def __init__(
-        self, connection: socket.socket, requests: int, branches: int, context: int
+        self,
+        connection: socket.socket,
+        requests: int,
+        branches: int,
+        context: int,
+        from_text: bool,
     ) -> None:
         self.stats = stats = Stats()
         length = context + 4096
@@ -96,7 +102,7 @@ class Target:
         client.launch()
         thread = self.thread = DraftThread(client, stats, strict=True)
         follower = Follower(client, writer, table, stats)
-        self.proposals = Proposals(trees, states)
+        self.proposals = Proposals(trees, states, from_text)
         drafts = Drafts(
             self.proposals,
             Slots(

@@ -106,12 +106,17 @@ def request(prompt: list[int], tokens: int = 20, text: list[int] | None = None) 
 
 
 def row(
-    serial: int, sampled: list[int], proposed: list[int] | None = None, length: int = -1
+    serial: int,
+    sampled: list[int],
+    proposed: list[int] | None = None,
+    length: int = -1,
+    ngram: list[int] | None = None,
 ) -> Row:
     """An outcome; without a length, one that follows the last one."""
-    found = proposed or []
+    found, text = proposed or [], ngram or []
     where = Where.FOUND if found else Where.OFF
-    return Row(serial, sampled, length, DEPTH, found, DEPTH - len(found), False, where)
+    filled = DEPTH - len(found) - len(text)
+    return Row(serial, sampled, length, DEPTH, found, text, filled, False, where)
 
 
 @pytest.fixture
@@ -155,7 +160,7 @@ def test_a_proposal_that_the_scheduler_has_cut_is_told(following: Following) -> 
     assert isinstance(trimmed, Trimmed)
     assert unpack_list(trimmed.handles) == [handle]
     assert unpack_list(trimmed.verified_counts) == [1]
-    following.verify(row(7, [9, 3]))
+    following.verify(row(7, [9, 3])._replace(verified=1))
     assert following.stats.tokens_drafted == following.stats.tokens_accepted == 1
 
 
@@ -242,6 +247,51 @@ def test_a_text_that_is_too_long_for_the_draft_is_counted(following: Following) 
     following.verify(row(7, [8]))
     assert following.stats.misses_cannot_draft == 1
     assert following.stats.look_ups == 0
+
+
+def test_tokens_of_the_text_are_told_and_counted_apart(following: Following) -> None:
+    following.begin(7, 2, [1, 5, 6])
+    (verified,) = following.verify(row(7, [8], [9], ngram=[4, 3]))
+    assert unpack_list(verified.proposed_counts) == [3]
+    assert unpack_list(verified.tokens) == [8, 9, 4, 3]
+    stats = following.stats
+    assert (stats.hits, stats.depth_at_hit, stats.ngram_proposals) == (1, 1, 1)
+    following.verify(row(7, [9, 4, 11], ngram=[5]))
+    assert (stats.tokens_drafted, stats.tokens_accepted, stats.rejections) == (3, 2, 1)
+    assert (stats.ngram_tokens, stats.ngram_accepted, stats.ngram_rejections) == (2, 1, 1)
+    assert (stats.hits, stats.misses_no_branch) == (1, 1)
+    assert stats.tokens_filled == DEPTH - 1
+
+
+def test_nothing_of_the_text_is_told_from_a_token_on_that_ends_it(following: Following) -> None:
+    following.begin(7, 2, [1, 5, 6])
+    (verified,) = following.verify(row(7, [8], ngram=[4, EOS, 3]))
+    assert unpack_list(verified.tokens) == [8, 4]
+    assert following.stats.tokens_filled == 2
+    following.verify(row(7, [4, 9]))
+    assert following.stats.ngram_tokens == following.stats.ngram_accepted == 1
+
+
+def test_nothing_of_the_text_is_told_beyond_a_requests_length(following: Following) -> None:
+    following.begin(7, 2, [1, 5, 6], tokens=4)
+    (verified,) = following.verify(row(7, [8], [9], ngram=[4, 3]))
+    assert unpack_list(verified.tokens) == [8, 9, 4]
+
+
+@pytest.mark.parametrize("alone", ["draft down", "left alone"])
+def test_tokens_of_the_text_are_counted_without_the_draft(following: Following, alone: str) -> None:
+    new = request([1, 5, 6])
+    if alone == "left alone":
+        new.lora_request = object()
+    following.follower.scheduled([], [Begun(7, 2, new)])
+    following.draft.dies()
+    following.client.poll(1.0)
+    following.follower.verified([row(7, [8], ngram=[4, 3], length=4)])
+    following.follower.verified([row(7, [4, 9], length=6)])
+    stats = following.stats
+    assert (stats.ngram_tokens, stats.ngram_accepted, stats.tokens_accepted) == (2, 1, 1)
+    following.follower.scheduled([7], [])
+    assert not following.follower._tally._proposed
 
 
 def test_what_only_fills_up_is_counted(following: Following) -> None:

@@ -40,10 +40,11 @@ def test_one_warning_names_them_and_what_to_do(said: list[str]) -> None:
     "given",
     [
         {},
+        {"backup": "ngram"},
         {"backup": "none", "max_wait_ms": 0.0, "pad_misses": True, "draft_sampling": "greedy"},
         {"strict": True, "fan_out": 2},
     ],
-    ids=["none", "what it does anyway", "others"],
+    ids=["none", "from the text", "what it does anyway", "others"],
 )
 def test_there_is_no_warning_without_a_reason(said: list[str], given: dict[str, Any]) -> None:
     warn_of_v2_options(options(**given))

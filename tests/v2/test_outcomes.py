@@ -41,6 +41,7 @@ def packed() -> torch.Tensor:
     return pack_outcome(
         DeviceTrees(3, 2, 16, torch.device("cpu")),
         found,
+        integers(0, 0, 1),
         texts,
         integers(3, 8, 5),
         torch.tensor([2, 0, 1]),
@@ -50,11 +51,11 @@ def packed() -> torch.Tensor:
 
 
 def test_an_outcome_arrives_as_it_was() -> None:
-    assert packed().shape == (3, 6 + 3 + 2)
+    assert packed().shape == (3, 7 + 3 + 2)
     assert unpack_outcome([11, 12, 13], packed().numpy()) == [
-        Row(11, [4, 5], 5, verified=2, proposed=[6], filled=1, ended=True, where=Where.FOUND),
-        Row(12, [], 3, verified=0, proposed=[], filled=2, ended=False, where=Where.UNKNOWN),
-        Row(13, [2], 8, verified=0, proposed=[], filled=2, ended=False, where=Where.OFF),
+        Row(11, [4, 5], 5, 2, proposed=[6], ngram=[], filled=1, ended=True, where=Where.FOUND),
+        Row(12, [], 3, 0, proposed=[], ngram=[], filled=2, ended=False, where=Where.UNKNOWN),
+        Row(13, [2], 8, 0, proposed=[], ngram=[2], filled=1, ended=False, where=Where.OFF),
     ]
 
 

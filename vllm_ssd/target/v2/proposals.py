@@ -1,6 +1,6 @@
 """A step's proposals and its outcome, computed on the device: what the main thread enqueues.
 
-On a GPU this is one CUDA graph for each size of the batch, since enqueuing some 80 operations one
+On a GPU this is one CUDA graph for each size of the batch, since enqueuing some 120 operations one
 by one would take the main thread half a millisecond.
 """
 
@@ -12,6 +12,7 @@ import torch
 
 from vllm_ssd.target.v2.device_trees import DeviceTrees
 from vllm_ssd.target.v2.look_up import look_up
+from vllm_ssd.target.v2.ngram import Ngrams
 from vllm_ssd.target.v2.outcomes import pack_outcome
 
 
@@ -44,11 +45,16 @@ class Proposals:
     Args:
         trees: the speculation cache.
         req_states: the runner's ``RequestState``, whose tensors stay where they are.
+        from_text: what the draft lacks comes from the text, where tokens of it came before.
     """
 
-    def __init__(self, trees: DeviceTrees, req_states: Any) -> None:
+    def __init__(self, trees: DeviceTrees, req_states: Any, from_text: bool) -> None:
         self._trees = trees
         self._req_states = req_states
+        self._ngrams: Ngrams | None = None
+        if from_text:
+            length, device = req_states.all_token_ids.gpu.shape[1], req_states.device
+            self._ngrams = Ngrams(trees.depth, trees.vocab_size, length, device)
         self._graphs: dict[int, _Graph] = {}
         """By the size of the batch, powers of 2."""
 
@@ -111,7 +117,13 @@ class Proposals:
         texts, lengths = states.all_token_ids.gpu, states.total_len.gpu
         last = states.last_sampled_tokens
         found = look_up(self._trees, texts, lengths, last, slots, num_sampled)
-        outcome = pack_outcome(self._trees, found, texts, lengths, slots, num_sampled, num_rejected)
+        if self._ngrams is None:
+            matched = torch.zeros_like(found.drafted)
+        else:
+            found, matched = self._ngrams.prolong(found, texts, lengths, slots, num_sampled)
+        outcome = pack_outcome(
+            self._trees, found, matched, texts, lengths, slots, num_sampled, num_rejected
+        )
         return Proposed(found.drafts, outcome)
 
 

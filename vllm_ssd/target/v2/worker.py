@@ -107,7 +107,7 @@ class SSDWorker(DraftBeside, PlatformWorker):
             lambda gone, begun: thread.post(lambda: follower.scheduled(gone, begun)),
         )
         return Drafts(
-            Proposals(trees, states),
+            Proposals(trees, states, from_text=self._config.backup in ("auto", "ngram")),
             slots,
             readback,
             thread,
