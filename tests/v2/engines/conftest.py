@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.robustness.harness import Decoding
 from tests.tiny_models import TinyModels
-from tests.v2.engines.harness import WORKLOADS, Answers, running
+from tests.v2.engines.harness import LONG, TEXTS, WORKLOADS, Answers, running
 from tests.v2.interpreter import allow_async_scheduling
 
 
@@ -25,6 +26,15 @@ def expected(tiny_pair: TinyModels) -> dict[str, Answers]:
     """What plain V2 answers; before any other engine, which the end of this one would disturb."""
     with running(tiny_pair, None, asynchronous=False) as engine:
         return {name: engine.run(jobs) for name, jobs in WORKLOADS.items()}
+
+
+@pytest.fixture(scope="session")
+def expected_texts(tiny_pair: TinyModels) -> list[list[int]]:
+    """What plain V2 writes after ``TEXTS``, then after ``LONG``."""
+    with running(tiny_pair, None, asynchronous=False, max_model_len=1024) as engine:
+        texts = [text.prompt for text in TEXTS]
+        found = Decoding(engine.llm, texts, TEXTS[0].tokens).finish()
+        return found + Decoding(engine.llm, [LONG.prompt], LONG.tokens).finish()
 
 
 @pytest.fixture(scope="session")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from vllm import SamplingParams
 
 from tests.engine.harness import Answer, Engine, Job, difference
+from tests.robustness.harness import prompts
 from tests.tiny_models import EOS, TinyModels
 
 DEPTH = 3
@@ -40,6 +41,18 @@ ARGUMENTS: dict[str, Any] = {
     "disable_log_stats": False,
 }
 """Of all engines here, whatever their runner."""
+
+
+class Text(NamedTuple):
+    """A prompt, and how many tokens are to follow it."""
+
+    prompt: list[int]
+    tokens: int
+
+
+TEXTS = [Text(prompt, 48) for prompt in prompts(4)]
+LONG = Text(prompts(5)[-1], 900)
+"""It outlives the start of a draft."""
 
 
 def start(
@@ -105,3 +118,8 @@ def answers(engine: Engine, jobs: Sequence[Job]) -> tuple[Answers, dict[str, flo
     after = engine.stats()
     assert after["errors"] == after["texts_lost"] == after["misses_cannot_draft"] == 0
     return answered, difference(after, before)
+
+
+def client_of(engine: Engine) -> Any:
+    """The client of the draft, in-process; its thread alone may call it, others look at it."""
+    return drafts_of(engine).thread._client
