@@ -31,8 +31,8 @@ endif
 
 # vLLM looks for Triton once a process, so its V2 runner needs a run of its own.
 test-v2: setup ## the tests of engines with vLLM's V2 model runner, which `make test` runs as well
-	@echo "test-v2: pytest tests/v2"
-	@VLLM_USE_V2_MODEL_RUNNER=1 $(BIN)/python -m pytest tests/v2/test_engines.py $(ARGS)
+	@echo "test-v2: pytest tests/v2/engines"
+	@VLLM_USE_V2_MODEL_RUNNER=1 $(BIN)/python -m pytest tests/v2/engines $(ARGS)
 
 test-slow: setup ## the tests that take minutes
 	@echo "test-slow: pytest -m slow"
