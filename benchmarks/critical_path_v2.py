@@ -6,7 +6,8 @@ them. For each case
 
 - ``main thread``: notices of the step and ``propose()``, all that the main thread does;
 - ``look-up``: the part of it that a GPU computes, here as torch operations on a CPU (one thread),
-  which the main thread waits for. On a GPU the launch of a CUDA graph takes its place;
+  which the main thread waits for. On a GPU the launch of a CUDA graph takes its place.
+  ``without text`` is the same with ``backup`` ``"none"``; the default fills up with n-grams;
 - ``delay``: from the end of sampling, which is the start of ``propose()``, until the draft has
   received the outcomes.
 
@@ -70,7 +71,6 @@ class Target:
         requests: how many, one a slot.
         branches: of each.
         context: length of their texts.
-        from_text: option ``backup``: what the draft lacks comes from the text.
     """
 
     def __init__(
@@ -79,7 +79,6 @@ class Target:
         requests: int,
         branches: int,
         context: int,
-        from_text: bool,
     ) -> None:
         self.stats = stats = Stats()
         length = context + 4096
@@ -102,7 +101,8 @@ class Target:
         client.launch()
         thread = self.thread = DraftThread(client, stats, strict=True)
         follower = Follower(client, writer, table, stats)
-        self.proposals = Proposals(trees, states, from_text)
+        self.proposals = Proposals(trees, states, from_text=True)
+        self.without_text = Proposals(trees, states, from_text=False)
         drafts = Drafts(
             self.proposals,
             Slots(
@@ -159,10 +159,12 @@ class Target:
             self._batch, NONE, NONE, NONE, NONE, sampled, rejected, NONE, NONE, NONE, NONE
         )
 
-    def look_up(self, sampled: torch.Tensor, rejected: torch.Tensor) -> None:
-        """What the device computes of that, once more."""
+    def look_up(self, proposals: Proposals, sampled: torch.Tensor, rejected: torch.Tensor) -> float:
+        """Seconds of what the device computes of that, once more."""
+        began = time.perf_counter()
         with torch.inference_mode():
-            self.proposals.compute(self._batch.idx_mapping, sampled, rejected)
+            proposals.compute(self._batch.idx_mapping, sampled, rejected)
+        return time.perf_counter() - began
 
     def sample(self, row: int, proposal: list[int], rejects: int) -> int:
         """Verify a proposal: what the model goes on with is accepted, up to a token to reject.
@@ -194,6 +196,7 @@ class Measured(NamedTuple):
 
     main: list[float]
     look_up: list[float]
+    without_text: list[float]
     delay: list[float]
     hit_rate: float
 
@@ -209,7 +212,7 @@ def measure(requests: int, branches: int, context: int, rejected: float) -> Meas
     target.schedule(begin=True)
     while draft.announced < requests:
         draft.hear()
-    result = Measured([], [], [], 0.0)
+    result = Measured([], [], [], [], 0.0)
     proposals: list[list[int]] = [[] for _ in range(requests)]
     gc.collect()
     gc.freeze()  # as vLLM does: what was loaded before is not searched for garbage
@@ -233,9 +236,11 @@ def measure(requests: int, branches: int, context: int, rejected: float) -> Meas
         result.main.append(noticed + time.perf_counter() - began)
         result.delay.append(draft.hear() - began)
         proposals = drafts.tolist()
-        began = time.perf_counter()
-        target.look_up(sampled, rejections)
-        result.look_up.append(time.perf_counter() - began)
+        for proposals_of, seconds in (
+            (target.proposals, result.look_up),
+            (target.without_text, result.without_text),
+        ):
+            seconds.append(target.look_up(proposals_of, sampled, rejections))
     target.thread.close()
     stats = target.stats
     assert not stats.errors
@@ -253,11 +258,12 @@ def main() -> None:
         "rejected",
         "hit rate",
         "main thread",
-        "of it look-up",
+        "look-up",
+        "without text",
         "the rest",
         "delay",
-        "V1: propose()",
-        "V1: delay",
+        "V1 propose()",
+        "V1 delay",
     ):
         table.add_column(column, justify="right")
     for requests, branches, context, rejected in CASES:
@@ -270,7 +276,10 @@ def main() -> None:
             str(context),
             f"{rejected:.0%}",
             f"{v2.hit_rate:.0%}",
-            *map(_median, (v2.main, v2.look_up, rest, v2.delay, v1.seconds, v1.delays)),
+            *map(
+                _median,
+                (v2.main, v2.look_up, v2.without_text, rest, v2.delay, v1.seconds, v1.delays),
+            ),
         )
     Console(width=130).print(table)
 

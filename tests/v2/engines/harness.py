@@ -11,6 +11,7 @@ from vllm import SamplingParams
 from tests.engine.harness import Answer, Engine, Job, difference
 from tests.robustness.harness import prompts
 from tests.tiny_models import EOS, TinyModels
+from vllm_ssd.metrics import by_source
 
 DEPTH = 3
 Answers = list[list[Answer]]
@@ -112,12 +113,13 @@ def drafts_of(engine: Engine) -> Any:
 
 
 def answers(engine: Engine, jobs: Sequence[Job]) -> tuple[Answers, dict[str, float]]:
-    """What an engine answers, and what its counters have grown by."""
+    """What an engine answers, and what its counters have grown by, tokens by source too."""
     before = engine.stats()
     answered = engine.run(jobs)
     after = engine.stats()
     assert after["errors"] == after["texts_lost"] == after["misses_cannot_draft"] == 0
-    return answered, difference(after, before)
+    grown = difference(after, before)
+    return answered, {**grown, **by_source(grown)}
 
 
 def client_of(engine: Engine) -> Any:

@@ -44,10 +44,10 @@ def test_it_answers_as_plain_v2_does(
     assert answered == expected[workload]
     print(workload, {name: value for name, value in grown.items() if value})
     assert grown["hits"] > 0
-    assert grown["tokens_accepted"] > 0
+    assert grown["accepted_branch"] > 0
     if workload in ("plain", "chunks"):
         # Without tokens that only the target is kept from, the draft is always right.
-        assert grown["tokens_accepted"] >= 0.95 * grown["tokens_drafted"]
+        assert grown["accepted_branch"] >= 0.95 * grown["drafted_branch"]
 
 
 def test_the_counters_reach_the_servers_process(itself: Engine) -> None:

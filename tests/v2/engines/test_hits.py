@@ -79,4 +79,4 @@ def test_the_target_as_its_own_draft_hits(tiny_pair: TinyModels, asynchronous: b
     # All look-ups, those right after the prompts as well.
     assert grown["look_ups"] > 80
     assert grown["hits"] > WANTED * grown["look_ups"]
-    assert grown["tokens_accepted"] > WANTED * grown["tokens_drafted"]
+    assert grown["accepted_branch"] > WANTED * grown["drafted_branch"]
