@@ -158,6 +158,7 @@ WORKER = (
 V2_WORKER = (
     "model_runner.req_states.all_token_ids.gpu",
     "model_runner.req_states.device",
+    "model_runner.req_states.draft_tokens",
     "model_runner.req_states.last_sampled_tokens",
     "model_runner.req_states.max_num_reqs",
     "model_runner.req_states.req_id_to_index",

@@ -27,9 +27,6 @@ logger = logging.getLogger("vllm.vllm_ssd")
 _KNOWN_TO_V2: dict[str, tuple[object, ...]] = {
     "backup": ("auto", "ngram", "none"),
     "max_wait_ms": (0.0,),
-    "draft_sampling": ("greedy",),
-    "draft_top_n": (),
-    "saguaro_c": (),
     "pad_misses": (True,),
 }
 """Options of which other values have no effect on vLLM's V2 runner."""
@@ -104,8 +101,6 @@ def check(
     _check_parallelism(parallel)
     v2 = takes_v2(parallel)
     check_runner(async_scheduling, v2)
-    if v2:
-        check_v2_sampling(config)
     check_ray(config.draft_placement)
     if config.draft_address is not None:
         return Checked(config, None, None, check_server(config, target))
@@ -253,19 +248,6 @@ def check_runner(async_scheduling: bool | None, v2: bool) -> None:
             "does not find here; unset it"
         )
     compat.check_v2_hooks()
-
-
-def check_v2_sampling(config: SSDConfig) -> None:
-    """Refuse sampled drafts on the V2 runner.
-
-    Raises:
-        ValueError: says what to do.
-    """
-    if config.draft_sampling == "probabilistic":
-        raise ValueError(
-            "ssd: option 'draft_sampling' = 'probabilistic': with vLLM's V2 model runner drafts "
-            f"are greedy; leave it out, or {_TAKE_V1}"
-        )
 
 
 def warn_of_v2_options(config: SSDConfig) -> None:

@@ -116,7 +116,7 @@ def row(
     found, text = proposed or [], ngram or []
     where = Where.FOUND if found else Where.OFF
     filled = DEPTH - len(found) - len(text)
-    return Row(serial, sampled, length, DEPTH, found, text, filled, False, where)
+    return Row(serial, sampled, length, DEPTH, found, text, 0, filled, False, where)
 
 
 @pytest.fixture

@@ -40,6 +40,7 @@ class Tally:
         """Count a proposal, and keep where it is from."""
         self._stats.tokens_filled += row.filled
         self._stats.ngram_proposals += bool(row.ngram)
+        self._stats.tokens_with_probabilities += row.sampled_drafts
         if row.proposed or row.ngram:
             self._proposed[row.serial] = Origin(len(row.proposed), 0, len(row.ngram))
 
