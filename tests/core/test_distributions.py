@@ -86,9 +86,8 @@ def test_the_oldest_entries_make_room_for_the_newest(monkeypatch: pytest.MonkeyP
     two = ints(2), ints(8, 9), floats(0.5, 0.5)
     kept.sampled(ints(3), ints(7), *two, ints(4))
     assert found(kept, (0, 7), (3, 7)) == [full, {8: 0.5, 9: 0.5}]
-    kept.sampled(
-        ints(0), ints(8), *entries, ints(4)
-    )  # does not fit at the end, and goes to the beginning
+    # It does not fit at the end, and goes to the beginning.
+    kept.sampled(ints(0), ints(8), *entries, ints(4))
     assert found(kept, (0, 7), (0, 8), (1, 7), (2, 7)) == [{}, full, full, full]
     kept.sampled(ints(0), ints(9), *entries, ints(4))
     assert found(kept, (0, 8), (1, 7), (2, 7), (3, 7)) == [full, {}, full, {8: 0.5, 9: 0.5}]
@@ -102,13 +101,7 @@ def test_of_more_than_there_is_room_for_the_newest_are_kept(
     kept = Distributions(ROWS, WIDTH, MOST)  # room for twelve entries
     rows, positions = ints(0, 1, 2, 3, 0), ints(7, 7, 7, 7, 8)
     tokens = np.tile(ints(4, 5, 6), 5)
-    kept.sampled(
-        rows,
-        positions,
-        ints(3, 3, 3, 3, 3),
-        tokens,
-        np.tile(floats(0.5, 0.25, 0.25), 5),
-        ints(4, 4, 4, 4, 4),
-    )
+    probabilities, drafted = np.tile(floats(0.5, 0.25, 0.25), 5), np.tile(ints(4), 5)
+    kept.sampled(rows, positions, ints(3, 3, 3, 3, 3), tokens, probabilities, drafted)
     full = {4: 0.5, 5: 0.25, 6: 0.25}
     assert found(kept, (0, 7), (1, 7), (2, 7), (3, 7), (0, 8)) == [{}, full, full, full, full]

@@ -73,15 +73,18 @@ def test_what_a_token_was_sampled_from_is_found_with_it_alone() -> None:
     assert read(held, [5, 1, 9], drafted=2)[2] == {9: 1.0}
 
 
-def test_what_is_forgotten_or_certain_is_not_found() -> None:
-    for forget in (
-        lambda held: held.forget([6]),
-        lambda held: held.certain(np.array([6]), np.array([20], np.int32)),
-    ):
-        held = sources()
-        put(held, 5, Q)
-        forget(held)
-        assert read(held, [5, 1, 1])[0] == {5: 1.0}
+def test_what_is_forgotten_is_not_found() -> None:
+    held = sources()
+    put(held, 5, Q)
+    held.forget([6])
+    assert read(held, [5, 1, 1])[0] == {5: 1.0}
+
+
+def test_a_certain_token_in_its_place_is_certain() -> None:
+    held = sources()
+    put(held, 5, Q)
+    held.certain(np.array([6]), np.array([20], np.int32))
+    assert read(held, [5, 1, 1])[0] == {5: 1.0}
 
 
 @pytest.mark.parametrize("q", [{5: 0.5, 9: 0.25}, {9: 0.5, 2: 0.5}], ids=["sum", "not among them"])

@@ -1,7 +1,7 @@
 """A step's proposals and its outcome, computed on the device: what the main thread enqueues.
 
-On a GPU this is one CUDA graph for each size of the batch, and one more where requests sample, since
-enqueuing some 120 operations one by one would take the main thread half a millisecond.
+On a GPU this is one CUDA graph for each size of the batch, and one more where requests sample,
+since enqueuing some 120 operations one by one would take the main thread half a millisecond.
 """
 
 from __future__ import annotations
