@@ -69,11 +69,13 @@ class Ngrams:
         end = window + drafted
 
         # How many tokens before each place, it included, are the last ones once more.
-        suffix = text.gather(1, (end - 1 - self._counting[:LONGEST]).clamp(min=0))
-        suffix = suffix.masked_fill(suffix == _BEFORE_TEXT, _BEFORE_SUFFIX)
+        longest_suffix = min(LONGEST, len(columns))
+        last = end - 1 - columns[:longest_suffix]
+        suffix = text.gather(1, last.clamp(min=0))
+        suffix = suffix.masked_fill((last < 0) | (suffix == _BEFORE_TEXT), _BEFORE_SUFFIX)
         same = (text == suffix[:, :1]) & (columns < end - 1)
         longest = same.int()
-        for i in range(1, min(LONGEST, window)):
+        for i in range(1, longest_suffix):
             same = same[:, 1:] & (text[:, :-i] == suffix[:, i : i + 1])
             longest[:, i:] += same
 
