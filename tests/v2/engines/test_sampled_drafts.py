@@ -16,7 +16,7 @@ from tests.v2.engines.harness import runner_of, running
 
 pytestmark = pytest.mark.slow
 
-REQUESTS = 2_000
+REQUESTS = 800
 ENGINE: dict[str, Any] = {"max_num_seqs": 96, "max_model_len": 64, "max_num_batched_tokens": 512}
 OPTIONS: dict[str, Any] = {"draft_sampling": "probabilistic", "backup": "auto"}
 
