@@ -95,7 +95,9 @@ class Target:
         trees = DeviceTrees(requests, DEPTH, VOCABULARY, CPU)
         writer, table = TreeWriter(trees), RequestTable(length)
         channel = Channel(connection, TargetBound)
-        link: Any = SimpleNamespace(channel=channel, failure=None, end=channel.close)
+        link: Any = SimpleNamespace(
+            channel=channel, failure=None, end=channel.close, wait=lambda timeout: None
+        )
         join = join_of(branches, sampled=False)
         client = DraftClient(lambda: link, join, 60.0, stats, table.forget_all, published=writer)
         client.launch()
@@ -262,8 +264,8 @@ def main() -> None:
         "without text",
         "the rest",
         "delay",
-        "V1 propose()",
-        "V1 delay",
+        "V1",
+        "V1: delay",
     ):
         table.add_column(column, justify="right")
     for requests, branches, context, rejected in CASES:
