@@ -46,7 +46,7 @@ def expected_of_v1(
     asked, answered = folder / "asked", folder / "answered"
     asked.write_bytes(pickle.dumps((str(tiny_pair.target), WORKLOADS)))
     command = [sys.executable, "-m", "tests.v2.engines.plain_v1", str(asked), str(answered)]
-    of_v2 = ("VLLM_USE_V2_MODEL_RUNNER", "TRITON_INTERPRET")
+    of_v2 = ("VLLM_USE_V2_MODEL_RUNNER", "TRITON_INTERPRET", "TORCHDYNAMO_DISABLE")
     environment = {name: value for name, value in os.environ.items() if name not in of_v2}
     subprocess.run(command, env=environment, check=True, timeout=300.0)
     found: dict[str, Answers] = pickle.loads(answered.read_bytes())
@@ -56,3 +56,14 @@ def expected_of_v1(
 @pytest.fixture(scope="module", params=[pytest.param("sync", marks=pytest.mark.slow), "async"])
 def asynchronous(request: pytest.FixtureRequest) -> bool:
     return bool(request.param == "async")
+
+
+@pytest.fixture
+def in_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines start processes, their workers too, which have Triton interpreted."""
+    here = Path(__file__).parents[1]
+    path = [str(here / "site"), str(here.parents[1]), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    # Each worker would be kept to one core, which the draft takes a part of as well.
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -48,7 +49,8 @@ def converse(engine: Engine, clients: Sequence[Sequence[Sequence[int]]], ahead: 
         )
         request.external_req_id = req_id
         llm.output_processor.add_request(request, None, None, 0)
-        llm.engine_core.add_request(request)
+        # Both prolong the prompt, and expect to be in two processes.
+        llm.engine_core.add_request(deepcopy(request))
 
     steps = 0
     while llm.has_unfinished_requests() or not steps:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +10,7 @@ from tests.engine.harness import difference
 from tests.tiny_models import TinyModels
 from tests.v2.engines.harness import WORKLOADS, Answers, running
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("in_processes")]
 
 PROCESSES: dict[str, dict[str, Any]] = {
     "worker": {"distributed_executor_backend": "mp"},
@@ -20,26 +18,14 @@ PROCESSES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _in_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Engines start processes, which have Triton interpreted."""
-    here = Path(__file__).parents[1]
-    path = [str(here / "site"), str(here.parents[1]), os.environ.get("PYTHONPATH", "")]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-
-
 @pytest.mark.parametrize("processes", PROCESSES)
 def test_answers_are_those_of_plain_v1_and_v2(
     tiny_pair: TinyModels,
-    monkeypatch: pytest.MonkeyPatch,
     expected: dict[str, Answers],
     expected_of_v1: dict[str, Answers],
     asynchronous: bool,
     processes: str,
 ) -> None:
-    if processes == "two workers":
-        monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     with running(tiny_pair, "itself", asynchronous, **PROCESSES[processes]) as engine:
         for name, jobs in WORKLOADS.items():
             before = engine.stats()
