@@ -77,3 +77,15 @@ def test_a_wrong_distribution_is_found(
     monkeypatch.setattr(rows, "write", wrong)
     found = sampled(engine, temperature=1.0)
     assert min(exact.p_values(found.texts, found.params)) < SURELY_WRONG
+
+
+@pytest.mark.usefixtures("in_processes")
+def test_all_ranks_have_the_same_distributions(few: TinyModels, exact: AllTexts) -> None:
+    with running(
+        few, "near", asynchronous=True, options=OPTIONS, tensor_parallel_size=2, **ENGINE
+    ) as engine:
+        found = sampled(engine, REQUESTS // 2, temperature=1.0)
+    values = exact.p_values(found.texts, found.params)
+    print(values)
+    assert min(values) > LEAST_P
+    assert len(found.greedy) == 1
