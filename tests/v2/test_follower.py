@@ -3,120 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import SimpleNamespace
-from typing import Any
 
-import numpy as np
 import pytest
-import torch
 
-from tests.v2.draft_end import DraftEnd, client_of
-from tests.v2.messages import look_up_one
-from vllm_ssd.core.stats import Stats
-from vllm_ssd.core.tree import Where
-from vllm_ssd.target.requests import RequestTable
-from vllm_ssd.target.v2.device_trees import NOTHING, DeviceTrees
-from vllm_ssd.target.v2.follower import Follower
-from vllm_ssd.target.v2.outcomes import Row
+from tests.v2.following import DEPTH, EOS, MAX_LENGTH, SLOTS, Following, request, row
+from vllm_ssd.target.v2.device_trees import NOTHING
 from vllm_ssd.target.v2.slots import Begun
-from vllm_ssd.target.v2.writer import TreeWriter
-from vllm_ssd.wire.messages import Finished, Planted, Start, Trimmed, Verified
-from vllm_ssd.wire.packing import pack, pack_floats, unpack_list
-
-DEPTH, VOCAB_SIZE, SLOTS, MAX_LENGTH, EOS = 3, 512, 4, 64, 2
-
-
-class Following:
-    """A follower with a draft that is up."""
-
-    def __init__(self) -> None:
-        self.stats = Stats()
-        self.lengths: dict[int, int] = {}
-        """Of each request's text, by serial."""
-        self.draft = DraftEnd()
-        requests = RequestTable(MAX_LENGTH)
-        self.trees = DeviceTrees(SLOTS, DEPTH, VOCAB_SIZE, torch.device("cpu"))
-        writer = TreeWriter(self.trees)
-        self.client = client_of(self.draft, self.stats, requests.forget_all, writer)
-        self.follower = Follower(self.client, writer, requests, self.stats)
-        self.client.poll(1.0)
-        assert self.client.up
-
-    def begin(self, serial: int, slot: int, prompt: list[int], **params: Any) -> Start:
-        """A request begins; how it was announced."""
-        self.lengths[serial] = len(prompt)
-        self.follower.scheduled([], [Begun(serial, slot, request(prompt, **params))])
-        (start,) = self.draft.hears()
-        assert isinstance(start, Start)
-        return start
-
-    def verify(self, *rows: Row) -> list[Any]:
-        """A step ends; what the draft hears of it."""
-        told = []
-        for each in rows:
-            before = self.lengths.get(each.serial, 0)
-            length = before + len(each.sampled) if each.length < 0 else each.length
-            self.lengths[each.serial] = length
-            told.append(each._replace(length=length))
-        self.follower.verified(told)
-        return self.draft.hears(0.1)
-
-    def plant(self, handle: int, base: int, tokens: list[int]) -> None:
-        chances = pack_floats(np.full(len(tokens), 0.5, np.float32))
-        numbers = [pack([each]) for each in (handle, base, 5, len(tokens), 0)]
-        self.draft.says(
-            Planted(
-                handles=numbers[0],
-                bases=numbers[1],
-                trunks=numbers[2],
-                counts=numbers[3],
-                ended=numbers[4],
-                tokens=pack(tokens),
-                chances=chances,
-            )
-        )
-        self.client.poll(1.0)
-
-    def found(self, slot: int, text: list[int]) -> list[int]:
-        """What the device finds after a text in a slot."""
-        found = look_up_one(self.trees, slot, text)
-        drafts: list[int] = found.drafts[0, : found.drafted[0]].tolist()
-        return drafts
-
-
-def request(prompt: list[int], tokens: int = 20, text: list[int] | None = None) -> Any:
-    """A new request as the scheduler describes it; ``text``: what it had before a preemption."""
-    params = SimpleNamespace(
-        max_tokens=tokens,
-        min_tokens=0,
-        temperature=0.0,
-        stop_token_ids=[],
-        eos_token_id=EOS,
-        ignore_eos=False,
-    )
-    return SimpleNamespace(
-        prompt_token_ids=prompt,
-        prompt_embeds=None,
-        mm_features=[],
-        lora_request=None,
-        sampling_params=params,
-        prompt_len=len(prompt),
-        prefill_token_ids=text or prompt,
-    )
-
-
-def row(
-    serial: int,
-    sampled: list[int],
-    proposed: list[int] | None = None,
-    length: int = -1,
-    ngram: list[int] | None = None,
-) -> Row:
-    """An outcome; without a length, one that follows the last one."""
-    found, text = proposed or [], ngram or []
-    where = Where.FOUND if found else Where.OFF
-    filled = DEPTH - len(found) - len(text)
-    return Row(serial, sampled, length, DEPTH, found, text, 0, filled, False, where)
+from vllm_ssd.wire.messages import Finished, Start, Trimmed, Verified
+from vllm_ssd.wire.packing import unpack_list
 
 
 @pytest.fixture
@@ -247,51 +141,6 @@ def test_a_text_that_is_too_long_for_the_draft_is_counted(following: Following) 
     following.verify(row(7, [8]))
     assert following.stats.misses_cannot_draft == 1
     assert following.stats.look_ups == 0
-
-
-def test_tokens_of_the_text_are_told_and_counted_apart(following: Following) -> None:
-    following.begin(7, 2, [1, 5, 6])
-    (verified,) = following.verify(row(7, [8], [9], ngram=[4, 3]))
-    assert unpack_list(verified.proposed_counts) == [3]
-    assert unpack_list(verified.tokens) == [8, 9, 4, 3]
-    stats = following.stats
-    assert (stats.hits, stats.depth_at_hit, stats.ngram_proposals) == (1, 1, 1)
-    following.verify(row(7, [9, 4, 11], ngram=[5]))
-    assert (stats.tokens_drafted, stats.tokens_accepted, stats.rejections) == (3, 2, 1)
-    assert (stats.ngram_tokens, stats.ngram_accepted, stats.ngram_rejections) == (2, 1, 1)
-    assert (stats.hits, stats.misses_no_branch) == (1, 1)
-    assert stats.tokens_filled == DEPTH - 1
-
-
-def test_nothing_of_the_text_is_told_from_a_token_on_that_ends_it(following: Following) -> None:
-    following.begin(7, 2, [1, 5, 6])
-    (verified,) = following.verify(row(7, [8], ngram=[4, EOS, 3]))
-    assert unpack_list(verified.tokens) == [8, 4]
-    assert following.stats.tokens_filled == 2
-    following.verify(row(7, [4, 9]))
-    assert following.stats.ngram_tokens == following.stats.ngram_accepted == 1
-
-
-def test_nothing_of_the_text_is_told_beyond_a_requests_length(following: Following) -> None:
-    following.begin(7, 2, [1, 5, 6], tokens=4)
-    (verified,) = following.verify(row(7, [8], [9], ngram=[4, 3]))
-    assert unpack_list(verified.tokens) == [8, 9, 4]
-
-
-@pytest.mark.parametrize("alone", ["draft down", "left alone"])
-def test_tokens_of_the_text_are_counted_without_the_draft(following: Following, alone: str) -> None:
-    new = request([1, 5, 6])
-    if alone == "left alone":
-        new.lora_request = object()
-    following.follower.scheduled([], [Begun(7, 2, new)])
-    following.draft.dies()
-    following.client.poll(1.0)
-    following.follower.verified([row(7, [8], ngram=[4, 3], length=4)])
-    following.follower.verified([row(7, [4, 9], length=6)])
-    stats = following.stats
-    assert (stats.ngram_tokens, stats.ngram_accepted, stats.tokens_accepted) == (2, 1, 1)
-    following.follower.scheduled([7], [])
-    assert not following.follower._tally._proposed
 
 
 def test_what_only_fills_up_is_counted(following: Following) -> None:
