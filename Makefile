@@ -31,8 +31,8 @@ endif
 
 # vLLM looks for Triton once a process, so its V2 runner needs a run of its own.
 test-v2: setup ## the tests of engines with vLLM's V2 model runner, which `make test` runs as well
-	@echo "test-v2: pytest tests/v2"
-	@VLLM_USE_V2_MODEL_RUNNER=1 $(BIN)/python -m pytest tests/v2/test_engines.py $(ARGS)
+	@echo "test-v2: pytest tests/v2/engines"
+	@VLLM_USE_V2_MODEL_RUNNER=1 $(BIN)/python -m pytest tests/v2/engines $(ARGS)
 
 test-slow: setup ## the tests that take minutes
 	@echo "test-slow: pytest -m slow"
@@ -59,7 +59,7 @@ lint: $(READY) ## ruff and mypy
 
 # benchmarks/forks.py needs recorded answers: docs/performance.md shows its command.
 bench: setup ## the measurements in benchmarks/ that need no data; an hour or two
-	@set -e; for name in critical_path draft_vocab step_time end_to_end batch_sizes settings backups serving shared_draft; do \
+	@set -e; for name in critical_path critical_path_v2 draft_vocab step_time end_to_end batch_sizes settings backups serving shared_draft; do \
 		echo "bench: $$name"; $(BIN)/python -m vllm_ssd.cli.env -m benchmarks.$$name; done
 
 clean: ## remove .venv and everything built (the models stay cached)

@@ -39,6 +39,14 @@ COUNTERS = {
     "ssd_resyncs": ("resyncs", "Epochs given up: all requests were announced again."),
     "ssd_draft_restarts": ("restarts", "Draft processes started again."),
     "ssd_errors": ("errors", "Errors in the plugin."),
+    "ssd_filled_tokens": (
+        "tokens_filled",
+        "Tokens that only filled proposals up to K (V2 runner), counted as no draft's.",
+    ),
+    "ssd_texts_lost": (
+        "texts_lost",
+        "Requests not drafted for any more (V2 runner): an error cost a piece of their text.",
+    ),
     "ssd_draft_steps": ("draft_steps", "Decode steps of the draft."),
     "ssd_draft_rows": ("draft_rows", "Rows that these decoded."),
     "ssd_draft_forks": ("draft_forks", "Forks that the draft has made."),
@@ -54,8 +62,9 @@ GAUGES = {
     ),
 }
 """The same for what goes up and down."""
-MISSES = ("no_branch", "not_ready", "resync", "draft_down")
-"""Why a look-up found nothing; counted as ``misses_...``."""
+MISSES = ("no_branch", "not_ready", "resync", "draft_down", "cannot_draft")
+"""Why a look-up found nothing; counted as ``misses_...``. The last one is of requests that are not
+looked up at all: the draft cannot follow them (V2 runner)."""
 SOURCES = ("branch", "just_in_time", "ngram")
 """Where drafted tokens come from: found at once, waited for, from the text."""
 _TIMES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0)

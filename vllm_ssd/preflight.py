@@ -24,15 +24,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("vllm.vllm_ssd")
 
-_ALWAYS_ON_V2 = {
-    "backup": "none",
-    "max_wait_ms": 0.0,
-    "draft_sampling": "greedy",
-    "draft_top_n": None,
-    "saguaro_c": None,
-    "pad_misses": True,
+_KNOWN_TO_V2: dict[str, tuple[object, ...]] = {
+    "backup": ("auto", "ngram", "none"),
+    "max_wait_ms": (0.0,),
+    "pad_misses": (True,),
 }
-"""Options that have no effect on vLLM's V2 runner, and what is done there in any case."""
+"""Options of which other values have no effect on vLLM's V2 runner."""
 _TAKE_V1 = "set VLLM_USE_V2_MODEL_RUNNER=0 for vLLM's V1 model runner"
 
 
@@ -104,8 +101,6 @@ def check(
     _check_parallelism(parallel)
     v2 = takes_v2(parallel)
     check_runner(async_scheduling, v2)
-    if v2:
-        check_v2_sampling(config)
     check_ray(config.draft_placement)
     if config.draft_address is not None:
         return Checked(config, None, None, check_server(config, target))
@@ -255,25 +250,12 @@ def check_runner(async_scheduling: bool | None, v2: bool) -> None:
     compat.check_v2_hooks()
 
 
-def check_v2_sampling(config: SSDConfig) -> None:
-    """Refuse sampled drafts on the V2 runner.
-
-    Raises:
-        ValueError: says what to do.
-    """
-    if config.draft_sampling == "probabilistic":
-        raise ValueError(
-            "ssd: option 'draft_sampling' = 'probabilistic': with vLLM's V2 model runner drafts "
-            f"are greedy; leave it out, or {_TAKE_V1}"
-        )
-
-
 def warn_of_v2_options(config: SSDConfig) -> None:
     """One warning that names the options given that have no effect on the V2 runner."""
     given = [
         f"{name} = {getattr(config, name)!r}"
-        for name, always in _ALWAYS_ON_V2.items()
-        if name in config.model_fields_set and getattr(config, name) != always
+        for name, known in _KNOWN_TO_V2.items()
+        if name in config.model_fields_set and getattr(config, name) not in known
     ]
     if given:
         logger.warning(

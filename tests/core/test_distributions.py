@@ -30,6 +30,7 @@ def kept() -> Distributions:
         ints(2, 1),
         ints(5, 9, 6),
         floats(0.25, 0.75, 1.0),
+        ints(5, 6),
     )
     return distributions
 
@@ -55,7 +56,7 @@ def test_what_was_sampled_is_found_and_the_rest_is_certain(kept: Distributions) 
 
 
 def test_a_smaller_distribution_replaces_a_larger_one(kept: Distributions) -> None:
-    kept.sampled(ints(1), ints(7), ints(1), ints(4), floats(1.0))
+    kept.sampled(ints(1), ints(7), ints(1), ints(4), floats(1.0), ints(4))
     assert found(kept, (1, 7)) == [{4: 1.0}]
 
 
@@ -65,7 +66,7 @@ def test_a_certain_token_replaces_a_sampled_one(kept: Distributions) -> None:
 
 
 def test_positions_go_round(kept: Distributions) -> None:
-    kept.sampled(ints(1), ints(7 + WIDTH), ints(3), ints(4, 3, 2), floats(0.5, 0.25, 0.25))
+    kept.sampled(ints(1), ints(7 + WIDTH), ints(3), ints(4, 3, 2), floats(0.5, 0.25, 0.25), ints(4))
     assert found(kept, (1, 7 + WIDTH)) == [{4: 0.5, 3: 0.25, 2: 0.25}]
 
 
@@ -81,13 +82,14 @@ def test_the_oldest_entries_make_room_for_the_newest(monkeypatch: pytest.MonkeyP
     entries = ints(3), ints(4, 5, 6), floats(0.5, 0.25, 0.25)
     full = {4: 0.5, 5: 0.25, 6: 0.25}
     for row in range(3):
-        kept.sampled(ints(row), ints(7), *entries)
+        kept.sampled(ints(row), ints(7), *entries, ints(4))
     two = ints(2), ints(8, 9), floats(0.5, 0.5)
-    kept.sampled(ints(3), ints(7), *two)
+    kept.sampled(ints(3), ints(7), *two, ints(4))
     assert found(kept, (0, 7), (3, 7)) == [full, {8: 0.5, 9: 0.5}]
-    kept.sampled(ints(0), ints(8), *entries)  # does not fit at the end, and goes to the beginning
+    # It does not fit at the end, and goes to the beginning.
+    kept.sampled(ints(0), ints(8), *entries, ints(4))
     assert found(kept, (0, 7), (0, 8), (1, 7), (2, 7)) == [{}, full, full, full]
-    kept.sampled(ints(0), ints(9), *entries)
+    kept.sampled(ints(0), ints(9), *entries, ints(4))
     assert found(kept, (0, 8), (1, 7), (2, 7), (3, 7)) == [full, {}, full, {8: 0.5, 9: 0.5}]
 
 
@@ -99,6 +101,7 @@ def test_of_more_than_there_is_room_for_the_newest_are_kept(
     kept = Distributions(ROWS, WIDTH, MOST)  # room for twelve entries
     rows, positions = ints(0, 1, 2, 3, 0), ints(7, 7, 7, 7, 8)
     tokens = np.tile(ints(4, 5, 6), 5)
-    kept.sampled(rows, positions, ints(3, 3, 3, 3, 3), tokens, np.tile(floats(0.5, 0.25, 0.25), 5))
+    probabilities, drafted = np.tile(floats(0.5, 0.25, 0.25), 5), np.tile(ints(4), 5)
+    kept.sampled(rows, positions, ints(3, 3, 3, 3, 3), tokens, probabilities, drafted)
     full = {4: 0.5, 5: 0.25, 6: 0.25}
     assert found(kept, (0, 7), (1, 7), (2, 7), (3, 7), (0, 8)) == [{}, full, full, full, full]

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 
 from tests.engine.all_texts import Allowed, AllTexts
@@ -88,6 +89,7 @@ class Sampled:
         ]
         prompts: Any = [{"prompt_token_ids": list(prompt)}] * len(every)
         torch.manual_seed(seed)
+        np.random.seed(seed)  # of the V2 runner
         before = engine.stats()
         outputs = engine.llm.generate(prompts, every, use_tqdm=False)
         self.stats = difference(engine.stats(), before)

@@ -19,6 +19,8 @@ def prepare() -> None:
     """Have vLLM find a Triton backend for CPU, and Triton interpret its kernels."""
     assert "vllm" not in sys.modules, "vLLM has looked for Triton already"
     os.environ["TRITON_INTERPRET"] = "1"
+    # This backend compiles nothing, so torch.compile must not try; vLLM has it for its embedding.
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
     import triton.backends
 
     _register(triton.backends)

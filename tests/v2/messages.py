@@ -276,7 +276,7 @@ class Answer(NamedTuple):
 
 def answers(found: Found) -> list[Answer]:
     """The same as lists, by slot."""
-    columns = (part.tolist() for part in found)
+    columns = (part.tolist() for part in found[:4])
     return [Answer(d, n, ended, WHERE[w]) for d, n, ended, w in zip(*columns, strict=True)]
 
 

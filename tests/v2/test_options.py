@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from vllm_ssd.config import SSDConfig
-from vllm_ssd.preflight import check_v2_sampling, warn_of_v2_options
+from vllm_ssd.preflight import warn_of_v2_options
 
 
 def options(**given: Any) -> SSDConfig:
@@ -29,9 +29,9 @@ def said() -> Iterator[list[str]]:
 
 
 def test_one_warning_names_them_and_what_to_do(said: list[str]) -> None:
-    warn_of_v2_options(options(max_wait_ms=5.0, backup="draft", saguaro_c=0.5, branches=4))
+    warn_of_v2_options(options(max_wait_ms=5.0, backup="draft", pad_misses=False, branches=4))
     (warning,) = said
-    assert "backup = 'draft', max_wait_ms = 5.0, saguaro_c = 0.5; " in warning
+    assert "backup = 'draft', max_wait_ms = 5.0, pad_misses = False; " in warning
     assert "branches" not in warning
     assert "VLLM_USE_V2_MODEL_RUNNER=0" in warning
 
@@ -40,18 +40,13 @@ def test_one_warning_names_them_and_what_to_do(said: list[str]) -> None:
     "given",
     [
         {},
+        {"backup": "ngram"},
+        {"draft_sampling": "probabilistic", "draft_top_n": 32, "saguaro_c": 0.5},
         {"backup": "none", "max_wait_ms": 0.0, "pad_misses": True, "draft_sampling": "greedy"},
         {"strict": True, "fan_out": 2},
     ],
-    ids=["none", "what it does anyway", "others"],
+    ids=["none", "from the text", "sampled", "what it does anyway", "others"],
 )
 def test_there_is_no_warning_without_a_reason(said: list[str], given: dict[str, Any]) -> None:
     warn_of_v2_options(options(**given))
     assert said == []
-
-
-def test_sampled_drafts_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"'probabilistic'.*VLLM_USE_V2_MODEL_RUNNER=0"):
-        check_v2_sampling(options(draft_sampling="probabilistic"))
-    for others in ("auto", "greedy"):
-        check_v2_sampling(options(draft_sampling=others))

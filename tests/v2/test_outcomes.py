@@ -37,10 +37,13 @@ def packed() -> torch.Tensor:
         drafted=integers(1, 0, 0),
         ended=integers(1, 0, 0),
         where=integers(FOUND, UNKNOWN, OFF),
+        row=integers(3, 0, 0),
     )
     return pack_outcome(
         DeviceTrees(3, 2, 16, torch.device("cpu")),
         found,
+        integers(0, 0, 1),
+        integers(1, 0, 0),
         texts,
         integers(3, 8, 5),
         torch.tensor([2, 0, 1]),
@@ -50,11 +53,11 @@ def packed() -> torch.Tensor:
 
 
 def test_an_outcome_arrives_as_it_was() -> None:
-    assert packed().shape == (3, 6 + 3 + 2)
+    assert packed().shape == (3, 8 + 3 + 2)
     assert unpack_outcome([11, 12, 13], packed().numpy()) == [
-        Row(11, [4, 5], 5, verified=2, proposed=[6], filled=1, ended=True, where=Where.FOUND),
-        Row(12, [], 3, verified=0, proposed=[], filled=2, ended=False, where=Where.UNKNOWN),
-        Row(13, [2], 8, verified=0, proposed=[], filled=2, ended=False, where=Where.OFF),
+        Row(11, [4, 5], 5, 2, [6], [], sampled_drafts=1, filled=1, ended=True, where=Where.FOUND),
+        Row(12, [], 3, 0, [], [], sampled_drafts=0, filled=2, ended=False, where=Where.UNKNOWN),
+        Row(13, [2], 8, 0, [], [2], sampled_drafts=0, filled=1, ended=False, where=Where.OFF),
     ]
 
 

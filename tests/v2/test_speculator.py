@@ -55,7 +55,7 @@ class Rank:
             last_sampled_tokens=torch.full((SLOTS, 1), 7),
         )
         drafts = Drafts(
-            Proposals(DeviceTrees(SLOTS, DEPTH, 512, CPU), states),
+            Proposals(DeviceTrees(SLOTS, DEPTH, 512, CPU), states, from_text=False),
             Slots(SLOTS, lambda gone, begun: self.told.append((gone, begun))),
             OutcomeReadback(CPU, self._deliver, self.thread.report),
             self.thread,

@@ -146,8 +146,10 @@ def _plugin() -> Finding:
 
 def _hooks() -> Finding:
     from vllm_ssd import compat
+    from vllm_ssd.preflight import takes_v2
 
-    moved = compat.all_moved()
+    v2 = takes_v2()
+    moved = compat.all_moved(v2)
     if moved:
         return Finding(
             "hooks",
@@ -155,7 +157,7 @@ def _hooks() -> Finding:
             f"moved or changed in vLLM: {', '.join(moved)}",
             "install a vLLM that vllm-ssd supports, or another vllm-ssd",
         )
-    lists = compat.lists_here()
+    lists = compat.lists_here(v2)
     count = sum(len(compat.members(names)) for each in lists for names in each.values())
     found = f"{count} names of vLLM are where they should be; instances are checked at the start"
     return Finding("hooks", Status.OK, found)

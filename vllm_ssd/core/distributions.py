@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 
 from vllm_ssd.core.arrays import Float32Array, Int32Array, Int64Array
@@ -10,6 +12,37 @@ _ENTRIES = 1 << 20
 """Entries that are kept at least: 8 MiB."""
 _STEPS = 4
 """... and enough for so many steps in which all rows sample."""
+
+
+class Kept(Protocol):
+    """What the published trees tell of it; see :class:`Distributions`."""
+
+    most: int
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to forget."""
+        ...
+
+    def forget(self, rows: Int32Array | Int64Array | list[int]) -> None:
+        """Rows begin anew."""
+        ...
+
+    def certain(self, rows: Int32Array | Int64Array, positions: Int32Array) -> None:
+        """Tokens were chosen without chance."""
+        ...
+
+    def sampled(
+        self,
+        rows: Int32Array | Int64Array,
+        positions: Int32Array,
+        supports: Int32Array,
+        tokens: Int32Array,
+        probabilities: Float32Array,
+        drafted: Int32Array,
+    ) -> None:
+        """Tokens were sampled."""
+        ...
 
 
 class Distributions:
@@ -67,6 +100,7 @@ class Distributions:
         supports: Int32Array,
         tokens: Int32Array,
         probabilities: Float32Array,
+        drafted: Int32Array,
     ) -> None:
         """Tokens were sampled.
 
@@ -76,6 +110,7 @@ class Distributions:
             supports: ``[n]``, from how many tokens each was sampled.
             tokens: ``[sum(supports)]``, these tokens.
             probabilities: ``[sum(supports)]``, theirs.
+            drafted: ``[n]``, which was sampled; not kept, the cache has it.
         """
         if len(tokens) > self._size:
             # The newest ones are kept.

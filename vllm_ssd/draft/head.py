@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from vllm_ssd.compat import LOGITS_PROCESSOR_ARGUMENTS
+from vllm_ssd.hooks import LOGITS_PROCESSOR_ARGUMENTS
 
 if TYPE_CHECKING:
     import torch

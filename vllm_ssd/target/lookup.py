@@ -97,7 +97,7 @@ def choose(
             accepted += right
             whole += right == request.verifying
             if request.origin is not None:
-                _count_backup(request.origin, request.verifying, right, stats)
+                count_backup(request.origin, request.verifying, right, stats)
         if not request.ends.isdisjoint(tokens):
             # It has finished; the scheduler will notice next.
             request.proposed, request.verifying = [], 0
@@ -195,7 +195,7 @@ def answer(look_ups: Sequence[LookUp], stats: Stats) -> None:
     stats.look_ups += hits
 
 
-def _count_backup(origin: Origin, verified: int, accepted: int, stats: Stats) -> None:
+def count_backup(origin: Origin, verified: int, accepted: int, stats: Stats) -> None:
     """Count what was accepted of tokens that were not found at once."""
     waited = min(max(0, verified - origin.found), origin.waited)
     stats.waited_tokens += waited

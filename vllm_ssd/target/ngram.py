@@ -13,7 +13,7 @@ from vllm_ssd.target.lookup import Batch, LookUp
 
 WINDOW = 8192
 """So many of a text's last tokens are searched (5 to 25 us)."""
-_TOTAL = 16 * WINDOW
+TOTAL = 16 * WINDOW
 """So many tokens of all texts together."""
 
 
@@ -27,7 +27,7 @@ def prolong(look_ups: Sequence[LookUp], counts: Sequence[int], batch: Batch, sta
         stats: counters to keep.
     """
     began = time.perf_counter()
-    window = min(WINDOW, _TOTAL // len(look_ups))
+    window = min(WINDOW, TOTAL // len(look_ups))
     for each, count in zip(look_ups, counts, strict=True):
         text = batch.texts[each.row, max(0, each.length - window) : each.length]
         if each.request.proposed:

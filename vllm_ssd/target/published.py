@@ -8,7 +8,7 @@ from operator import attrgetter
 import numpy as np
 
 from vllm_ssd.core.arrays import Float32Array, Int32Array, Int64Array
-from vllm_ssd.core.distributions import Distributions
+from vllm_ssd.core.distributions import Distributions, Kept
 from vllm_ssd.core.tree import SpeculationCache, row_width
 from vllm_ssd.wire.messages import MAX_ROWS, Forked, Planted, Pruned, Ready, Stepped
 from vllm_ssd.wire.packing import unpack, unpack_floats, unpack_list
@@ -34,6 +34,8 @@ class PublishedTrees:
         self.cache = SpeculationCache(1, 1)
         self.distributions: Distributions | None = None
         """What the cache's tokens were sampled from; ``None`` if none are sampled."""
+        self._kept: Kept | None = None
+        """The same, for what is told of it."""
         self.withdrawn: set[int] = set()
         """Handles of requests that have no tree in the draft now."""
         self._announced: set[int] = set()
@@ -65,7 +67,11 @@ class PublishedTrees:
             raise ValueError(f"{message.max_rows} rows")
         self.cache = SpeculationCache(message.max_rows, self._width)
         if self._sampled_from:
-            self.distributions = Distributions(message.max_rows, self._width, self._sampled_from)
+            self._keep(message.max_rows)
+
+    def _keep(self, max_rows: int) -> None:
+        """Tokens may be sampled: keep what from."""
+        self._kept = self.distributions = Distributions(max_rows, self._width, self._sampled_from)
 
     def steps(self, messages: list[Stepped]) -> None:
         """Rows have grown by one token in each of some steps.
@@ -90,12 +96,19 @@ class PublishedTrees:
         if ended:
             # Before the token that ends a row: a device that reads meanwhile proposes no end token.
             self.cache.ended[_indices(ended)] = True
+        # Before the tokens, which a device may find at once.
+        self._sample(rows, tokens.reshape(shape), steps)
         self.cache.append(rows, tokens.reshape(shape), chances.reshape(shape))
-        self._sample(rows, steps)
 
-    def _sample(self, rows: Int64Array, steps: list[Stepped]) -> None:
-        """Keep what the tokens that rows have just grown by were sampled from."""
-        distributions = self.distributions
+    def _sample(self, rows: Int64Array, grown: Int32Array, steps: list[Stepped]) -> None:
+        """Keep what the tokens that rows will grow by were sampled from.
+
+        Args:
+            rows: ``[n]``.
+            grown: ``[steps, n]``, these tokens.
+            steps: the messages.
+        """
+        distributions = self._kept
         if distributions is None:
             if any(step.sampled for step in steps):
                 raise ValueError("sampled tokens, though none were asked for")
@@ -104,7 +117,7 @@ class PublishedTrees:
         if not sampled and distributions.empty:
             return
         cache = self.cache
-        first = cache.start[rows] + cache.length[rows] - len(steps)
+        first = cache.start[rows] + cache.length[rows]
         distributions.certain(rows, first + np.arange(len(steps), dtype=np.int32)[:, None])
         if not sampled:
             return
@@ -124,7 +137,8 @@ class PublishedTrees:
         if not np.minimum.reduce(probabilities) > 0.0:
             raise ValueError("a probability that is not above 0")
         positions = (first[which] + later).astype(np.int32)
-        distributions.sampled(rows[which], positions, supports, tokens, probabilities)
+        drafted = grown[later, which]
+        distributions.sampled(rows[which], positions, supports, tokens, probabilities, drafted)
 
     def distributions_of(
         self, rows: Int64Array, positions: Int64Array, tokens: Int64Array
@@ -182,11 +196,11 @@ class PublishedTrees:
             kept = [tree for tree in trees if tree[2] >= 0]
             handles, bases, trunks, counts, ended = ([tree[i] for tree in kept] for i in range(5))
         self.withdrawn.difference_update(handles)
-        if self.distributions is not None and not self.distributions.empty:
+        if self._kept is not None and not self._kept.empty:
             # A trunk that was a row of its tree before keeps what its tokens were sampled from.
             before = [self.cache.trees.get(handle) for handle in handles]
             pairs = zip(before, trunks, strict=True)
-            self.distributions.forget([t for tree, t in pairs if not (tree and tree.has(t))])
+            self._kept.forget([t for tree, t in pairs if not (tree and tree.has(t))])
         self.cache.plant_all(handles, bases, trunks, counts, tokens, chances, ended)
         # Those have finished. Their rows are planted all the same: they grow until the draft has
         # the message.
@@ -202,8 +216,8 @@ class PublishedTrees:
         if not len(k) == len(tokens) == len(rows):
             raise ValueError("forks of different lengths")
         self.cache.add_forks(handles, counts, k, tokens, rows)
-        if self.distributions is not None:
-            self.distributions.forget(rows)
+        if self._kept is not None:
+            self._kept.forget(rows)
         for handle, complete in zip(handles, unpack_list(message.complete), strict=True):
             tree = self.cache.trees.get(handle)
             if tree is not None:

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 
 from vllm_ssd.core.arrays import BoolArray, Int32Array, Int64Array
 from vllm_ssd.core.tree import row_width
 from vllm_ssd.option_errors import MAX_SPECULATIVE_TOKENS
+from vllm_ssd.target.v2.device_sources import DeviceSources
+from vllm_ssd.target.v2.shared import shared
 from vllm_ssd.wire.messages import MAX_ROWS
 
 NOTHING = -1
@@ -39,6 +40,7 @@ class DeviceTrees:
         num_speculative_tokens: K.
         vocab_size: the target's; no id from there on is ever proposed.
         device: which reads the arrays.
+        sampled_from: the most tokens that a token is sampled from; 0 if none are sampled.
 
     Raises:
         RuntimeError: the device cannot read host memory.
@@ -50,25 +52,30 @@ class DeviceTrees:
         num_speculative_tokens: int,
         vocab_size: int,
         device: torch.device,
+        sampled_from: int = 0,
     ) -> None:
         self.depth = num_speculative_tokens
         self.width = row_width(num_speculative_tokens)
         self.vocab_size = vocab_size
         self.host_roots: Int64Array
-        self.host_roots, self.roots = _shared(max_slots, torch.int64, device)
+        self.host_roots, self.roots = shared(max_slots, torch.int64, device)
         """``[slots]``, the tree of each (:func:`pack_root`)."""
         self.host_forks: Int64Array
-        self.host_forks, self.forks = _shared(MAX_ROWS, torch.int64, device)
+        self.host_forks, self.forks = shared(MAX_ROWS, torch.int64, device)
         """``[rows]``, of which tree each is a fork, and where (:func:`pack_forks`)."""
         self.host_tokens: Int32Array
-        self.host_tokens, self.tokens = _shared((MAX_ROWS, self.width), torch.int32, device)
+        self.host_tokens, self.tokens = shared((MAX_ROWS, self.width), torch.int32, device)
         """``[rows, width]``."""
         self.host_length: Int32Array
-        self.host_length, self.length = _shared(MAX_ROWS, torch.int32, device)
+        self.host_length, self.length = shared(MAX_ROWS, torch.int32, device)
         """``[rows]``, how many of its tokens a row has."""
         self.host_ended: BoolArray
-        self.host_ended, self.ended = _shared(MAX_ROWS, torch.bool, device)
+        self.host_ended, self.ended = shared(MAX_ROWS, torch.bool, device)
         """``[rows]``, whether the last of them ends the row."""
+        self.sources: DeviceSources | None = None
+        """What the tokens were sampled from, if any are."""
+        if sampled_from:
+            self.sources = DeviceSources(self.width, sampled_from, device)
         self.clear()
         self.counting = torch.arange(2 * self.width, device=device)
         """0, 1, 2, ...: made once, so that a look-up makes no constants."""
@@ -101,16 +108,3 @@ def pack_forks(slot: Any, k: Any, token: Any) -> Any:
     NumPy or torch int64; ``k`` from 0 to the width of a row.
     """
     return (slot << _SLOT_BITS) | (k << _K_BITS) | token
-
-
-def _shared(
-    shape: int | tuple[int, ...], dtype: torch.dtype, device: torch.device
-) -> tuple[np.ndarray[Any, Any], torch.Tensor]:
-    """Zeroed host memory, and the view through which the device reads it."""
-    if device.type == "cpu":
-        tensor = torch.zeros(shape, dtype=dtype)
-        return tensor.numpy(), tensor
-    from vllm.v1.worker.gpu.buffer_utils import UvaBuffer
-
-    buffer = UvaBuffer(shape, dtype)  # pinned and mapped
-    return buffer.np, buffer.uva()

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_ssd.core.stats import Stats
-from vllm_ssd.core.tree import Where
 from vllm_ssd.target.client import DraftClient
 from vllm_ssd.target.lookup import LookUp
 from vllm_ssd.target.notices import ANNOUNCED_TOKENS, Notices
 from vllm_ssd.target.requests import RequestTable, Tracked, can_draft, end_tokens
 from vllm_ssd.target.v2.outcomes import Row
 from vllm_ssd.target.v2.slots import Begun
+from vllm_ssd.target.v2.tally import Tally
 from vllm_ssd.target.v2.writer import TreeWriter
 from vllm_ssd.wire.messages import Finished, ToDraft
 from vllm_ssd.wire.packing import pack
@@ -73,6 +73,7 @@ class Follower:
         self._requests = requests
         self._stats = stats
         self._notices = Notices(client, requests)
+        self._tally = Tally(stats)
         self._running: dict[int, _Running] = {}
         self._left_alone: set[int] = set()
         """Requests in slots that the draft cannot follow."""
@@ -142,7 +143,9 @@ class Follower:
             running = self._running.get(row.serial)
             if running is None:
                 if row.serial in self._left_alone:
-                    self._count_left_alone(row)
+                    self._stats.misses_cannot_draft += 1
+                    self._tally.verified(row)
+                    self._tally.proposed(row)
                 continue
             if running.ended:
                 continue
@@ -150,12 +153,11 @@ class Follower:
                 lost.append(row.serial)
                 continue
             running.confirm(row.sampled)
-            request = self._requests.get(running.name)
-            if request is not None and request.verifying:
-                self._count_verification(min(request.verifying, row.verified), len(row.sampled) - 1)
+            self._tally.verified(row)
             if not running.ended:
-                self._stats.tokens_filled += row.filled
-                going_on.append((row, running, request))
+                row = _without_ends(row, running.ends)
+                self._tally.proposed(row)
+                going_on.append((row, running, self._requests.get(running.name)))
         return going_on, lost
 
     def _give_up(self, lost: list[int]) -> list[ToDraft]:
@@ -182,13 +184,15 @@ class Follower:
         length, confirmed = row.length, row.sampled
         if request.length + len(confirmed) != length:  # the draft was not told of some before
             confirmed = running.text[request.length :].tolist()
-        request.proposed, request.verifying = row.proposed, len(row.proposed)
+        # The draft follows no text beyond the limit, where it itself proposes nothing.
+        proposed = row.proposed + row.ngram[: max(0, request.limit - length - len(row.proposed))]
+        request.proposed, request.verifying = proposed, len(proposed)
         request.look_ups += 1
         if request.limit > length:
-            self._count_look_up(row, request)
+            self._tally.looked_up(row, request)
         elif request.limit < length:  # longer than the draft can follow
             self._stats.misses_cannot_draft += 1
-        return LookUp(-1, request, confirmed, length, wanted=len(row.proposed))
+        return LookUp(-1, request, confirmed, length, wanted=len(proposed))
 
     def _announce(self, running: _Running) -> list[ToDraft]:
         """Announce a request with its whole text; in a later step if there is too much at once."""
@@ -205,6 +209,7 @@ class Follower:
         handles = []
         for serial in serials:
             self._running.pop(serial, None)
+            self._tally.forget(serial)
             self._left_alone.discard(serial)
             request = self._requests.forget(str(serial))
             if request is not None:
@@ -223,30 +228,11 @@ class Follower:
         self._stats.recent["verify_seconds"].add(seconds)
         return int(seconds * 1e6)
 
-    def _count_verification(self, drafted: int, accepted: int) -> None:
-        """Count a verification of drafted tokens; of those accepted, some may have filled up."""
-        right = min(accepted, drafted)
-        self._stats.verifications += 1
-        self._stats.rejections += right < drafted
-        self._stats.tokens_drafted += drafted
-        self._stats.tokens_accepted += right
 
-    def _count_left_alone(self, row: Row) -> None:
-        self._stats.misses_cannot_draft += 1
-        self._stats.tokens_filled += row.filled
+def _without_ends(row: Row, ends: frozenset[int]) -> Row:
+    """Its tokens from the text up to one that ends the request; what comes then only fills up.
 
-    def _count_look_up(self, row: Row, request: Tracked) -> None:
-        stats = self._stats
-        hit = row.where is Where.FOUND and (bool(row.proposed) or row.ended)
-        stats.look_ups += 1
-        if request.look_ups == 1 and not request.resynced:
-            stats.first_look_ups += 1
-            stats.first_hits += hit
-        if hit:
-            stats.hit(len(row.proposed))
-        elif row.where is Where.OFF:
-            stats.misses_no_branch += 1
-        elif request.look_ups == 1 and request.resynced:
-            stats.misses_resync += 1
-        else:
-            stats.misses_not_ready += 1
+    The draft proposes none either: verification yields an end token without that, as the bonus.
+    """
+    at = next((at for at, token in enumerate(row.ngram) if token in ends), len(row.ngram))
+    return row._replace(ngram=row.ngram[:at], filled=row.filled + len(row.ngram) - at)

@@ -33,6 +33,8 @@ class Found(NamedTuple):
     """``[B]`` int32: 1 where the walk ended on a row that ends there or below; nothing follows."""
     where: torch.Tensor
     """``[B]`` int32: where each walk ended, an index of :data:`WHERE`."""
+    row: torch.Tensor
+    """``[B]`` int32: on which row, if tokens were found."""
 
 
 class _Rows(NamedTuple):
@@ -103,7 +105,8 @@ def look_up(
     fork_grows = (matched == fork.length) & (fork.ended == 0)
     pending = torch.where(forked, fork_grows, trunk_grows | ~complete)
     where = (_OFF + pending.int()).masked_fill(on_trunk | on_fork, _FOUND) * known
-    return Found(drafts, drafted.int(), ended.int(), where.int())
+    row = torch.where(on_trunk, trunk_row, fork_row)
+    return Found(drafts, drafted.int(), ended.int(), where.int(), row.int())
 
 
 def _read(trees: DeviceTrees, rows: torch.Tensor) -> _Rows:

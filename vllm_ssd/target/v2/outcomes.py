@@ -32,22 +32,28 @@ class Row(NamedTuple):
     verified: int
     """How many drafts were verified, which the scheduler decides."""
     proposed: list[int]
-    """The drafted tokens that are proposed next, without those that fill the proposal up."""
+    """The drafted tokens that are proposed next."""
+    ngram: list[int]
+    """The tokens behind them, from the text itself."""
+    sampled_drafts: int
+    """How many of the drafted tokens are verified by what they were sampled from."""
     filled: int
-    """How many fill it up."""
+    """How many more only fill the proposal up."""
     ended: bool
     """Nothing follows them: the draft knows that the text ends."""
     where: Where
     """Where the walk ended that has found them."""
 
 
-_COUNTS = 6
+_COUNTS = 8
 """Columns of a packed outcome before its tokens."""
 
 
 def pack_outcome(
     trees: DeviceTrees,
     found: Found,
+    matched: torch.Tensor,
+    sampled_drafts: torch.Tensor,
     texts: torch.Tensor,
     lengths: torch.Tensor,
     slots: torch.Tensor,
@@ -59,6 +65,8 @@ def pack_outcome(
     Args:
         trees: where it was looked up.
         found: what is proposed.
+        matched: ``[B]`` int32, how many of these tokens are from the text.
+        sampled_drafts: ``[B]`` int32, how many are not certain.
         texts: as for the look-up; the sampled tokens are each text's last ones.
         lengths: as there.
         slots: as there.
@@ -66,13 +74,14 @@ def pack_outcome(
         num_rejected: ``[B]`` int32, how many drafts were verified and not accepted.
 
     Returns:
-        ``[B, 6 + (K + 1) + K]`` int32.
+        ``[B, 8 + (K + 1) + K]`` int32.
     """
     columns, length = trees.counting[: trees.depth + 1], lengths[slots]
     positions = (length - num_sampled)[:, None] + columns
     positions = positions.clamp(0, texts.shape[1] - 1)
     sampled = texts[slots[:, None], positions]
-    counts = [num_sampled, num_rejected, length, found.drafted, found.ended, found.where]
+    of_proposal = [found.drafted, matched, found.ended, found.where, sampled_drafts]
+    counts = [num_sampled, num_rejected, length, *of_proposal]
     return torch.cat([torch.stack(counts, dim=1), sampled, found.drafts.int()], dim=1)
 
 
@@ -92,9 +101,11 @@ def unpack_outcome(serials: list[int], packed: Int32Array) -> list[Row]:
             row[2],
             max(0, row[0] - 1 + row[1]),
             row[after : after + row[3]],
-            depth - row[3],
-            row[4] != 0,
-            WHERE[row[5]],
+            row[after + row[3] : after + row[3] + row[4]],
+            row[7],
+            depth - row[3] - row[4],
+            row[5] != 0,
+            WHERE[row[6]],
         )
         for serial, row in zip(serials, packed.tolist(), strict=True)
     ]

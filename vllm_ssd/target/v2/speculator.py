@@ -11,9 +11,11 @@ import torch
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
 from vllm_ssd.core.stats import Stats
+from vllm_ssd.target.v2.device_sources import Sampled
 from vllm_ssd.target.v2.draft_thread import DraftThread
 from vllm_ssd.target.v2.outcomes import OutcomeReadback
 from vllm_ssd.target.v2.proposals import Proposals
+from vllm_ssd.target.v2.sampled_drafts import SampledDrafts
 from vllm_ssd.target.v2.slots import Slots
 
 if TYPE_CHECKING:
@@ -47,11 +49,10 @@ class SSDSpeculator(BaseSpeculator):
         stats: counters to keep.
         drafts: the draft; ``None`` on other tensor-parallel ranks than the first.
         group: the tensor-parallel ranks, if there are several: all take the first one's drafts.
+        sampling: of sampled drafts; ``None`` if all are certain.
     """
 
     supports_mm_inputs = False
-    draft_logits = None
-    """Proposals are verified as certain."""
 
     def __init__(
         self,
@@ -60,6 +61,7 @@ class SSDSpeculator(BaseSpeculator):
         stats: Stats,
         drafts: Drafts | None,
         group: Any = None,
+        sampling: SampledDrafts | None = None,
     ) -> None:
         self.serving = False
         """Until vLLM has warmed up, the requests are its own: nobody is told of them."""
@@ -68,6 +70,12 @@ class SSDSpeculator(BaseSpeculator):
         self._drafts = drafts
         self._group = group
         self._depth = depth
+        self._sampling = sampling
+
+    @property
+    def draft_logits(self) -> torch.Tensor | None:
+        """What proposals were sampled from, for vLLM's sampler; ``None``: they are certain."""
+        return None if self._sampling is None else self._sampling.logits
 
     def init_cudagraph_manager(self, cudagraph_mode: Any) -> None:
         """Graphs will be captured: those of vLLM's memory profile go. None is a draft model's."""
@@ -117,15 +125,18 @@ class SSDSpeculator(BaseSpeculator):
         if dummy_run:  # its slots mean nothing
             return self._zeros(input_batch)
         draft, drafts = self._drafts, None
+        sampled: Sampled | None = None
         if draft is not None:
             try:
-                drafts = self._propose(draft, input_batch, num_sampled, num_rejected)
+                drafts, sampled = self._propose(draft, input_batch, num_sampled, num_rejected)
             except Exception as error:  # no error of the plugin may stop the engine
                 draft.thread.report(error)
         if drafts is None:
             drafts = self._zeros(input_batch)
         if self._group is not None:
             drafts = self._group.broadcast(drafts.contiguous(), src=0)
+        if self._sampling is not None and self._sampling.wanted:
+            self._hand_over(self._sampling, input_batch, drafts, sampled, temperature)
         if draft is not None:
             draft.thread.check()  # after the broadcast, for which the other ranks wait
         if self.serving:
@@ -139,15 +150,44 @@ class SSDSpeculator(BaseSpeculator):
         batch: InputBatch,
         num_sampled: torch.Tensor,
         num_rejected: torch.Tensor,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, Sampled | None]:
         count = batch.num_reqs
         proposed = draft.proposals.compute(
-            batch.idx_mapping[:count], num_sampled[:count], num_rejected[:count]
+            batch.idx_mapping[:count],
+            num_sampled[:count],
+            num_rejected[:count],
+            self._sampling is not None and self._sampling.wanted,
         )
         if self.serving:
             serials = draft.slots.serials(batch.idx_mapping_np[:count])
             draft.readback.start(serials, proposed.outcome)
-        return proposed.drafts
+        return proposed.drafts, proposed.sampled
+
+    def _hand_over(
+        self,
+        sampling: SampledDrafts,
+        batch: InputBatch,
+        drafts: torch.Tensor,
+        sampled: Sampled | None,
+        temperature: torch.Tensor,
+    ) -> None:
+        slots = batch.idx_mapping[: batch.num_reqs]
+        try:
+            sampling.hand_over(slots, drafts, sampled, temperature)
+        except Exception as error:
+            self._sampling_failed(error)
+
+    def _sampling_failed(self, error: Exception) -> None:
+        """From now on all is verified as certain, which is exact whatever drafts were sampled from.
+
+        Raises:
+            Exception: there are other ranks, which would verify otherwise.
+        """
+        if self._group is not None:
+            raise error
+        self._sampling = None
+        if self._drafts is not None:
+            self._drafts.thread.report(error)
 
     def _zeros(self, batch: InputBatch) -> torch.Tensor:
         """In place of proposals, where there are none."""
@@ -163,8 +203,15 @@ class SSDSpeculator(BaseSpeculator):
             step: vLLM's.
             slots: the runner's, by request id.
         """
+        if not self.serving:
+            return
+        if self._sampling is not None:
+            try:
+                self._sampling.scheduled(step, slots)
+            except Exception as error:  # no error of the plugin may stop the engine
+                self._sampling_failed(error)
         draft = self._drafts
-        if draft is None or not self.serving:
+        if draft is None:
             return
         began = time.perf_counter()
         gone = step.finished_req_ids | (step.preempted_req_ids or set())

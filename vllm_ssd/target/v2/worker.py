@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -19,10 +20,12 @@ from vllm_ssd.target.counters import Snapshots, all_counters
 from vllm_ssd.target.draft_life import DraftLife
 from vllm_ssd.target.requests import RequestTable
 from vllm_ssd.target.v2.device_trees import DeviceTrees
+from vllm_ssd.target.v2.draft_logits import LARGEST_BYTES, DraftLogits, dense_bytes
 from vllm_ssd.target.v2.draft_thread import DraftThread
 from vllm_ssd.target.v2.follower import Follower
 from vllm_ssd.target.v2.outcomes import OutcomeReadback, unpack_outcome
 from vllm_ssd.target.v2.proposals import Proposals
+from vllm_ssd.target.v2.sampled_drafts import SampledDrafts
 from vllm_ssd.target.v2.slots import Slots
 from vllm_ssd.target.v2.speculator import Drafts, SSDSpeculator, take_over
 from vllm_ssd.target.v2.writer import TreeWriter
@@ -33,7 +36,10 @@ else:
     from vllm.v1.worker.cpu_worker import CPUWorker as PlatformWorker
 
 if TYPE_CHECKING:
+    from vllm_ssd.config import SSDConfig
     from vllm_ssd.core.arrays import Int32Array
+
+logger = logging.getLogger("vllm.vllm_ssd")
 
 
 class SSDWorker(DraftBeside, PlatformWorker):
@@ -50,9 +56,13 @@ class SSDWorker(DraftBeside, PlatformWorker):
                 "worker_cls out, or set it to vllm_ssd.target.v1.worker.SSDWorker"
             )
         super().__init__(vllm_config, *args, **kwargs)
-        self._checked = _certain(check_engine(vllm_config)) if self._has_draft else None
+        self._sampled_from = _sampled_from(self._config, vllm_config)
+        self._checked: Checked | None = None
+        if self._has_draft:
+            checked = check_engine(vllm_config)
+            self._checked = checked if self._sampled_from else _certain(checked)
         length = int(vllm_config.model_config.max_model_len)
-        self._requests = RequestTable(length)
+        self._requests = RequestTable(length, self._sampled_from)
         self._stats = Stats()
         self._thread: DraftThread | None = None
         self._readback: OutcomeReadback | None = None
@@ -67,14 +77,23 @@ class SSDWorker(DraftBeside, PlatformWorker):
         super().init_device()
         compat.check_v2_worker(self)
         several = self.parallel_config.tensor_parallel_size > 1
+        group = get_tp_group() if several else None
         self._speculator = SSDSpeculator(
             self._config.num_speculative_tokens,
             self.model_runner.req_states,
             self._stats,
             None if self._checked is None else self._start_draft(self._checked, cores),
-            get_tp_group() if several else None,
+            group,
+            self._sample_drafts(group) if self._sampled_from else None,
         )
         take_over(self.model_runner, self._speculator)
+
+    def _sample_drafts(self, group: Any) -> SampledDrafts:
+        states, depth = self.model_runner.req_states, self._config.num_speculative_tokens
+        rows = DraftLogits(
+            states.max_num_reqs, depth, states.vocab_size, self._sampled_from, states.device
+        )
+        return SampledDrafts(rows, states, group)
 
     def _start_draft(self, checked: Checked, cores: list[int]) -> Drafts:
         """The draft, the thread that has it, and what connects both to the device."""
@@ -85,6 +104,7 @@ class SSDWorker(DraftBeside, PlatformWorker):
             self._config.num_speculative_tokens,
             states.vocab_size,
             states.device,
+            self._sampled_from,
         )
         writer = TreeWriter(trees)
         self._draft = DraftLife(checked, self.vllm_config, stats, requests, cores, writer)
@@ -107,7 +127,7 @@ class SSDWorker(DraftBeside, PlatformWorker):
             lambda gone, begun: thread.post(lambda: follower.scheduled(gone, begun)),
         )
         return Drafts(
-            Proposals(trees, states),
+            Proposals(trees, states, from_text=self._config.backup in ("auto", "ngram")),
             slots,
             readback,
             thread,
@@ -157,7 +177,26 @@ class SSDWorker(DraftBeside, PlatformWorker):
         super().shutdown()
 
 
+def _sampled_from(config: SSDConfig, vllm_config: Any) -> int:
+    """Sampled drafts come from so many tokens; 0: none are sampled."""
+    if config.draft_sampling == "greedy":
+        return 0
+    slots = vllm_config.scheduler_config.max_num_seqs
+    vocab_size = vllm_config.model_config.get_vocab_size()
+    size = dense_bytes(slots, config.num_speculative_tokens, vocab_size)
+    if size <= LARGEST_BYTES:
+        return config.draft_top_n
+    logger.warning(
+        "ssd: no drafts are sampled: their probabilities would take %.1f GiB for max_num_seqs = "
+        "%d, and at most %.1f are taken; lower max_num_seqs, or set draft_sampling to 'greedy'",
+        size / 2**30,
+        slots,
+        LARGEST_BYTES / 2**30,
+    )
+    return 0
+
+
 def _certain(checked: Checked) -> Checked:
-    """The same with greedy drafts: V2's are verified as certain, so none may be sampled."""
+    """The same with greedy drafts."""
     config = checked.config.model_copy(update={"draft_sampling": "greedy"})
     return checked._replace(config=config, join=replace(checked.join, draft_sampling="greedy"))

@@ -20,7 +20,8 @@ class TreeWriter(PublishedTrees):
 
     * trees and forks are unlinked (their root, their key), then rows are written, then the new ones
       are linked: no root and no key ever leads to a row that is being rewritten;
-    * a row grows by its tokens first, then by its length, and its end is marked before both.
+    * a row grows by its tokens first, then by its length; its end is marked, and what they were
+      sampled from is there, before both.
 
     A look-up that read a root or a key just before it was unlinked may still read a row that is
     being rewritten. It finds tokens of the vocabulary even then, and verification judges them.
@@ -30,7 +31,8 @@ class TreeWriter(PublishedTrees):
     """
 
     def __init__(self, arrays: DeviceTrees) -> None:
-        super().__init__(arrays.depth, arrays.vocab_size)
+        sources = arrays.sources
+        super().__init__(arrays.depth, arrays.vocab_size, sources.most if sources else 0)
         self._arrays = arrays
         self._slots: dict[int, int] = {}
         """Where each request is, by handle."""
@@ -52,6 +54,9 @@ class TreeWriter(PublishedTrees):
         cache.length = arrays.host_length[:rows]
         cache.ended = arrays.host_ended[:rows]
         self._unlink_all()
+
+    def _keep(self, max_rows: int) -> None:
+        self._kept = self._arrays.sources
 
     def clear(self) -> None:
         """Forget all requests."""

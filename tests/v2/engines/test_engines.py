@@ -5,104 +5,18 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from vllm import SamplingParams
 
-from tests.engine.harness import Answer, Engine, Job
-from tests.tiny_models import EOS, TinyModels
-from tests.v2.interpreter import allow_async_scheduling
+from tests.engine.harness import Engine, Job
+from tests.tiny_models import TinyModels
+from tests.v2.engines.harness import WORKLOADS, Answers, answers, drafts_of, job, start
 from vllm_ssd import stats_file
 
-DEPTH = 3
-Answers = list[list[Answer]]
-
-
-def job(index: int, tokens: int = 24, **more: Any) -> Job:
-    """A request of its own: prompts differ in length and content."""
-    params = {"temperature": 0.0, "max_tokens": tokens, "ignore_eos": True, **more}
-    prompt = [1, *range(10 + index, 16 + 4 * index)] * 2
-    return Job(prompt, SamplingParams(**params), arrives=3 * index)
-
-
-WORKLOADS: dict[str, list[Job]] = {
-    "plain": [job(index) for index in range(3)],
-    # They end, on tokens that greedy answers have or at once, while others go on.
-    "ends": [
-        *[job(index, ignore_eos=False, stop_token_ids=[*range(5, 300, 7)]) for index in range(3)],
-        job(3, tokens=1),
-        job(4, min_tokens=12, ignore_eos=False, stop_token_ids=[EOS, *range(5, 300, 3)]),
-    ],
-    "penalties": [job(index, repetition_penalty=1.3, logprobs=1) for index in range(2)],
-    # Prompts of several chunks (max_num_batched_tokens).
-    "chunks": [Job([1, *([7, 8, 9 + index] * 50)], job(0, tokens=12).params) for index in range(2)],
-}
 SCARCE: dict[str, Any] = {"num_gpu_blocks_override": 9, "max_model_len": 128}
 """Fewer KV blocks of 32 tokens than the requests fill: some are preempted."""
-
-
-def start(
-    models: TinyModels, draft: str | None, asynchronous: bool, strict: bool = True, **more: Any
-) -> Engine:
-    """An engine on V2; with SSD if there is a draft."""
-    arguments: dict[str, Any] = {
-        "async_scheduling": asynchronous,
-        "kv_cache_memory_bytes": 1 << 28,
-        "max_num_batched_tokens": 64,
-        "disable_log_stats": False,
-        **more,
-    }
-    if draft is not None:
-        arguments["speculative_config"] = {
-            "method": "ssd",
-            "model": str(models.drafts()[draft]),
-            "num_speculative_tokens": DEPTH,
-            "branches": 8,
-            "strict": strict,
-        }
-    engine = Engine(str(models.target), **arguments)
-    config: Any = engine.llm.llm_engine.vllm_config
-    assert config.use_v2_model_runner
-    assert config.scheduler_config.async_scheduling == asynchronous
-    return engine
-
-
-def drafts_of(engine: Engine) -> Any:
-    """What connects the engine to its draft, in-process."""
-    core: Any = engine.llm.llm_engine.engine_core
-    runner = core.engine_core.model_executor.driver_worker.worker.model_runner
-    return runner.speculator._drafts
-
-
-def answers(engine: Engine, jobs: Sequence[Job]) -> tuple[Answers, dict[str, float]]:
-    """What an engine answers, and what its counters have grown by."""
-    before = engine.stats()
-    answered = engine.run(jobs)
-    after = engine.stats()
-    assert after["errors"] == after["texts_lost"] == after["misses_cannot_draft"] == 0
-    return answered, {name: after[name] - before.get(name, 0.0) for name in after}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _async_on_cpu() -> None:
-    allow_async_scheduling()
-
-
-@pytest.fixture(scope="module")
-def expected(tiny_pair: TinyModels) -> dict[str, Answers]:
-    """What plain V2 answers."""
-    engine = start(tiny_pair, None, asynchronous=False)
-    try:
-        return {name: engine.run(jobs) for name, jobs in WORKLOADS.items()}
-    finally:
-        engine.close()
-
-
-@pytest.fixture(scope="module", params=[pytest.param("sync", marks=pytest.mark.slow), "async"])
-def asynchronous(request: pytest.FixtureRequest) -> bool:
-    return bool(request.param == "async")
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +29,13 @@ def itself(
     engine.close()
 
 
+@pytest.mark.slow
+def test_plain_v2_answers_as_plain_v1_does(
+    expected: dict[str, Answers], expected_of_v1: dict[str, Answers]
+) -> None:
+    assert expected == expected_of_v1
+
+
 @pytest.mark.parametrize("workload", WORKLOADS)
 def test_it_answers_as_plain_v2_does(
     itself: Engine, expected: dict[str, Answers], workload: str
@@ -123,10 +44,10 @@ def test_it_answers_as_plain_v2_does(
     assert answered == expected[workload]
     print(workload, {name: value for name, value in grown.items() if value})
     assert grown["hits"] > 0
-    assert grown["tokens_accepted"] > 0
+    assert grown["accepted_branch"] > 0
     if workload in ("plain", "chunks"):
         # Without tokens that only the target is kept from, the draft is always right.
-        assert grown["tokens_accepted"] >= 0.95 * grown["tokens_drafted"]
+        assert grown["accepted_branch"] >= 0.95 * grown["drafted_branch"]
 
 
 def test_the_counters_reach_the_servers_process(itself: Engine) -> None:
