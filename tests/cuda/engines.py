@@ -98,6 +98,8 @@ class Found(NamedTuple):
     """vLLM's name of its attention backend."""
     graphs: str
     """vLLM's name of its mode of CUDA graphs."""
+    look_up_graphs: int
+    """CUDA graphs of SSD's look-up, on V2."""
     async_scheduling: bool
     kv_tokens: int
     """Of the target's KV cache."""
@@ -142,6 +144,7 @@ def _use(work: Work) -> Found:
         str(config.model_config.dtype).removeprefix("torch."),
         runner.attn_groups[0][0].backend.get_name(),
         str(config.compilation_config.cudagraph_mode),
+        _look_up_graphs(runner),
         bool(config.scheduler_config.async_scheduling),
         config.cache_config.num_gpu_blocks * config.cache_config.block_size,
         answers,
@@ -151,6 +154,14 @@ def _use(work: Work) -> Found:
         waited,
         marks,
     )
+
+
+def _look_up_graphs(runner: Any) -> int:
+    from vllm_ssd.target.v2.speculator import SSDSpeculator
+
+    speculator = getattr(runner, "speculator", None)
+    ours = isinstance(speculator, SSDSpeculator) and speculator._drafts
+    return ours.proposals.graphs if ours else 0
 
 
 def _start(work: Work) -> tuple[Any, Marks]:

@@ -62,6 +62,7 @@ FOUND = Found(
     dtype="bfloat16",
     attention="FLASH_ATTN",
     graphs="FULL_AND_PIECEWISE",
+    look_up_graphs=8,
     async_scheduling=False,
     kv_tokens=1 << 20,
     answers=[],

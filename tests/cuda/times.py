@@ -66,9 +66,12 @@ def check_ssd_on_v2(runs: Runs, placement: Placement) -> list[str]:
     if runs.machine.lacks_v2:
         raise SkippedError(runs.machine.lacks_v2)
     exact = runs.ssd_exact_on_v2()
-    figures = compare(runs.plain_exact(), exact, [exact.runner, exact.dtype])
+    graphs = f"{exact.look_up_graphs} graphs of the look-up"
+    figures = compare(runs.plain_exact(), exact, [exact.runner, exact.dtype, graphs])
     if not exact.counters["tokens_accepted"]:
         raise FailedError("no drafted token was accepted", figures)
+    if runs.machine.has_cuda and not exact.look_up_graphs:
+        raise FailedError("no CUDA graph of the look-up was captured", figures)
     if not runs.effort.sizes:
         return figures
     for found in (runs.ssd(placement, "0"), runs.ssd(placement, "1")):

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, Generic, NamedTuple, TypeVar
 
+from vllm_ssd.config import ADDITIONAL_CONFIG_KEY
+
 Spec = TypeVar("Spec")
 Result = TypeVar("Result")
 
@@ -169,8 +171,7 @@ def counters(engine: Any) -> dict[str, float]:
         for metric in engine.get_metrics()
         if metric.name.startswith(prefix) and hasattr(metric, "value")
     }
-    method = engine.vllm_config.speculative_config
-    if method is not None and method.method == "custom_class":
+    if ADDITIONAL_CONFIG_KEY in (engine.vllm_config.additional_config or {}):
         found.update(engine.collective_rpc("ssd_stats")[0])
     return found
 

@@ -121,6 +121,11 @@ class Proposals:
             graphs[size, sampling] = _Graph(inputs, graph, results)
         self._graphs = graphs
 
+    @property
+    def graphs(self) -> int:
+        """How many are captured."""
+        return len(self._graphs)
+
     def forget_graphs(self) -> None:
         """Free the graphs; without one, operations are enqueued one by one."""
         self._graphs = {}
