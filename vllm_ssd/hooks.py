@@ -277,3 +277,7 @@ DRAFT_RUNNER = (
     "seq_lens",
 )
 """What is used of the draft's model runner, checked once its KV cache is allocated."""
+
+ENGINE_TITLE = "::EngineCore"
+"""Part of the title of vLLM's engine process (``set_process_title``). If that changes, an engine
+outlives what has started it, as it does without us (:mod:`vllm_ssd.target.orphaned`)."""

@@ -14,10 +14,9 @@ import threading
 
 import psutil
 
-logger = logging.getLogger("vllm.vllm_ssd")
+from vllm_ssd.hooks import ENGINE_TITLE
 
-_TITLE = "::EngineCore"
-"""Part of the title that vLLM gives its engine process (``set_process_title``)."""
+logger = logging.getLogger("vllm.vllm_ssd")
 
 
 def end_when_orphaned() -> None:
@@ -26,8 +25,8 @@ def end_when_orphaned() -> None:
     A worker runs in the engine's process or is its child. An engine that runs in its caller's
     process needs no watch. Needs ``pidfd_open`` (Linux).
     """
-    worker = psutil.Process()
-    engine = next((each for each in (worker, worker.parent()) if _is_engine(each)), None)
+    here = psutil.Process()
+    engine = next((each for each in (here, here.parent()) if _is_engine(each)), None)
     if engine is None or not hasattr(os, "pidfd_open"):
         return
     parent = engine.ppid()
@@ -46,7 +45,7 @@ def end_when_orphaned() -> None:
 
 def _is_engine(process: psutil.Process | None) -> bool:
     try:
-        return process is not None and _TITLE in "".join(process.cmdline()[:1])
+        return process is not None and ENGINE_TITLE in "".join(process.cmdline()[:1])
     except psutil.Error:  # it has ended, or belongs to somebody else
         return False
 
