@@ -150,7 +150,7 @@ def test_a_request_is_aborted_while_its_prompt_is_computed(
     for steps in (1, 2, 3):
         before = engine.stats()
         llm = engine.llm.llm_engine
-        prompt_of: Any = {"prompt_token_ids": prompt(250, 7)}
+        prompt_of: Any = {"prompt_token_ids": prompt(250, 6 + steps)}  # none is cached
         req_id = llm.add_request(f"gone-{steps}", prompt_of, greedy(5))
         for _ in range(steps):
             assert not [output for output in llm.step() if output.outputs[0].token_ids]
