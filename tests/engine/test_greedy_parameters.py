@@ -8,9 +8,7 @@ import pytest
 from vllm import SamplingParams
 
 from tests.engine.harness import Job, Pair, greedy, prompt
-
-LOGPROBS_AGREE = 1e-3
-"""Float32 sums in another order differ by less."""
+from tests.engine.logprobs import check_logprobs
 
 
 @pytest.mark.parametrize(
@@ -52,16 +50,5 @@ def test_logprobs(pair: Pair) -> None:
     expected, found = pair.plain.run_raw(jobs), pair.ssd.run_raw(jobs)
     for want, have in zip(expected, found, strict=True):
         assert have.outputs[0].token_ids == want.outputs[0].token_ids
-        _check_logprobs(want.outputs[0].logprobs, have.outputs[0].logprobs)
-        _check_logprobs(want.prompt_logprobs, have.prompt_logprobs)
-
-
-def _check_logprobs(wanted: Any, found: Any) -> None:
-    if wanted is None:
-        assert found is None
-        return
-    for want, have in zip(wanted, found, strict=True):
-        assert (want is None) == (have is None)
-        for token, logprob in (want or {}).items():
-            assert have[token].logprob == pytest.approx(logprob.logprob, abs=LOGPROBS_AGREE)
-            assert have[token].rank == logprob.rank
+        check_logprobs(want.outputs[0].logprobs, have.outputs[0].logprobs)
+        check_logprobs(want.prompt_logprobs, have.prompt_logprobs)

@@ -12,7 +12,7 @@ import pytest
 
 from tests.deep_target import with_deep_target
 from tests.engine.byte_models import byte_models
-from tests.engine.test_structured_output import REGEX, SCHEMA
+from tests.engine.grammars import REGEX, SCHEMA
 from tests.robustness import harness
 from tests.robustness.scripts import START_SECONDS
 from tests.robustness.serving import Server, stats_of

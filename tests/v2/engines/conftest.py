@@ -65,5 +65,9 @@ def in_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     path = [str(here / "site"), str(here.parents[1]), os.environ.get("PYTHONPATH", "")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-    # Each worker would be kept to one core, which the draft takes a part of as well.
+
+
+@pytest.fixture
+def two_workers(in_processes: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same for two ranks: kept to a core each, they would leave the draft none of its own."""
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")

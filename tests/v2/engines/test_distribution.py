@@ -85,7 +85,7 @@ def test_drafts_that_are_always_accepted_are_found(engine: Engine, exact: AllTex
     assert min(exact.p_values(found.texts, found.params)) < SURELY_WRONG
 
 
-@pytest.mark.usefixtures("in_processes")
+@pytest.mark.usefixtures("two_workers")
 def test_all_ranks_verify_alike(few: TinyModels, exact: AllTexts) -> None:
     with running(few, "near", asynchronous=True, tensor_parallel_size=2, **ENGINE) as engine:
         found = sampled(engine, temperature=1.0)

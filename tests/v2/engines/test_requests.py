@@ -9,24 +9,15 @@ from typing import Any
 
 import pytest
 from vllm import SamplingParams
-from vllm.sampling_params import StructuredOutputsParams
 
-from tests.engine.byte_models import WHOLE_LETTERS, byte_models
+from tests.engine.byte_models import byte_models
+from tests.engine.grammars import REGEX, SCHEMA, with_grammar
 from tests.engine.harness import Answer, Engine, Job, assert_identical, greedy, prompt
-from tests.engine.test_greedy_parameters import _check_logprobs
-from tests.engine.test_structured_output import REGEX, SCHEMA
+from tests.engine.logprobs import check_logprobs
 from tests.tiny_models import TinyModels
 from tests.v2.engines.harness import Answers, answers, running
 
 pytestmark = pytest.mark.slow
-
-
-def with_grammar(seed: int, max_tokens: int = 80, **grammar: Any) -> Job:
-    """A request with a grammar."""
-    structured = StructuredOutputsParams(**grammar)
-    params = greedy(max_tokens, ignore_eos=False, structured_outputs=structured)
-    # A prompt that ends within a character would be given back before the text.
-    return Job([*prompt(10 + seed, seed), WHOLE_LETTERS + seed], params, arrives=seed)
 
 
 def each(count: int = 3, **parameters: Any) -> list[Job]:
@@ -145,8 +136,8 @@ def logprobs(models: TinyModels) -> list[Any]:
 def test_logprobs(engine: Engine, logprobs: list[Any]) -> None:
     for want, have in zip(logprobs, engine.run_raw(WITH_LOGPROBS), strict=True):
         assert have.outputs[0].token_ids == want.outputs[0].token_ids
-        _check_logprobs(want.outputs[0].logprobs, have.outputs[0].logprobs)
-        _check_logprobs(want.prompt_logprobs, have.prompt_logprobs)
+        check_logprobs(want.outputs[0].logprobs, have.outputs[0].logprobs)
+        check_logprobs(want.prompt_logprobs, have.prompt_logprobs)
 
 
 # ---- what happens while a prompt is computed
@@ -159,7 +150,7 @@ def test_a_request_is_aborted_while_its_prompt_is_computed(
     for steps in (1, 2, 3):
         before = engine.stats()
         llm = engine.llm.llm_engine
-        prompt_of: Any = {"prompt_token_ids": prompt(250, 7)}
+        prompt_of: Any = {"prompt_token_ids": prompt(250, 6 + steps)}  # none is cached
         req_id = llm.add_request(f"gone-{steps}", prompt_of, greedy(5))
         for _ in range(steps):
             assert not [output for output in llm.step() if output.outputs[0].token_ids]
