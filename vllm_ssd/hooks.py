@@ -58,7 +58,9 @@ TARGET: Names = {
         "logical_device_id_to_visible_device_id"
     ),
     "vllm.distributed.parallel_state": "get_tp_group",
-    "vllm.distributed.parallel_state:GroupCoordinator": "broadcast_object(self obj src)",
+    "vllm.distributed.parallel_state:GroupCoordinator": (
+        "broadcast(self input_ src) broadcast_object(self obj src)"
+    ),
     "vllm.model_executor.model_loader": "get_model_loader",
     "vllm.triton_utils": "HAS_TRITON",
     "vllm.utils.import_utils": "resolve_obj_by_qualname",

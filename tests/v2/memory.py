@@ -78,6 +78,7 @@ class Seen:
     def __init__(self, trees: DeviceTrees, images: Sequence[dict[str, torch.Tensor]]) -> None:
         self.depth, self.width = trees.depth, trees.width
         self.vocab_size, self.counting = trees.vocab_size, trees.counting
+        self.sources = trees.sources
         self._images = list(images)
 
     def __getattr__(self, name: str) -> torch.Tensor:

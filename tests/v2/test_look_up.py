@@ -84,7 +84,9 @@ def test_at_every_store_it_finds_what_was_or_what_will_be_or_nothing(data: Any) 
         for answer, old, new, last in zip(state, before, after, texts.last[:, 0], strict=True):
             check(answer, int(last))
             n = answer.drafted
-            assert answer.found in (old.found[:n], new.found[:n])
+            # The token that ends a row is there before it is known to end it.
+            end = new.ended and answer.found[:-1] == new.found
+            assert end or answer.found in (old.found[:n], new.found[:n])
 
 
 @given(data=st.data())
@@ -132,6 +134,7 @@ def test_nothing_in_it_depends_on_values_on_the_host(requests: int) -> None:
     with FakeTensorMode(allow_non_fake_inputs=False):
         trees = object.__new__(DeviceTrees)
         trees.depth, trees.width, trees.vocab_size = DEPTH, 2 * DEPTH + 2, VOCAB_SIZE
+        trees.sources = None
         trees.roots = torch.zeros(requests, dtype=torch.int64)
         trees.forks = torch.zeros(16, dtype=torch.int64)
         trees.tokens = torch.zeros(16, trees.width, dtype=torch.int32)

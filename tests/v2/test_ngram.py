@@ -58,8 +58,7 @@ def prolong(requests: list[Request]) -> list[tuple[list[int], int]]:
         torch.tensor([(r.drafted + [r.text[-1]] * DEPTH)[:DEPTH] for r in rows]),
         torch.tensor([len(r.drafted) for r in rows], dtype=torch.int32),
         torch.tensor([r.ended for r in rows], dtype=torch.int32),
-        torch.zeros(len(rows), dtype=torch.int32),
-        torch.zeros(len(rows), dtype=torch.int32),
+        *[torch.zeros(len(rows), dtype=torch.int32)] * 3,
     )
     lengths = torch.tensor([len(r.text) for r in requests], dtype=torch.int32)
     sampled = torch.tensor([r.sampled for r in rows], dtype=torch.int32)
@@ -100,9 +99,7 @@ def test_no_content_of_the_texts_breaks_it(seed: int) -> None:
     found = Found(
         torch.zeros(SLOTS, DEPTH, dtype=torch.int64),
         torch.from_numpy(random.integers(0, DEPTH + 1, SLOTS).astype(np.int32)),
-        torch.zeros(SLOTS, dtype=torch.int32),
-        torch.zeros(SLOTS, dtype=torch.int32),
-        torch.zeros(SLOTS, dtype=torch.int32),
+        *[torch.zeros(SLOTS, dtype=torch.int32)] * 4,
     )
     ngrams = Ngrams(DEPTH, VOCAB_SIZE, MAX_LENGTH, CPU)
     prolonged, matched = ngrams.prolong(
@@ -118,7 +115,7 @@ def test_nothing_in_it_depends_on_values_on_the_host(requests: int) -> None:
     """Fake tensors have no values: what needs one, a copy to the host say, raises."""
     with FakeTensorMode(allow_non_fake_inputs=False):
         counts = torch.zeros(requests, dtype=torch.int32)
-        found = Found(torch.zeros(requests, DEPTH, dtype=torch.int64), *[counts] * 4)
+        found = Found(torch.zeros(requests, DEPTH, dtype=torch.int64), *[counts] * 5)
         prolonged, matched = Ngrams(DEPTH, VOCAB_SIZE, MAX_LENGTH, CPU).prolong(
             found,
             torch.zeros(requests, MAX_LENGTH, dtype=torch.int32),

@@ -38,6 +38,7 @@ def packed() -> torch.Tensor:
         ended=integers(1, 0, 0),
         where=integers(FOUND, UNKNOWN, OFF),
         row=integers(3, 0, 0),
+        life=integers(2, 0, 0),
     )
     return pack_outcome(
         DeviceTrees(3, 2, 16, torch.device("cpu")),

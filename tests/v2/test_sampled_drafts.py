@@ -18,13 +18,14 @@ from vllm_ssd.target.v2.device_trees import DeviceTrees
 from vllm_ssd.target.v2.draft_logits import DraftLogits
 from vllm_ssd.target.v2.sampled_drafts import SampledDrafts
 from vllm_ssd.target.v2.writer import TreeWriter
-from vllm_ssd.wire.messages import Planted, Ready, Stepped
+from vllm_ssd.wire.messages import MAX_ROWS, Planted, Ready, Stepped
 from vllm_ssd.wire.packing import pack, pack_floats
 
 DEPTH, MOST, VOCAB_SIZE, SLOTS, WIDTH = 3, 4, 16, 4, 8
 CPU = torch.device("cpu")
 AHEAD = torch.arange(DEPTH)
-ARRAYS = ("_tokens", "_probabilities", "_support", "_sum")
+ARRAYS = ("_tokens", "_probabilities", "_support", "_sum", "_lives")
+"""In the order in which they are read."""
 Q = {5: 0.5, 9: 0.25, 2: 0.25}
 
 
@@ -45,11 +46,18 @@ def put(
 
 
 def read(
-    found: DeviceSources, drafts: list[int], row: int = 6, first: int = 20, drafted: int = DEPTH
+    found: DeviceSources,
+    drafts: list[int],
+    row: int = 6,
+    first: int = 20,
+    drafted: int = DEPTH,
+    life: int | None = None,
 ) -> list[dict[int, float]]:
     """The distribution of each token that is proposed from there."""
+    rows = torch.tensor([row])
     sampled = found.read(
-        torch.tensor([row]),
+        rows,
+        found.lives(rows.clamp(0, MAX_ROWS - 1)) if life is None else torch.tensor([life]),
         torch.tensor([first]),
         torch.tensor([drafts]),
         torch.tensor([drafted]),
@@ -97,21 +105,53 @@ def test_what_it_cannot_have_been_sampled_from_is_not_found(q: dict[int, float])
 OTHER = {5: 0.75, 3: 0.25}
 
 
-@pytest.mark.parametrize("new", list(itertools.product([False, True], repeat=len(ARRAYS))))
-@pytest.mark.parametrize("drafted", [5, 3])
-def test_a_torn_read_finds_one_or_the_other_or_none(new: tuple[bool, ...], drafted: int) -> None:
+def at_two_moments(drafted: int, whole: bool) -> tuple[DeviceSources, DeviceSources]:
+    """A row before it was used again and since then, or, if that is not ``whole``, meanwhile."""
     old, now = sources(), sources()
     put(old, 5, Q)
+    put(now, 5, Q)
+    with now.rewriting(np.array([6, -1, 10**6], np.int32)):
+        now.forget([6])
+        if not whole:
+            return old, copied(now)
     put(now, drafted, OTHER)
+    return old, now
+
+
+def copied(of: DeviceSources) -> DeviceSources:
+    copy = sources()
+    for name in ARRAYS:
+        getattr(copy, name).copy_(getattr(of, name))
+    return copy
+
+
+READS = [
+    new
+    for new in itertools.product([False, True], repeat=len(ARRAYS))
+    if new[-1] or not any(new)  # the count of lives is read last
+]
+"""Which of the arrays are read once the row is used again."""
+
+
+@pytest.mark.parametrize("new", READS)
+@pytest.mark.parametrize("drafted", [5, 3])
+@pytest.mark.parametrize("whole", [False, True])
+def test_what_was_read_while_a_row_is_used_again_is_certain(
+    new: tuple[bool, ...], drafted: int, whole: bool
+) -> None:
+    old, now = at_two_moments(drafted, whole)
     mixed = sources()
     for name, is_new in zip(ARRAYS, new, strict=True):
         getattr(mixed, name).copy_(getattr(now if is_new else old, name))
-    wanted = {5: 1.0}
-    if not any(new):
-        wanted = Q
-    elif all(new) and drafted == 5:
-        wanted = OTHER
-    assert read(mixed, [5, 1, 1])[0] == wanted
+    assert read(mixed, [5, 1, 1], life=0)[0] == ({5: 1.0} if any(new) else Q)
+
+
+def test_the_row_is_sampled_from_again_once_it_has_begun_anew() -> None:
+    _, now = at_two_moments(5, whole=True)
+    assert read(now, [5, 1, 1], life=2)[0] == OTHER
+    _, now = at_two_moments(5, whole=False)
+    put(now, 5, OTHER)
+    assert read(now, [5, 1, 1], life=1)[0] == {5: 1.0}
 
 
 @given(seed=st.integers(0, 2**32 - 1))
@@ -273,7 +313,8 @@ def test_all_ranks_have_the_same(drafts: SampledDrafts) -> None:
     held = sources()
     put(held, 5, Q)
     tokens = torch.tensor([[5, 1, 1]])
-    sampled = held.read(torch.tensor([6]), torch.tensor([20]), tokens, torch.tensor([3]), AHEAD)
+    one, first, drafted = torch.tensor([6]), torch.tensor([20]), torch.tensor([3])
+    sampled = held.read(one, held.lives(one), first, tokens, drafted, AHEAD)
     logits = []
     for group, known in ((ranks, sampled), (Receiving(ranks.sent), None)):
         rank = SampledDrafts(
@@ -292,7 +333,7 @@ def test_nothing_in_it_depends_on_values_on_the_host(requests: int) -> None:
     with FakeTensorMode(allow_non_fake_inputs=True):
         rows = torch.zeros(requests, dtype=torch.int32)
         drafts = torch.zeros(requests, DEPTH, dtype=torch.int64)
-        sampled = held.read(rows, rows, drafts, rows, torch.arange(DEPTH))
+        sampled = held.read(rows, rows, rows, drafts, rows, torch.arange(DEPTH))
         logits = DraftLogits(requests, DEPTH, VOCAB_SIZE, MOST, CPU)
         logits.write(torch.arange(requests), sampled, torch.zeros(requests))
     assert sampled.tokens.shape == sampled.logs.shape == (requests, DEPTH, MOST)

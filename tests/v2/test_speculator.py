@@ -158,3 +158,20 @@ def test_an_error_is_raised_once_the_other_ranks_have_what_they_wait_for(
     with pytest.raises(KeyError):
         rank.propose()
     assert len(rank.group.broadcasts) == 1
+
+
+@pytest.mark.parametrize(("is_first", "kind"), [(True, KeyError), (False, SystemExit)])
+def test_a_rank_that_cannot_verify_as_the_others_do_ends(
+    rank: Rank, is_first: bool, kind: type[BaseException]
+) -> None:
+    """vLLM only logs an exception of another rank than the first, and goes on with its step."""
+
+    def fail(*of: Any) -> None:
+        raise KeyError("a mistake")
+
+    sampling: Any = SimpleNamespace(wanted=True, hand_over=fail)
+    rank.speculator._sampling = sampling
+    if not is_first:
+        rank.speculator._drafts = None
+    with pytest.raises(kind):
+        rank.propose()

@@ -92,13 +92,14 @@ class PublishedTrees:
         tokens, chances = unpack(b"".join(packed_tokens)), _chances(b"".join(packed_chances))
         self._check_tokens(tokens)
         shape = len(steps), len(rows)
-        ended = b"".join([step.ended for step in steps])
-        if ended:
-            # Before the token that ends a row: a device that reads meanwhile proposes no end token.
-            self.cache.ended[_indices(ended)] = True
+        ended = _indices(b"".join([step.ended for step in steps]))
         # Before the tokens, which a device may find at once.
         self._sample(rows, tokens.reshape(shape), steps)
         self.cache.append(rows, tokens.reshape(shape), chances.reshape(shape))
+        if len(ended):
+            # After the length: a device that leaves out the last token, since it ends the row, must
+            # not leave out the one before, which may have been sampled.
+            self.cache.ended[ended] = True
 
     def _sample(self, rows: Int64Array, grown: Int32Array, steps: list[Stepped]) -> None:
         """Keep what the tokens that rows will grow by were sampled from.
@@ -215,9 +216,9 @@ class PublishedTrees:
         _check_counts(counts, len(rows))
         if not len(k) == len(tokens) == len(rows):
             raise ValueError("forks of different lengths")
-        self.cache.add_forks(handles, counts, k, tokens, rows)
         if self._kept is not None:
             self._kept.forget(rows)
+        self.cache.add_forks(handles, counts, k, tokens, rows)
         for handle, complete in zip(handles, unpack_list(message.complete), strict=True):
             tree = self.cache.trees.get(handle)
             if tree is not None:

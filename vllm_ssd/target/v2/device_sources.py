@@ -5,10 +5,17 @@ probabilities, and a checksum over both, the token and its position. Nothing is 
 a device that reads while the host writes finds a checksum that does not fit, and takes the token as
 certain. That is exact for a sampled token as well (:mod:`vllm_ssd.target.v1.handover`), since when
 the host writes does not depend on what was drawn.
+
+A checksum also fits if, after the token was read, the row was used for another text, in which the
+same token was drawn in that place from something else. Which token it is must not decide that, so
+each row has a count of its lives: it has to be the same before its tokens and after their
+checksums are read.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -59,6 +66,9 @@ class DeviceSources:
         self._host_sum: Int64Array
         self._host_sum, self._sum = shared((MAX_ROWS, width), torch.int64, device)
         """The checksums; 0: the token was certain."""
+        self._host_lives: Int32Array
+        self._host_lives, self._lives = shared(MAX_ROWS, torch.int32, device)
+        """How often each row has begun anew, times 2; odd while that is done."""
         numbers = np.random.default_rng(0).integers(-(2**62), 2**62, 2 * most + 4) | 1
         scalars: list[int] = numbers[2 * most :].tolist()
         self._factors = _Factors(numbers[:most], numbers[most : 2 * most], *scalars)
@@ -69,6 +79,16 @@ class DeviceSources:
         self._counting = torch.arange(most, device=device)
 
     # ---- what the host writes
+
+    @contextmanager
+    def rewriting(self, rows: Int32Array) -> Iterator[None]:
+        """These rows get other tokens meanwhile; of numbers outside the cache nothing is noted."""
+        rows = rows[(rows >= 0) & (rows < MAX_ROWS)]
+        self._host_lives[rows] += 1
+        try:
+            yield
+        finally:
+            self._host_lives[rows] += 1
 
     def forget(self, rows: Int32Array | Int64Array | list[int]) -> None:
         """Rows begin anew: what they held of another text counts no more."""
@@ -111,9 +131,14 @@ class DeviceSources:
 
     # ---- what the device reads
 
+    def lives(self, rows: torch.Tensor) -> torch.Tensor:
+        """``[B]`` int32, to be read before the tokens of B rows that exist."""
+        return self._lives[rows]
+
     def read(
         self,
         rows: torch.Tensor,
+        lives: torch.Tensor,
         first: torch.Tensor,
         drafts: torch.Tensor,
         drafted: torch.Tensor,
@@ -123,13 +148,15 @@ class DeviceSources:
 
         Args:
             rows: ``[B]``, the row that each was found in; any number where none was.
+            lives: ``[B]``, of these rows before the tokens were read.
             first: ``[B]``, the position of each one's first token in its text.
             drafts: ``[B, K]`` int64, the tokens.
             drafted: ``[B]``, how many of them are in that row.
             ahead: ``[K]``, 0, 1, 2, ...
         """
         positions = first[:, None].long() + ahead
-        at = rows.clamp(0, MAX_ROWS - 1)[:, None].long() * self.width + positions % self.width
+        rows = rows.clamp(0, MAX_ROWS - 1).long()
+        at = rows[:, None] * self.width + positions % self.width
         tokens = self._tokens.view(-1, self.most)[at]
         probabilities = self._probabilities.view(-1, self.most)[at]
         support, found = self._support.view(-1)[at], self._sum.view(-1)[at]
@@ -141,10 +168,12 @@ class DeviceSources:
             drafts,
             positions,
         )
+        alive = (self._lives[rows] == lives) & (lives % 2 == 0)  # after all else is read
         held = self._counting < support[..., None]
         whole = (probabilities.sum(-1) - 1.0).abs() <= _ROUNDING
         among = ((tokens == drafts[..., None]) & held).any(-1)
-        is_sampled = (found == wanted) & (found != 0) & whole & among & (ahead < drafted[:, None])
+        is_sampled = (found == wanted) & (found != 0) & whole & among & alive[:, None]
+        is_sampled &= ahead < drafted[:, None]
         # Places that are left over repeat the first one, of certain tokens all are the token.
         tokens = torch.where(held, tokens, tokens[..., :1]).long()
         tokens = torch.where(is_sampled[..., None], tokens, drafts[..., None])

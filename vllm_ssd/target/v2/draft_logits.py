@@ -13,7 +13,7 @@ import torch
 from vllm_ssd.target.v2.device_sources import Sampled, certain
 
 LARGEST_BYTES = 1 << 30
-"""Of the rows: with K = 6 enough for 341 slots at a vocabulary of 128,000 tokens. Where they would
+"""Of the rows: with K = 6 enough for 341 slots at a vocabulary of 131,072 tokens. Where they would
 be larger, drafts are the first choices, which need none."""
 
 

@@ -5,7 +5,7 @@ depend on the number of requests alone. No value is needed on the host: nothing 
 CUDA graph can hold them.
 
 The order of reading mirrors the writer's order of writing: roots and keys before the rows they lead
-to, a row's length before its tokens.
+to, a row's end before its length, and that before its tokens.
 """
 
 from __future__ import annotations
@@ -35,11 +35,15 @@ class Found(NamedTuple):
     """``[B]`` int32: where each walk ended, an index of :data:`WHERE`."""
     row: torch.Tensor
     """``[B]`` int32: on which row, if tokens were found."""
+    life: torch.Tensor
+    """``[B]`` int32: which life that row had (:meth:`.DeviceSources.lives`), if any is counted."""
 
 
 class _Rows(NamedTuple):
     """B rows as they were when they were read."""
 
+    life: torch.Tensor
+    """``[B]``."""
     length: torch.Tensor
     """``[B]``."""
     ended: torch.Tensor
@@ -106,12 +110,15 @@ def look_up(
     pending = torch.where(forked, fork_grows, trunk_grows | ~complete)
     where = (_OFF + pending.int()).masked_fill(on_trunk | on_fork, _FOUND) * known
     row = torch.where(on_trunk, trunk_row, fork_row)
-    return Found(drafts, drafted.int(), ended.int(), where.int(), row.int())
+    life = torch.where(on_trunk, trunk.life, fork.life)
+    return Found(drafts, drafted.int(), ended.int(), where.int(), row.int(), life.int())
 
 
 def _read(trees: DeviceTrees, rows: torch.Tensor) -> _Rows:
+    life = torch.zeros_like(rows) if trees.sources is None else trees.sources.lives(rows)
+    ended = trees.ended[rows].int()  # before the length, else it might be of a later token
     length = trees.length[rows]  # before the tokens that it counts
-    return _Rows(length, trees.ended[rows].int(), trees.tokens[rows])
+    return _Rows(life, length, ended, trees.tokens[rows])
 
 
 def _agree(

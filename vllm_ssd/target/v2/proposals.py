@@ -145,7 +145,7 @@ class Proposals:
         sources, ahead = self._trees.sources, self._trees.counting[: self._trees.depth]
         if sampling and sources is not None:
             first, drafted = lengths[slots], found.drafted
-            sampled = sources.read(found.row, first, found.drafts, drafted, ahead)
+            sampled = sources.read(found.row, found.life, first, found.drafts, drafted, ahead)
             count = sampled.count
         outcome = pack_outcome(
             self._trees, found, matched, count, texts, lengths, slots, num_sampled, num_rejected

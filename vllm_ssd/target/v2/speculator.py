@@ -181,10 +181,16 @@ class SSDSpeculator(BaseSpeculator):
         """From now on all is verified as certain, which is exact whatever drafts were sampled from.
 
         Raises:
-            Exception: there are other ranks, which would verify otherwise.
+            Exception: there are other ranks, which would verify otherwise. On the first one vLLM
+                takes it for the step's.
+            SystemExit: the same on another rank, of which vLLM would only log an exception
+                (``WorkerProc.worker_busy_loop``); that it is gone ends the engine.
         """
         if self._group is not None:
-            raise error
+            if self._drafts is not None:
+                raise error
+            logger.critical("ssd: a rank cannot verify as the first one does", exc_info=error)
+            raise SystemExit(1) from error
         self._sampling = None
         if self._drafts is not None:
             self._drafts.thread.report(error)

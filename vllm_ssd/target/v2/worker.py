@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import platform
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,10 @@ if TYPE_CHECKING:
     from vllm_ssd.core.arrays import Int32Array
 
 logger = logging.getLogger("vllm.vllm_ssd")
+
+_ORDERED = ("x86_64", "AMD64")
+"""Machines whose stores are seen in the order of the program: that sampled drafts are exact rests
+on it (:class:`.writer.TreeWriter`)."""
 
 
 class SSDWorker(DraftBeside, PlatformWorker):
@@ -180,6 +185,13 @@ class SSDWorker(DraftBeside, PlatformWorker):
 def _sampled_from(config: SSDConfig, vllm_config: Any) -> int:
     """Sampled drafts come from so many tokens; 0: none are sampled."""
     if config.draft_sampling == "greedy":
+        return 0
+    if platform.machine() not in _ORDERED:
+        logger.warning(
+            "ssd: no drafts are sampled with the V2 runner on %s, whose processors may reorder "
+            "stores; set draft_sampling to 'greedy' to say so",
+            platform.machine(),
+        )
         return 0
     slots = vllm_config.scheduler_config.max_num_seqs
     vocab_size = vllm_config.model_config.get_vocab_size()

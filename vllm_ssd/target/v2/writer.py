@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 
-from vllm_ssd.core.arrays import Int64Array
+from vllm_ssd.core.arrays import Int32Array, Int64Array
 from vllm_ssd.target.published import PublishedTrees
 from vllm_ssd.target.v2.device_trees import NOTHING, DeviceTrees, pack_forks, pack_root
 from vllm_ssd.wire.messages import Forked, Planted, Pruned, Ready
@@ -20,11 +21,12 @@ class TreeWriter(PublishedTrees):
 
     * trees and forks are unlinked (their root, their key), then rows are written, then the new ones
       are linked: no root and no key ever leads to a row that is being rewritten;
-    * a row grows by its tokens first, then by its length; its end is marked, and what they were
-      sampled from is there, before both.
+    * a row grows by what its tokens are sampled from, then by the tokens, then by its length; its
+      end is marked last.
 
     A look-up that read a root or a key just before it was unlinked may still read a row that is
-    being rewritten. It finds tokens of the vocabulary even then, and verification judges them.
+    being rewritten. It finds tokens of the vocabulary even then, and verification judges them, as
+    certain ones: the row has another life by then (:class:`.DeviceSources`).
 
     Args:
         arrays: what the device reads.
@@ -74,7 +76,8 @@ class TreeWriter(PublishedTrees):
         """Trees replace the requests' former ones."""
         handles = unpack_list(message.handles)
         self._unlink(handles)
-        super().plant(message)
+        with self._rewriting(unpack(message.trunks)):
+            super().plant(message)
         self._link(handles)
 
     def fork(self, message: Forked) -> None:
@@ -83,7 +86,8 @@ class TreeWriter(PublishedTrees):
         k = unpack(message.k)
         if k.size and not 0 <= k.min() <= k.max() <= self._arrays.width:
             raise ValueError("a fork that leaves its trunk where there is none")
-        super().fork(message)
+        with self._rewriting(unpack(message.rows)):
+            super().fork(message)
         none = len(self._arrays.host_roots)
         slots = [self._slots.get(h, none) if h in self.cache.trees else none for h in handles]
         owners = np.repeat(np.array(slots, np.int64), counts)
@@ -98,6 +102,11 @@ class TreeWriter(PublishedTrees):
         rows = unpack(message.rows)
         self._arrays.host_forks[rows] = NOTHING
         super().prune(message)
+
+    def _rewriting(self, rows: Int32Array) -> AbstractContextManager[None]:
+        """Rows get other tokens; some may not exist, which is for others to refuse."""
+        sources = self._arrays.sources
+        return nullcontext() if sources is None else sources.rewriting(rows)
 
     def _unlink(self, handles: Iterable[int]) -> None:
         """No root leads to these requests' trees any more, nor a key to their forks."""
