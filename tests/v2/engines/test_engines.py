@@ -109,8 +109,8 @@ def test_a_draft_that_is_wrong_changes_nothing(
     finally:
         engine.close()
     assert answered == expected["plain"]
-    # Of a random draft's nothing is right, unless by chance, but tokens of the text are.
-    assert min(grown["look_ups"], grown["tokens_accepted"]) > 0
+    # Of a random draft's nothing is right, unless by chance.
+    assert grown["look_ups" if draft == "random" else "tokens_accepted"] > 0
     print({name: value for name, value in grown.items() if value})
 
 
