@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from tests.v2.following import DEPTH, EOS, MAX_LENGTH, SLOTS, Following, request, row
@@ -11,14 +9,6 @@ from vllm_ssd.target.v2.device_trees import NOTHING
 from vllm_ssd.target.v2.slots import Begun
 from vllm_ssd.wire.messages import Finished, Start, Trimmed, Verified
 from vllm_ssd.wire.packing import unpack_list
-
-
-@pytest.fixture
-def following() -> Iterator[Following]:
-    following = Following()
-    yield following
-    following.client.close()
-    following.draft.dies()
 
 
 def test_a_tree_that_the_draft_plants_is_found_in_the_slot(following: Following) -> None:

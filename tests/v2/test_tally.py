@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from tests.v2.following import DEPTH, EOS, Following, request, row
 from vllm_ssd.target.v2.slots import Begun
 from vllm_ssd.wire.packing import unpack_list
-
-
-@pytest.fixture
-def following() -> Iterator[Following]:
-    following = Following()
-    yield following
-    following.client.close()
-    following.draft.dies()
 
 
 def test_tokens_of_the_text_are_told_and_counted_apart(following: Following) -> None:

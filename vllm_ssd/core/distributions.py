@@ -13,6 +13,14 @@ _ENTRIES = 1 << 20
 _STEPS = 4
 """... and enough for so many steps in which all rows sample."""
 
+ROUNDING = 1e-4
+"""How far the probabilities of a distribution may be from 1 in all."""
+
+
+def dense_bytes(requests: int, depth: int, vocab_size: int) -> int:
+    """Bytes of the distributions of so many requests' proposals over the whole vocabulary."""
+    return requests * depth * vocab_size * 4
+
 
 class Kept(Protocol):
     """What the published trees tell of it; see :class:`Distributions`."""

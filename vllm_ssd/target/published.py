@@ -8,13 +8,11 @@ from operator import attrgetter
 import numpy as np
 
 from vllm_ssd.core.arrays import Float32Array, Int32Array, Int64Array
-from vllm_ssd.core.distributions import Distributions, Kept
+from vllm_ssd.core.distributions import ROUNDING, Distributions, Kept
 from vllm_ssd.core.tree import SpeculationCache, row_width
 from vllm_ssd.wire.messages import MAX_ROWS, Forked, Planted, Pruned, Ready, Stepped
 from vllm_ssd.wire.packing import unpack, unpack_floats, unpack_list
 
-_ROUNDING = 1e-4
-"""How far the probabilities of a distribution, in float32, may be from 1 in all."""
 _UINT32 = np.dtype("<u4")
 _BITS_OF_1 = 0x3F800000
 """The float32 1.0 as an integer."""
@@ -164,7 +162,7 @@ class PublishedTrees:
         held = supports[supports > 0]
         if len(held):
             first = held.cumsum() - held
-            if not (np.abs(np.add.reduceat(probabilities, first) - 1.0) <= _ROUNDING).all():
+            if not (np.abs(np.add.reduceat(probabilities, first) - 1.0) <= ROUNDING).all():
                 raise ValueError("probabilities that do not add up to 1")
             if not np.logical_or.reduceat(among == np.repeat(tokens, supports), first).all():
                 raise ValueError("a token that is not in its distribution")

@@ -20,6 +20,7 @@ import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from vllm_ssd.core.arrays import Float32Array, Int64Array
+from vllm_ssd.core.distributions import dense_bytes
 from vllm_ssd.core.stats import Stats
 from vllm_ssd.target.sources import Sources
 
@@ -37,11 +38,6 @@ class SparseRows(NamedTuple):
     """Of the entries above 0 in ``[len(rows), K, vocabulary]``, flattened."""
     values: Float32Array
     """Their probabilities."""
-
-
-def dense_bytes(requests: int, depth: int, vocab_size: int) -> int:
-    """Bytes of the dense rows of so many requests."""
-    return requests * depth * vocab_size * 4
 
 
 def most_bytes(requests: int, depth: int, vocab_size: int) -> int:

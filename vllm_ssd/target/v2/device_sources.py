@@ -22,11 +22,9 @@ import numpy as np
 import torch
 
 from vllm_ssd.core.arrays import Float32Array, Int32Array, Int64Array
+from vllm_ssd.core.distributions import ROUNDING
 from vllm_ssd.target.v2.shared import shared
 from vllm_ssd.wire.messages import MAX_ROWS
-
-_ROUNDING = 1e-4
-"""How far the probabilities of a distribution may be from 1 in all, as on V1."""
 
 
 class _Factors(NamedTuple):
@@ -170,7 +168,7 @@ class DeviceSources:
         )
         alive = (self._lives[rows] == lives) & (lives % 2 == 0)  # after all else is read
         held = self._counting < support[..., None]
-        whole = (probabilities.sum(-1) - 1.0).abs() <= _ROUNDING
+        whole = (probabilities.sum(-1) - 1.0).abs() <= ROUNDING
         among = ((tokens == drafts[..., None]) & held).any(-1)
         is_sampled = (found == wanted) & (found != 0) & whole & among & alive[:, None]
         is_sampled &= ahead < drafted[:, None]

@@ -17,11 +17,6 @@ LARGEST_BYTES = 1 << 30
 be larger, drafts are the first choices, which need none."""
 
 
-def dense_bytes(slots: int, depth: int, vocab_size: int) -> int:
-    """What they take."""
-    return slots * depth * vocab_size * 4
-
-
 class DraftLogits:
     """The rows, on every tensor-parallel rank.
 

@@ -13,6 +13,7 @@ from vllm.distributed.parallel_state import get_tp_group
 from vllm.platforms import current_platform
 
 from vllm_ssd import compat
+from vllm_ssd.core.distributions import dense_bytes
 from vllm_ssd.core.stats import Stats
 from vllm_ssd.preflight import Checked, check_engine, engine_options
 from vllm_ssd.target.beside import DraftBeside
@@ -21,7 +22,7 @@ from vllm_ssd.target.counters import Snapshots, all_counters
 from vllm_ssd.target.draft_life import DraftLife
 from vllm_ssd.target.requests import RequestTable
 from vllm_ssd.target.v2.device_trees import DeviceTrees
-from vllm_ssd.target.v2.draft_logits import LARGEST_BYTES, DraftLogits, dense_bytes
+from vllm_ssd.target.v2.draft_logits import LARGEST_BYTES, DraftLogits
 from vllm_ssd.target.v2.draft_thread import DraftThread
 from vllm_ssd.target.v2.follower import Follower
 from vllm_ssd.target.v2.outcomes import OutcomeReadback, unpack_outcome
