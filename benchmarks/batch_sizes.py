@@ -1,9 +1,10 @@
 """Tokens per second against the batch size: SSD, plain vLLM and vLLM's ``draft_model``.
 
 Plain vLLM and ``draft_model`` run twice: on the cores that SSD leaves to its target, and on all.
-A batch of n is n requests that run all the time (``benchmarks/load.py``). Engines take turns; each
-is started once a round and measures all sizes. Of a slice of the work the median over the rounds
-counts, and ± is half the difference between the fastest and the slowest round.
+A batch of n is n requests that run all the time (``benchmarks/load.py``). All engines are up and
+take turns. Of a slice of the work the median over the rounds counts, and ± is half the difference
+between the fastest and the slowest round; behind a ratio, which is taken round by round, ± is its
+standard error.
 
 The ideal is what SSD would give if every look-up hit at full depth for nothing: at batch n, n times
 (acceptance length of ``draft_model`` with the same K) / (SSD's mean verification time).
@@ -33,8 +34,9 @@ from benchmarks.engines import (
     target_cores,
     wide_console,
 )
-from benchmarks.load import Case, Measured, Rate, added, rate
+from benchmarks.load import Case, Measured, added
 from benchmarks.prompts import SETS, prompts
+from benchmarks.rates import Rate, Ratio, rate
 from vllm_ssd.cli.models import demo_models
 
 SIZES = "1,2,4,8,16,32"
@@ -140,7 +142,7 @@ def speeds(found: Curves, title: str) -> Table:
 
 
 def _ratio(point: Point, base: Point | None) -> str:
-    return f"{point.rate.median / base.rate.median:.2f}" if base else "-"
+    return str(Ratio.of(point.rate, base.rate)) if base else "-"
 
 
 def details(found: Curves, ks: dict[str, int]) -> Table:

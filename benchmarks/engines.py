@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import multiprocessing
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.load import Case, Load, Measured, put_on
+from benchmarks.load import Case, Load, Measured, Started, put_on
+from benchmarks.rates import total
 from vllm_ssd.affinity import available_cores
-from vllm_ssd.cli.engine_process import run_apart
+from vllm_ssd.cli.engine_process import engine_process
 from vllm_ssd.cli.models import demo_models
 from vllm_ssd.config import SSDConfig
 from vllm_ssd.target.cores import split_cores
@@ -122,16 +125,59 @@ def wide_console() -> Console:
     return Console() if sys.stdout.isatty() else Console(width=160)
 
 
+@contextmanager
+def waiting_for_turns(
+    one: Engine, cases: list[Case], options: argparse.Namespace
+) -> Iterator[Callable[[int], Measured]]:
+    """Start an engine, which then measures a load, by its number, each time it is called.
+
+    Args:
+        one: what to start.
+        cases: its loads.
+        options: of :func:`add_arguments`.
+
+    Raises:
+        EngineError: it failed.
+        RuntimeError: its target runs on other cores than it should.
+    """
+    theirs, turns = multiprocessing.get_context("spawn").Pipe(duplex=False)
+    load = Load(
+        model=str(demo_models().target),
+        speculative_config=one.speculative_config,
+        enforce_eager=not options.compile,
+        dtype=options.dtype,
+        cores=None if one.binds_itself else one.cores,
+        cases=cases,
+        turns=theirs,
+        max_tokens=options.max_tokens,
+        temperature=options.temperature,
+        warm_up=options.warm_up,
+    )
+    with engine_process(put_on, load) as work:
+        events = iter(work)
+        started: Started = next(events)
+        if started.cores != (one.cores or available_cores()):
+            raise RuntimeError(f"{one.name} runs on cores {started.cores}, not on {one.cores}")
+
+        def measure(case: int) -> Measured:
+            turns.send(case)
+            measured: Measured = next(events)
+            return measured
+
+        yield measure
+
+
 def take_turns(
     engines: Sequence[Engine], cases: list[Case], options: argparse.Namespace
 ) -> dict[str, list[list[Measured]]]:
     """Measure all engines under all loads, ``options.rounds`` times.
 
-    One engine runs at a time; in each round each of them is started once.
+    All of them are up, and one works at a time: those that are compared follow each other within
+    seconds, so what changes on the machine from minute to minute affects them all.
 
     Args:
         engines: what to compare.
-        cases: the loads, in the order in which each engine gets them.
+        cases: the loads, one after the other.
         options: of :func:`add_arguments`.
 
     Returns:
@@ -139,36 +185,26 @@ def take_turns(
 
     Raises:
         EngineError: an engine failed.
-        RuntimeError: a target ran on other cores than it should.
+        RuntimeError: a target runs on other cores than it should.
     """
-    target = str(demo_models().target)
     found: dict[str, list[list[Measured]]] = {one.name: [[] for _ in cases] for one in engines}
-    turns = [one for _ in range(options.rounds) for one in engines]
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=wide_console(), transient=True) as progress:
-        bar = progress.add_task("", total=len(turns) * len(cases))
-        for number, one in enumerate(turns):
-            progress.update(bar, description=one.name)
-            load = Load(
-                model=target,
-                speculative_config=one.speculative_config,
-                enforce_eager=not options.compile,
-                dtype=options.dtype,
-                cores=None if one.binds_itself else one.cores,
-                cases=cases,
-                max_tokens=options.max_tokens,
-                temperature=options.temperature,
-                seed=number // len(engines),
-                warm_up=options.warm_up,
-            )
-            began = time.perf_counter()
-            report = run_apart(put_on, load, lambda event: progress.advance(bar))
-            if report.cores != (one.cores or available_cores()):
-                raise RuntimeError(f"{one.name} ran on cores {report.cores}, not on {one.cores}")
-            # A line for each, so that the log of a long run shows where it is.
-            seconds = time.perf_counter() - began
-            where = f"{report.dtype}, cores {','.join(map(str, report.cores))}"
-            progress.console.print(f"round {load.seed + 1}: {one.name} ({where}): {seconds:.0f} s")
-            for rounds, measured in zip(found[one.name], report.cases, strict=True):
-                rounds.append(measured)
+    with ExitStack() as stack:
+        progress = stack.enter_context(Progress(*columns, console=wide_console(), transient=True))
+        bar = progress.add_task("", total=len(engines) * len(cases) * options.rounds)
+        measure: dict[str, Callable[[int], Measured]] = {}
+        for one in engines:
+            progress.update(bar, description=f"starting {one.name}")
+            measure[one.name] = stack.enter_context(waiting_for_turns(one, cases, options))
+        for turn, (round_, case) in enumerate(
+            itertools.product(range(options.rounds), range(len(cases)))
+        ):
+            # Forwards and backwards: none always works after the same other one.
+            for name in list(measure)[:: -1 if turn % 2 else 1]:
+                progress.update(bar, description=name)
+                found[name][case].append(measure[name](case))
+                progress.advance(bar)
+            # Lines, so that the log of a long run shows where it is.
+            rates = ", ".join(f"{total(of[case][-1].slices):.1f}" for of in found.values())
+            progress.console.print(f"round {round_ + 1}, load {case + 1} of {len(cases)}: {rates}")
     return found

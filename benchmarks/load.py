@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import itertools
 import os
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
+from benchmarks.rates import Slice
 from vllm_ssd.cli.engine_process import (
     EngineSpec,
     chat,
@@ -24,7 +25,8 @@ from vllm_ssd.cli.engine_process import (
     start_engine,
 )
 
-KV_BYTES = 1 << 30
+KV_BYTES = 384 << 20
+"""Enough for 32 requests of the longest prompts, with several engines in memory at once."""
 PREFILL_TOKENS = 1024
 
 
@@ -41,22 +43,16 @@ class Case(NamedTuple):
 
 @dataclass(kw_only=True)
 class Load(EngineSpec):
-    """What to start, and the loads to put on it, one after the other."""
+    """What to start, and the loads to put on it when told to."""
 
     cases: list[Case]
+    turns: Connection
+    """Says which case is next, by its number; None: that was the last."""
     max_tokens: int
     """Of an answer; it may end before."""
     temperature: float
-    seed: int
     warm_up: int = 1
     """How many slices are not counted before those that are."""
-
-
-class Slice(NamedTuple):
-    """A part of the measured time."""
-
-    tokens: int
-    seconds: float
 
 
 class Measured(NamedTuple):
@@ -67,21 +63,20 @@ class Measured(NamedTuple):
     """vLLM's of speculative decoding and ours, over the same time."""
 
 
-class Report(NamedTuple):
-    """What one engine has measured."""
+class Started(NamedTuple):
+    """An engine that waits for its first turn."""
 
-    cases: list[Measured]
     dtype: str
     cores: list[int]
     """Those that the target's process may use."""
 
 
-def put_on(load: Load, tell: Callable[[Any], None]) -> Report:
-    """Start the engine and measure all its loads: what runs in its process.
+def put_on(load: Load, tell: Callable[[Started | Measured], None]) -> None:
+    """Start the engine and measure its loads, turn by turn: what runs in its process.
 
     Args:
         load: what to do.
-        tell: called with nothing else to tell than how many loads are measured.
+        tell: called once the engine has started, and after each turn.
     """
     engine = start_engine(
         load,
@@ -90,13 +85,10 @@ def put_on(load: Load, tell: Callable[[Any], None]) -> Report:
         max_num_batched_tokens=PREFILL_TOKENS,
         # All loads may ask the same.
         enable_prefix_caching=False,
-        seed=load.seed,
     )
-    measured = []
-    for case in load.cases:
-        measured.append(_measure(engine, case, load))
-        tell(len(measured))
-    return Report(measured, dtype_of(engine), sorted(os.sched_getaffinity(0)))
+    tell(Started(dtype_of(engine), sorted(os.sched_getaffinity(0))))
+    for number in iter(load.turns.recv, None):
+        tell(_measure(engine, load.cases[number], load))
 
 
 def _measure(engine: Any, case: Case, load: Load) -> Measured:
@@ -172,40 +164,6 @@ class Streams:
         self._running.add(name)
         prompt = {"prompt_token_ids": next(self._prompts)}
         self._engine.add_request(name, prompt, parameters)
-
-
-class Rate(NamedTuple):
-    """Tokens per second of an engine under one load, over all rounds."""
-
-    median: float
-    """Of the slices: see :func:`rate`."""
-    lowest: float
-    """Of a round as a whole."""
-    highest: float
-
-    def __str__(self) -> str:
-        """``"68.7 ±2%"``: half the difference between the rounds, if there are several."""
-        if self.lowest == self.highest:
-            return f"{self.median:.1f}"
-        return f"{self.median:.1f} ±{(self.highest - self.lowest) / (2 * self.median):.0%}"
-
-
-def rate(rounds: list[list[Slice]]) -> Rate:
-    """Tokens per second from several rounds with the same slices.
-
-    A slice is the same work in every round, so of its rates the median is taken, which leaves out
-    what disturbed one round; the slices, which are different work, are then added up.
-
-    Args:
-        rounds: the slices of each.
-    """
-    tokens = seconds = 0.0
-    for same in zip(*rounds, strict=True):
-        produced = statistics.mean(one.tokens for one in same)
-        tokens += produced
-        seconds += produced / statistics.median(one.tokens / one.seconds for one in same)
-    totals = [sum(s.tokens for s in one) / sum(s.seconds for s in one) for one in rounds]
-    return Rate(tokens / seconds, min(totals), max(totals))
 
 
 def added(rounds: list[Measured]) -> dict[str, float]:

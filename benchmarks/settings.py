@@ -1,9 +1,9 @@
 """Tokens per second of SSD for each K and number of branches, and of settings that adapt.
 
 Every set of prompts at every batch size is a column. The best fixed setting of each is marked;
-behind the speed of a setting that adapts stands its difference to that one. Engines take turns, as
-in ``benchmarks/batch_sizes.py``. The best of many is also the luckiest: compare the few best again,
-with more rounds, before believing a difference of the size of the spread.
+behind the speed of a setting that adapts stands its difference to that one, with its standard
+error. Engines take turns, as in ``benchmarks/batch_sizes.py``. The best of many is also the
+luckiest: compare the few best again, with more rounds, before believing a small difference.
 
     python -m benchmarks.settings [--texts mt-bench stories mixture] [--temperature 0.7] \\
         [--sizes 1,16] [--k 2,3,4,6] [--branches 4,8,16] [--fan-outs 2,3] [--fixed JSON] \\
@@ -30,8 +30,9 @@ from benchmarks.engines import (
     target_cores,
     wide_console,
 )
-from benchmarks.load import Case, Rate, rate
+from benchmarks.load import Case
 from benchmarks.prompts import MIXED, SETS, prompts
+from benchmarks.rates import Rate, Ratio, rate
 from vllm_ssd.cli.models import demo_models
 
 ADAPTIVE: dict[str, Any] = {"num_speculative_tokens": 6}
@@ -81,8 +82,8 @@ def table(fixed: Rates, adaptive: Rates, title: str) -> Table:
     for name, rates in adaptive.items():
         cells = []
         for column, one in rates.items():
-            difference = one.median / fixed[winners[column]][column].median - 1
-            cells.append(f"{one}\n{difference:+.1%}")
+            ratio = Ratio.of(one, fixed[winners[column]][column])
+            cells.append(f"{one}\n{ratio.difference()}")
         shown.add_row(name, *cells)
     return shown
 

@@ -26,7 +26,8 @@ from benchmarks.batch_sizes import (
     speeds,
 )
 from benchmarks.engines import more_ssd_options, numbers, ssd_name, ssd_options, target_cores
-from benchmarks.load import Measured, Rate, Slice
+from benchmarks.load import Measured
+from benchmarks.rates import Rate, Slice
 from benchmarks.settings import best, grid, table
 
 SPECULATING = {"drafts": 100.0, "accepted_tokens": 150.0}
@@ -134,7 +135,7 @@ class TestSettings:
 
     @staticmethod
     def rates(stories: float, code: float) -> dict[str, Rate]:
-        return {"stories": Rate(stories, stories, stories), "code": Rate(code, code, code)}
+        return {"stories": Rate(stories, [stories]), "code": Rate(code, [code])}
 
     def test_grid_has_every_k_with_every_count(self) -> None:
         settings = grid([2, 4], [8], [3], {"backup": "none"})

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,8 +12,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from benchmarks.engines import draft_model, slices
-from benchmarks.load import Case, Load, Measured, Slice, Streams, added, put_on, rate
+from benchmarks.engines import Engine, add_arguments, draft_model, slices, ssd, take_turns
+from benchmarks.load import Case, Measured, Streams, added
+from benchmarks.rates import Rate, Ratio, Slice, rate
 from tests.tiny_models import TinyModels
 from vllm_ssd.cli.engine_process import EngineError, EngineSpec, run_apart, start_engine
 from vllm_ssd.cli.models import DemoModels
@@ -113,7 +116,7 @@ def test_as_many_answers_are_counted_as_wanted_and_two_a_stream(
 
 def test_rate_of_one_round_is_its_tokens_by_its_seconds() -> None:
     found = rate([[Slice(100, 1.0), Slice(50, 2.0)]])
-    assert found.median == found.lowest == found.highest == pytest.approx(50.0)
+    assert [found.median, *found.rounds] == pytest.approx([50.0, 50.0])
     assert str(found) == "50.0"
 
 
@@ -122,8 +125,7 @@ def test_a_disturbed_slice_of_one_round_does_not_change_the_rate() -> None:
     disturbed = [Slice(100, 9.0), Slice(50, 2.0)]
     found = rate([quiet, disturbed, quiet])
     assert found.median == pytest.approx(50.0)
-    assert found.lowest == pytest.approx(150 / 11)
-    assert found.highest == pytest.approx(50.0)
+    assert found.rounds == pytest.approx([50.0, 150 / 11, 50.0])
     assert str(found) == "50.0 ±36%"
 
 
@@ -133,34 +135,48 @@ def test_slices_that_yield_less_are_not_left_out() -> None:
     assert rate([same, same]).median == pytest.approx(70.0)
 
 
+def test_engines_are_compared_round_by_round() -> None:
+    """What slowed down both in one round is not in their ratio, nor in its error."""
+    one, other = Rate(60.0, [60.0, 30.0, 66.0]), Rate(50.0, [50.0, 25.0, 55.0])
+    found = Ratio.of(one, other)
+    assert [found.mean, found.error] == pytest.approx([1.2, 0.0])
+    assert (str(found), found.difference()) == ("1.20 ±0.00", "+20.0% ±0.0%")
+    found = Ratio.of(Rate(1.0, [1.0, 4.0]), Rate(1.0, [1.0, 1.0]))
+    assert [found.mean, found.error] == pytest.approx([2.0, math.log(2.0)])
+    assert str(Ratio.of(Rate(3.0, [3.0]), Rate(2.0, [2.0]))) == "1.50"
+
+
 def test_counters_of_the_rounds_are_added() -> None:
     rounds = [Measured([], {"drafts": 2.0}), Measured([], {"drafts": 3.0, "hits": 1.0})]
     assert added(rounds) == {"drafts": 5.0, "hits": 1.0}
 
 
 @pytest.mark.slow
-def test_an_engine_is_measured_in_a_process_on_the_cores_it_was_given(
+def test_engines_that_are_up_together_take_turns_on_the_cores_they_were_given(
     demo_pair: DemoModels,
 ) -> None:
-    load = Load(
-        model=str(demo_pair.target),
-        speculative_config=draft_model(str(demo_pair.draft), 2),
-        enforce_eager=True,
-        dtype="float32",
-        cores=[0],
-        cases=[Case(["Who are you?", "Write a poem."], size, 2) for size in (1, 3)],
-        max_tokens=8,
-        temperature=0.0,
-        seed=0,
-    )
-    told: list[int] = []
-    report = run_apart(put_on, load, told.append)
-    assert told == [1, 2]
-    assert (report.dtype, report.cores) == ("float32", [0])
-    for case, measured in zip(load.cases, report.cases, strict=True):
-        assert len(measured.slices) == 2
-        assert all(8 <= one.tokens <= 16 * case.size for one in measured.slices)
-        assert measured.counters["drafts"] > 0
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    options = parser.parse_args(["--rounds", "2", "--max-tokens", "8", "--dtype", "float32"])
+    cases = [Case(["Who are you?", "Write a poem."], size, 2) for size in (1, 3)]
+    config = draft_model(str(demo_pair.draft), 2)
+    found = take_turns([Engine("plain"), Engine("drafts", config, [0])], cases, options)
+    for name, of_cases in found.items():
+        for case, rounds in zip(cases, of_cases, strict=True):
+            assert len(rounds) == 2
+            slices = [one for measured in rounds for one in measured.slices]
+            assert len(slices) == 4
+            assert all(8 <= one.tokens <= 16 * case.size for one in slices)
+            assert all(("drafts" in one.counters) == (name == "drafts") for one in rounds)
+
+
+@pytest.mark.slow
+def test_a_target_on_other_cores_than_it_should_be_is_not_measured(demo_pair: DemoModels) -> None:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    ssd_engine = Engine("SSD", ssd(str(demo_pair.draft), {"num_speculative_tokens": 2}), [0, 1])
+    with pytest.raises(RuntimeError, match=r"SSD runs on cores \[0\], not on \[0, 1\]"):
+        take_turns([ssd_engine], [Case(["Who are you?"], 1, 1)], parser.parse_args([]))
 
 
 def test_an_engine_that_fails_says_why(tmp_path: Path) -> None:

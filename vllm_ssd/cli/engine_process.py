@@ -8,10 +8,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import IO, Any, Generic, NamedTuple, TypeVar
 
 from vllm_ssd.config import ADDITIONAL_CONFIG_KEY
 
@@ -51,22 +52,49 @@ ENDING_SECONDS = 15.0
 """How long an engine may take to shut down."""
 
 
-def run_apart(
+class Work(Generic[Result]):
+    """What is done in an engine's process. Iterate over the events that it tells, as they happen.
+
+    After the last one there is :attr:`result`.
+    """
+
+    result: Result
+
+    def __init__(self, events: Connection, log: IO[str], log_characters: int) -> None:
+        self._events, self._log, self._log_characters = events, log, log_characters
+
+    def __iter__(self) -> Iterator[Any]:
+        """The events.
+
+        Raises:
+            EngineError: the work failed.
+        """
+        while not isinstance(event := self._receive(), _Finished):
+            yield event
+        self.result = event.result
+
+    def _receive(self) -> Any:
+        try:
+            event = self._events.recv()
+        except EOFError:
+            event = _Failed("its process ended")
+        if isinstance(event, _Failed):
+            raise EngineError(f"{event.reason}\n{self._log.read()[-self._log_characters :]}")
+        return event
+
+
+@contextmanager
+def engine_process(
     work: Callable[[Spec, Callable[[Any], None]], Result],
     spec: Spec,
-    listen: Callable[[Any], None] = lambda event: None,
     log_characters: int = LOG_CHARACTERS,
-) -> Result:
-    """Do some work with an engine in a process of its own.
+) -> Iterator[Work[Result]]:
+    """Begin some work with an engine in a process of its own, which ends with the context.
 
     Args:
         work: a function of a module, called there with ``spec`` and a function to tell events.
         spec: what it needs.
-        listen: called here with the events, as they happen.
         log_characters: how much of the end of its log an error shows.
-
-    Raises:
-        EngineError: it failed.
     """
     context = multiprocessing.get_context("spawn")
     events, theirs = context.Pipe(duplex=False)
@@ -74,18 +102,37 @@ def run_apart(
         process = context.Process(target=_run, args=(work, spec, theirs, log.name))
         process.start()
         theirs.close()
+        done: Work[Result] = Work(events, log, log_characters)
         try:
-            while not isinstance(event := events.recv(), _Finished):
-                if isinstance(event, _Failed):
-                    raise EngineError(f"{event.reason}\n{log.read()[-log_characters:]}")
-                listen(event)
-            process.join(ENDING_SECONDS)
-            return event.result
-        except EOFError:
-            raise EngineError(f"its process ended\n{log.read()[-log_characters:]}") from None
+            yield done
+            if hasattr(done, "result"):
+                process.join(ENDING_SECONDS)
         finally:
             process.kill()
             process.join()
+
+
+def run_apart(
+    work: Callable[[Spec, Callable[[Any], None]], Result],
+    spec: Spec,
+    listen: Callable[[Any], None] = lambda event: None,
+    log_characters: int = LOG_CHARACTERS,
+) -> Result:
+    """Do some work with an engine in a process of its own, to its end.
+
+    Args:
+        work: see :func:`engine_process`.
+        spec: what it needs.
+        listen: called here with the events, as they happen.
+        log_characters: how much of the end of its log an error shows.
+
+    Raises:
+        EngineError: it failed.
+    """
+    with engine_process(work, spec, log_characters) as done:
+        for event in done:
+            listen(event)
+        return done.result
 
 
 def _run(
