@@ -1,34 +1,39 @@
 """What a draft costs that is never right: speculation has to go off.
 
-The demonstration's questions, one at a time, for plain vLLM on the target's cores, SSD with the
-demonstration's draft, and SSD with a draft of the same shape whose weights are random. Engines take
-turns.
+Plain vLLM on the target's cores, SSD with the demonstration's draft, and SSD with a draft of the
+same shape whose weights are random, one request at a time (``--sizes`` for more). The first round
+shows what it costs to find out, the others what it costs once that is known.
 
-    python benchmarks/hopeless_draft.py [--rounds 2]
+    python -m benchmarks.hopeless_draft --warm-up 0 [--rounds 6] [--sizes 1,8]
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from safetensors.torch import load_file, save_file
 
-from vllm_ssd.cli.demo import QUESTIONS
-from vllm_ssd.cli.demo_engine import Answers, Questions, ask
+from benchmarks.engines import (
+    Engine,
+    add_arguments,
+    numbers,
+    slices,
+    ssd,
+    take_turns,
+    target_cores,
+    wide_console,
+)
+from benchmarks.load import Case, Measured
+from benchmarks.prompts import prompts
+from benchmarks.rates import Ratio, rate
 from vllm_ssd.cli.models import demo_models
 
-K = 6
+PLAIN, RIGHT, RANDOM = "plain, on the target's cores", "SSD", "SSD, random draft"
 
 
 def random_copy(draft: Path, folder: Path) -> Path:
@@ -49,65 +54,44 @@ def _random_like(weight: torch.Tensor) -> torch.Tensor:
     return torch.randn(weight.shape).mul(0.02).to(weight.dtype)
 
 
+def table(found: dict[str, list[list[Measured]]], sizes: list[int], k: int) -> Table:
+    """The speeds, and what speculation did."""
+    title = f"K = {k}; to plain in the first round, and in the others"
+    shown = Table("batch", "", "tokens/s", "first", "others", "rounds off", title=title)
+    for number, size in enumerate(sizes):
+        rounds = {name: [one.slices for one in of[number]] for name, of in found.items()}
+        for name, of_cases in found.items():
+            ratios = [
+                str(Ratio.of(rate(rounds[name][part]), rate(rounds[PLAIN][part])))
+                for part in (slice(1), slice(1, None))
+            ]
+            counters = of_cases[number][-1].counters
+            proposals = counters.get("proposals")
+            off = f"{counters['rounds_off'] / proposals:.0%}" if proposals else ""
+            shown.add_row(str(size), name, str(rate(rounds[name])), *ratios, off)
+    return shown
+
+
 def main() -> None:
     """Run the engines and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--max-tokens", type=int, default=256)
+    add_arguments(parser)
+    parser.add_argument("--sizes", type=numbers, default="1")
+    parser.add_argument("--k", type=int, default=6)
     options = parser.parse_args()
-    models = demo_models()
     with tempfile.TemporaryDirectory() as folder:
-        drafts: dict[str, str | None] = {
-            "plain, on the target's cores": None,
-            "SSD": str(models.draft),
-            "SSD, random draft": str(random_copy(models.draft, Path(folder, "draft"))),
-        }
-        runs: dict[str, list[Answers]] = {name: [] for name in drafts}
-        for name in track([name for _ in range(options.rounds) for name in drafts], "engines"):
-            draft = drafts[name]
-            speculative: dict[str, Any] | None = None
-            if draft is not None:
-                speculative = {"method": "ssd", "model": draft, "num_speculative_tokens": K}
-            spec = Questions(
-                model=str(models.target),
-                speculative_config=speculative,
-                enforce_eager=True,
-                prompts=QUESTIONS,
-                max_tokens=options.max_tokens,
-            )
-            with _without_the_drafts_core(draft is None):
-                runs[name].append(ask(spec, lambda event: None))
-    table = Table("", "tokens/s", "to plain", "rounds off", "probes' share", "gain believed")
-    plain = _speed(runs["plain, on the target's cores"])
-    for name, answers in runs.items():
-        metrics = answers[-1].metrics
-        proposals = metrics.get("proposals", 0.0)
-        table.add_row(
-            name,
-            f"{_speed(answers):.1f}",
-            f"{_speed(answers) / plain:.3f}",
-            f"{metrics['rounds_off'] / proposals:.0%}" if proposals else "",
-            f"{metrics['probe_seconds'] / answers[-1].seconds:.1%}" if proposals else "",
-            f"{metrics['gain_at_1']:+.0%}" if proposals else "",
-        )
-    Console().print(table)
-
-
-@contextmanager
-def _without_the_drafts_core(wanted: bool) -> Iterator[None]:
-    """For an engine without draft: the cores that SSD leaves the target."""
-    cores = os.sched_getaffinity(0)
-    if wanted and len(cores) > 1:
-        os.sched_setaffinity(0, sorted(cores)[:-1])
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, cores)
-
-
-def _speed(runs: list[Answers]) -> float:
-    tokens = sum(len(answer) for run in runs for answer in run.token_ids)
-    return tokens / sum(run.seconds for run in runs)
+        right = options.draft or str(demo_models().draft)
+        its = {"num_speculative_tokens": options.k}
+        drafts = {RIGHT: right, RANDOM: str(random_copy(Path(right), Path(folder, "draft")))}
+        cores = target_cores(its)
+        engines = [
+            Engine(PLAIN, None, cores),
+            *(Engine(name, ssd(draft, its), cores) for name, draft in drafts.items()),
+        ]
+        texts = prompts("hidden")
+        cases = [Case(texts, size, slices(options.answers, size)) for size in options.sizes]
+        found = take_turns(engines, cases, options)
+    wide_console().print(table(found, options.sizes, options.k))
 
 
 if __name__ == "__main__":
