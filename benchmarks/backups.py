@@ -25,15 +25,14 @@ from benchmarks.batch_sizes import Curves, curves, mean
 from benchmarks.engines import (
     Engine,
     add_arguments,
+    loads,
     more_ssd_options,
     numbers,
-    slices,
     ssd,
     take_turns,
     target_cores,
     wide_console,
 )
-from benchmarks.load import Case
 from benchmarks.prompts import SETS, prompts
 from vllm_ssd.cli.models import demo_models
 
@@ -153,7 +152,7 @@ def main() -> None:
         return Engine(backup, ssd(draft, its), target_cores(its))
 
     texts = prompts(options.texts)
-    cases = [Case(texts, size, slices(options.answers, size)) for size in options.sizes]
+    cases = loads(texts, options)
     found = curves(take_turns([engine(name) for name in BACKUPS], cases, options), options.sizes)
     console = wide_console()
     console.print(table(found, f"{options.texts}, temperature {options.temperature:g}"))

@@ -25,8 +25,8 @@ from benchmarks.engines import (
     Engine,
     add_arguments,
     draft_model,
+    loads,
     numbers,
-    slices,
     ssd,
     ssd_name,
     ssd_options,
@@ -34,9 +34,9 @@ from benchmarks.engines import (
     target_cores,
     wide_console,
 )
-from benchmarks.load import Case, Measured, added
+from benchmarks.load import Measured, added
 from benchmarks.prompts import SETS, prompts
-from benchmarks.rates import Rate, Ratio, rate
+from benchmarks.rates import Rate, Ratio
 from vllm_ssd.cli.models import demo_models
 
 SIZES = "1,2,4,8,16,32"
@@ -91,7 +91,7 @@ def curves(measured: dict[str, list[list[Measured]]], sizes: list[int]) -> Curve
     """The rates from what was measured, by engine and then by batch size, in its order."""
     return {
         name: {
-            size: Point(rate([one.slices for one in rounds]), added(rounds))
+            size: Point(Rate.of([one.slice for one in rounds]), added(rounds))
             for size, rounds in zip(sizes, of_sizes, strict=True)
         }
         for name, of_sizes in measured.items()
@@ -122,7 +122,7 @@ def share_of_ideal(point: Point, rival: Point | None, size: int) -> float | None
     seconds = mean(point.counters, "verify_seconds", "verify_intervals")
     if length is None or seconds is None:
         return None
-    return point.rate.median / (size * length / seconds)
+    return point.rate.mean / (size * length / seconds)
 
 
 def speeds(found: Curves, title: str) -> Table:
@@ -197,9 +197,9 @@ def draw(found: Curves, title: str, file: Path) -> None:
         colour = colours.get(name.split(",")[0])
         style |= {"color": colour} if colour else {"linewidth": 2}
         sizes = list(points)
-        speed.plot(sizes, [point.rate.median for point in points.values()], **style)
+        speed.plot(sizes, [point.rate.mean for point in points.values()], **style)
         if base:
-            ratios = [point.rate.median / base[size].rate.median for size, point in points.items()]
+            ratios = [point.rate.mean / base[size].rate.mean for size, point in points.items()]
             ratio[0].plot(sizes, ratios, **style)
     speed.set_yscale("log")
     speed.set_ylabel("tokens/s")
@@ -236,7 +236,7 @@ def main() -> None:
     places = [PLACES[place] for place in options.places]
     engines = compared(draft, wanted, options.rivals, places)
     texts = prompts(options.texts)
-    cases = [Case(texts, size, slices(options.answers, size)) for size in options.sizes]
+    cases = loads(texts, options)
     found = curves(take_turns(engines, cases, options), options.sizes)
     title = f"{options.texts}, temperature {options.temperature:g}"
     console = wide_console()

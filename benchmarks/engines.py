@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import multiprocessing
 import sys
@@ -14,8 +13,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.load import Case, Load, Measured, Started, put_on
-from benchmarks.rates import total
+from benchmarks.load import Case, Load, Measured, Started, Turn, put_on
 from vllm_ssd.affinity import available_cores
 from vllm_ssd.cli.engine_process import engine_process
 from vllm_ssd.cli.models import demo_models
@@ -110,14 +108,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def slices(answers: int, size: int) -> int:
-    """How many times n answers end until that many are counted, and two of each stream.
-
-    Args:
-        answers: to count at least.
-        size: n, the streams.
-    """
-    return max(2, -(-answers // size))
+def loads(texts: list[str], options: argparse.Namespace) -> list[Case]:
+    """One load for each of ``options.sizes``, with at least two answers of each stream."""
+    return [Case(texts, size, max(options.answers, 2 * size)) for size in options.sizes]
 
 
 def wide_console() -> Console:
@@ -128,8 +121,8 @@ def wide_console() -> Console:
 @contextmanager
 def waiting_for_turns(
     one: Engine, cases: list[Case], options: argparse.Namespace
-) -> Iterator[Callable[[int], Measured]]:
-    """Start an engine, which then measures a load, by its number, each time it is called.
+) -> Iterator[Callable[[Turn], Measured]]:
+    """Start an engine, which then measures a load each time it is called.
 
     Args:
         one: what to start.
@@ -159,12 +152,14 @@ def waiting_for_turns(
         if started.cores != (one.cores or available_cores()):
             raise RuntimeError(f"{one.name} runs on cores {started.cores}, not on {one.cores}")
 
-        def measure(case: int) -> Measured:
-            turns.send(case)
+        def measure(turn: Turn) -> Measured:
+            turns.send(turn)
             measured: Measured = next(events)
             return measured
 
         yield measure
+        turns.send(None)
+        list(events)  # until it has ended
 
 
 def take_turns(
@@ -192,19 +187,19 @@ def take_turns(
     with ExitStack() as stack:
         progress = stack.enter_context(Progress(*columns, console=wide_console(), transient=True))
         bar = progress.add_task("", total=len(engines) * len(cases) * options.rounds)
-        measure: dict[str, Callable[[int], Measured]] = {}
+        measure: dict[str, Callable[[Turn], Measured]] = {}
         for one in engines:
             progress.update(bar, description=f"starting {one.name}")
             measure[one.name] = stack.enter_context(waiting_for_turns(one, cases, options))
-        for turn, (round_, case) in enumerate(
-            itertools.product(range(options.rounds), range(len(cases)))
-        ):
+        turns = [Turn(case, n) for n in range(options.rounds) for case in range(len(cases))]
+        for number, turn in enumerate(turns):
             # Forwards and backwards: none always works after the same other one.
-            for name in list(measure)[:: -1 if turn % 2 else 1]:
+            for name in list(measure)[:: -1 if number % 2 else 1]:
                 progress.update(bar, description=name)
-                found[name][case].append(measure[name](case))
+                found[name][turn.case].append(measure[name](turn))
                 progress.advance(bar)
             # Lines, so that the log of a long run shows where it is.
-            rates = ", ".join(f"{total(of[case][-1].slices):.1f}" for of in found.values())
-            progress.console.print(f"round {round_ + 1}, load {case + 1} of {len(cases)}: {rates}")
+            rates = ", ".join(f"{of[turn.case][-1].slice.rate:.1f}" for of in found.values())
+            where = f"round {turn.round + 1}, load {turn.case + 1} of {len(cases)}"
+            progress.console.print(f"{where}: {rates}")
     return found

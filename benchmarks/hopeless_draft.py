@@ -21,16 +21,16 @@ from safetensors.torch import load_file, save_file
 from benchmarks.engines import (
     Engine,
     add_arguments,
+    loads,
     numbers,
-    slices,
     ssd,
     take_turns,
     target_cores,
     wide_console,
 )
-from benchmarks.load import Case, Measured
+from benchmarks.load import Measured
 from benchmarks.prompts import prompts
-from benchmarks.rates import Ratio, rate
+from benchmarks.rates import Rate, Ratio
 from vllm_ssd.cli.models import demo_models
 
 PLAIN, RIGHT, RANDOM = "plain, on the target's cores", "SSD", "SSD, random draft"
@@ -59,16 +59,16 @@ def table(found: dict[str, list[list[Measured]]], sizes: list[int], k: int) -> T
     title = f"K = {k}; to plain in the first round, and in the others"
     shown = Table("batch", "", "tokens/s", "first", "others", "rounds off", title=title)
     for number, size in enumerate(sizes):
-        rounds = {name: [one.slices for one in of[number]] for name, of in found.items()}
+        rounds = {name: [one.slice for one in of[number]] for name, of in found.items()}
         for name, of_cases in found.items():
             ratios = [
-                str(Ratio.of(rate(rounds[name][part]), rate(rounds[PLAIN][part])))
+                str(Ratio.of(Rate.of(rounds[name][part]), Rate.of(rounds[PLAIN][part])))
                 for part in (slice(1), slice(1, None))
             ]
             counters = of_cases[number][-1].counters
             proposals = counters.get("proposals")
             off = f"{counters['rounds_off'] / proposals:.0%}" if proposals else ""
-            shown.add_row(str(size), name, str(rate(rounds[name])), *ratios, off)
+            shown.add_row(str(size), name, str(Rate.of(rounds[name])), *ratios, off)
     return shown
 
 
@@ -89,7 +89,7 @@ def main() -> None:
             *(Engine(name, ssd(draft, its), cores) for name, draft in drafts.items()),
         ]
         texts = prompts("hidden")
-        cases = [Case(texts, size, slices(options.answers, size)) for size in options.sizes]
+        cases = loads(texts, options)
         found = take_turns(engines, cases, options)
     wide_console().print(table(found, options.sizes, options.k))
 

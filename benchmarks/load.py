@@ -37,8 +37,17 @@ class Case(NamedTuple):
     """They begin again when they have ended."""
     size: int
     """n, the requests that run."""
-    slices: int
-    """How long it is measured: the time in which n answers end is a slice."""
+    answers: int
+    """How long it is measured: until so many have ended."""
+
+
+class Turn(NamedTuple):
+    """What to measure next."""
+
+    case: int
+    """Its number."""
+    round: int
+    """How often it was measured before; each time its prompts go on where they stopped."""
 
 
 @dataclass(kw_only=True)
@@ -47,18 +56,18 @@ class Load(EngineSpec):
 
     cases: list[Case]
     turns: Connection
-    """Says which case is next, by its number; None: that was the last."""
+    """Says what is next (:class:`Turn`); None: that was the last."""
     max_tokens: int
     """Of an answer; it may end before."""
     temperature: float
     warm_up: int = 1
-    """How many slices are not counted before those that are."""
+    """How many answers of each stream are not counted, before those that are."""
 
 
 class Measured(NamedTuple):
     """What one load gave."""
 
-    slices: list[Slice]
+    slice: Slice
     counters: dict[str, float]
     """vLLM's of speculative decoding and ours, over the same time."""
 
@@ -87,20 +96,23 @@ def put_on(load: Load, tell: Callable[[Started | Measured], None]) -> None:
         enable_prefix_caching=False,
     )
     tell(Started(dtype_of(engine), sorted(os.sched_getaffinity(0))))
-    for number in iter(load.turns.recv, None):
-        tell(_measure(engine, load.cases[number], load))
+    for turn in iter(load.turns.recv, None):
+        tell(_measure(engine, load, turn))
 
 
-def _measure(engine: Any, case: Case, load: Load) -> Measured:
-    prompts = [chat(engine, prompt)["prompt_token_ids"] for prompt in case.prompts]
-    streams = Streams(engine, prompts, case.size, load.max_tokens, load.temperature)
-    for _ in range(load.warm_up):  # the streams get out of step, the engine into its stride
-        streams.run(case.size)
+def _measure(engine: Any, load: Load, turn: Turn) -> Measured:
+    texts, size, answers = load.cases[turn.case]
+    uncounted = load.warm_up * size
+    first = turn.round * (size + uncounted + answers) % len(texts)
+    prompts = [chat(engine, text)["prompt_token_ids"] for text in texts[first:] + texts[:first]]
+    streams = Streams(engine, prompts, size, load.max_tokens, load.temperature)
+    if uncounted:  # the streams get out of step, the engine into its stride
+        streams.run(uncounted)
     before = counters(engine)
-    slices = [streams.run(case.size) for _ in range(case.slices)]
+    measured = streams.run(answers)
     found = difference(before, counters(engine))
     streams.abort()
-    return Measured(slices, found)
+    return Measured(measured, found)
 
 
 class Streams:

@@ -4,36 +4,48 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Sequence
 from typing import NamedTuple
 
 
 class Slice(NamedTuple):
-    """A part of the measured time."""
+    """What an engine did in a part of the time."""
 
     tokens: int
     seconds: float
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second."""
+        return self.tokens / self.seconds
 
 
 class Rate(NamedTuple):
     """Tokens per second of an engine under one load, over all rounds."""
 
-    median: float
-    """Of the slices: see :func:`rate`."""
+    mean: float
+    """All tokens by all seconds."""
     rounds: list[float]
-    """Of each round as a whole."""
+    """Of each round."""
+
+    @classmethod
+    def of(cls, rounds: Sequence[Slice]) -> Rate:
+        """From what it did in each round."""
+        whole = Slice(sum(one.tokens for one in rounds), sum(one.seconds for one in rounds))
+        return cls(whole.rate, [one.rate for one in rounds])
 
     def __str__(self) -> str:
         """``"68.7 ±2%"``: half the difference between the rounds, if there are several."""
         if len(self.rounds) == 1:
-            return f"{self.median:.1f}"
-        return f"{self.median:.1f} ±{(max(self.rounds) - min(self.rounds)) / 2 / self.median:.0%}"
+            return f"{self.mean:.1f}"
+        return f"{self.mean:.1f} ±{(max(self.rounds) - min(self.rounds)) / 2 / self.mean:.0%}"
 
 
 class Ratio(NamedTuple):
     """Tokens per second of one engine to those of another, under the same load.
 
-    Rounds are compared one by one, since both engines had their turns in one within seconds: what
-    changed on the machine between the rounds is in neither figure.
+    Rounds are compared one by one, since both engines had their turns in one within seconds, with
+    the same prompts: what changes from round to round is in neither figure.
     """
 
     mean: float
@@ -50,33 +62,10 @@ class Ratio(NamedTuple):
 
     def __str__(self) -> str:
         """``"1.23 ±0.01"``."""
-        return f"{self.mean:.2f}" + (
-            "" if self.error is None else f" ±{self.mean * self.error:.2f}"
-        )
+        error = "" if self.error is None else f" ±{self.mean * self.error:.2f}"
+        return f"{self.mean:.2f}{error}"
 
     def difference(self) -> str:
         """``"+1.2% ±0.8%"``."""
-        return f"{self.mean - 1:+.1%}" + ("" if self.error is None else f" ±{self.error:.1%}")
-
-
-def rate(rounds: list[list[Slice]]) -> Rate:
-    """Tokens per second from several rounds with the same slices.
-
-    A slice is the same work in every round, so of its rates the median is taken, which leaves out
-    what disturbed one round; the slices, which are different work, are then added up.
-
-    Args:
-        rounds: the slices of each.
-    """
-    tokens = seconds = 0.0
-    for same in zip(*rounds, strict=True):
-        produced = statistics.mean(one.tokens for one in same)
-        tokens += produced
-        seconds += produced / statistics.median(one.tokens / one.seconds for one in same)
-    totals = [total(one) for one in rounds]
-    return Rate(tokens / seconds, totals)
-
-
-def total(slices: list[Slice]) -> float:
-    """Tokens per second of one round."""
-    return sum(one.tokens for one in slices) / sum(one.seconds for one in slices)
+        error = "" if self.error is None else f" ±{self.error:.1%}"
+        return f"{self.mean - 1:+.1%}{error}"

@@ -20,9 +20,9 @@ from rich.table import Table
 from benchmarks.engines import (
     Engine,
     add_arguments,
+    loads,
     more_ssd_options,
     numbers,
-    slices,
     ssd,
     ssd_name,
     ssd_options,
@@ -30,9 +30,8 @@ from benchmarks.engines import (
     target_cores,
     wide_console,
 )
-from benchmarks.load import Case
 from benchmarks.prompts import MIXED, SETS, prompts
-from benchmarks.rates import Rate, Ratio, rate
+from benchmarks.rates import Rate, Ratio
 from vllm_ssd.cli.models import demo_models
 
 ADAPTIVE: dict[str, Any] = {"num_speculative_tokens": 6}
@@ -59,7 +58,7 @@ def grid(
 def best(fixed: Rates) -> dict[str, str]:
     """The fastest setting of each column."""
     columns = next(iter(fixed.values()))
-    return {column: max(fixed, key=lambda name: fixed[name][column].median) for column in columns}
+    return {column: max(fixed, key=lambda name: fixed[name][column].mean) for column in columns}
 
 
 def table(fixed: Rates, adaptive: Rates, title: str) -> Table:
@@ -109,14 +108,14 @@ def main() -> None:
     adaptive = options.adaptive or [ADAPTIVE]
     engines = [Engine(ssd_name(o), ssd(draft, o), target_cores(o)) for o in fixed + adaptive]
     columns = {
-        f"{texts} x {size}": Case(prompts(texts), size, slices(options.answers, size))
+        f"{texts} x {load.size}": load
         for texts in options.texts
-        for size in options.sizes
+        for load in loads(prompts(texts), options)
     }
     measured = take_turns(engines, list(columns.values()), options)
     rates: Rates = {
         name: {
-            column: rate([one.slices for one in rounds])
+            column: Rate.of([one.slice for one in rounds])
             for column, rounds in zip(columns, of_columns, strict=True)
         }
         for name, of_columns in measured.items()

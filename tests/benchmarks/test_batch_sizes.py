@@ -42,15 +42,15 @@ def text_of(shown: Table, width: int = 200) -> str:
 
 def found() -> dict[str, dict[int, Point]]:
     measured = {
-        f"plain, {OWN}": [[Measured([Slice(20, 1.0)], {})], [Measured([Slice(80, 1.0)], {})]],
-        f"plain, {ALL}": [[Measured([Slice(40, 1.0)], {})], [Measured([Slice(160, 1.0)], {})]],
+        f"plain, {OWN}": [[Measured(Slice(20, 1.0), {})], [Measured(Slice(80, 1.0), {})]],
+        f"plain, {ALL}": [[Measured(Slice(40, 1.0), {})], [Measured(Slice(160, 1.0), {})]],
         f"draft_model, K = 4, {OWN}": [
-            [Measured([Slice(25, 1.0)], SPECULATING)],
-            [Measured([Slice(64, 1.0)], SPECULATING)],
+            [Measured(Slice(25, 1.0), SPECULATING)],
+            [Measured(Slice(64, 1.0), SPECULATING)],
         ],
         "SSD, K = 4": [
-            [Measured([Slice(40, 1.0)], SPECULATING | WATCHED)],
-            [Measured([Slice(100, 1.0)], SPECULATING | WATCHED)],
+            [Measured(Slice(40, 1.0), SPECULATING | WATCHED)],
+            [Measured(Slice(100, 1.0), SPECULATING | WATCHED)],
         ],
     }
     return curves(measured, [1, 4])

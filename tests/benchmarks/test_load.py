@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from benchmarks.engines import Engine, add_arguments, draft_model, slices, ssd, take_turns
+from benchmarks.engines import Engine, add_arguments, draft_model, loads, ssd, take_turns
 from benchmarks.load import Case, Measured, Streams, added
-from benchmarks.rates import Rate, Ratio, Slice, rate
+from benchmarks.rates import Rate, Ratio, Slice
 from tests.tiny_models import TinyModels
 from vllm_ssd.cli.engine_process import EngineError, EngineSpec, run_apart, start_engine
 from vllm_ssd.cli.models import DemoModels
@@ -105,34 +105,22 @@ def test_a_run_ends_with_the_step_in_which_its_last_answer_does(watched: Watched
     assert first.seconds > 0.0
 
 
-@pytest.mark.parametrize(
-    ("answers", "size", "wanted"), [(24, 1, 24), (24, 16, 2), (24, 7, 4), (1, 1, 2)]
-)
-def test_as_many_answers_are_counted_as_wanted_and_two_a_stream(
-    answers: int, size: int, wanted: int
-) -> None:
-    assert slices(answers, size) == wanted
+def test_as_many_answers_are_counted_as_wanted_and_two_a_stream() -> None:
+    options = argparse.Namespace(answers=24, sizes=[1, 7, 16])
+    found = loads(["Who are you?"], options)
+    assert [(load.size, load.answers) for load in found] == [(1, 24), (7, 24), (16, 32)]
 
 
 def test_rate_of_one_round_is_its_tokens_by_its_seconds() -> None:
-    found = rate([[Slice(100, 1.0), Slice(50, 2.0)]])
-    assert [found.median, *found.rounds] == pytest.approx([50.0, 50.0])
+    found = Rate.of([Slice(150, 3.0)])
+    assert found == (50.0, [50.0])
     assert str(found) == "50.0"
 
 
-def test_a_disturbed_slice_of_one_round_does_not_change_the_rate() -> None:
-    quiet = [Slice(100, 1.0), Slice(50, 2.0)]
-    disturbed = [Slice(100, 9.0), Slice(50, 2.0)]
-    found = rate([quiet, disturbed, quiet])
-    assert found.median == pytest.approx(50.0)
-    assert found.rounds == pytest.approx([50.0, 150 / 11, 50.0])
-    assert str(found) == "50.0 ±36%"
-
-
-def test_slices_that_yield_less_are_not_left_out() -> None:
-    """A median over the slices of a round would be 100."""
-    same = [Slice(100, 1.0), Slice(100, 1.0), Slice(10, 1.0)]
-    assert rate([same, same]).median == pytest.approx(70.0)
+def test_rate_of_several_rounds_is_that_of_all_their_time() -> None:
+    found = Rate.of([Slice(100, 1.0), Slice(100, 4.0)])
+    assert found == (40.0, [100.0, 25.0])
+    assert str(found) == "40.0 ±94%"
 
 
 def test_engines_are_compared_round_by_round() -> None:
@@ -147,7 +135,10 @@ def test_engines_are_compared_round_by_round() -> None:
 
 
 def test_counters_of_the_rounds_are_added() -> None:
-    rounds = [Measured([], {"drafts": 2.0}), Measured([], {"drafts": 3.0, "hits": 1.0})]
+    rounds = [
+        Measured(Slice(1, 1.0), {"drafts": 2.0}),
+        Measured(Slice(1, 1.0), {"drafts": 3.0, "hits": 1.0}),
+    ]
     assert added(rounds) == {"drafts": 5.0, "hits": 1.0}
 
 
@@ -158,15 +149,13 @@ def test_engines_that_are_up_together_take_turns_on_the_cores_they_were_given(
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     options = parser.parse_args(["--rounds", "2", "--max-tokens", "8", "--dtype", "float32"])
-    cases = [Case(["Who are you?", "Write a poem."], size, 2) for size in (1, 3)]
+    cases = [Case(["Who are you?", "Write a poem."], size, 2 * size) for size in (1, 3)]
     config = draft_model(str(demo_pair.draft), 2)
     found = take_turns([Engine("plain"), Engine("drafts", config, [0])], cases, options)
     for name, of_cases in found.items():
         for case, rounds in zip(cases, of_cases, strict=True):
             assert len(rounds) == 2
-            slices = [one for measured in rounds for one in measured.slices]
-            assert len(slices) == 4
-            assert all(8 <= one.tokens <= 16 * case.size for one in slices)
+            assert all(8 <= one.slice.tokens <= 32 * case.size for one in rounds)
             assert all(("drafts" in one.counters) == (name == "drafts") for one in rounds)
 
 
