@@ -31,10 +31,14 @@ def clock(base: float, per_row: float) -> StepTimeModel:
 
 
 def affordable(
-    model: StepTimeModel, seconds: float, requests: int = 1, prepared: bool = True
+    model: StepTimeModel,
+    seconds: float,
+    requests: int = 1,
+    prepared: bool = True,
+    price: float = 0.0,
 ) -> int:
     """The best number of branches."""
-    worth = worth_of_a_hit(ALL, model, seconds, requests, DEPTH, ACCEPTANCE, prepared)
+    worth = worth_of_a_hit(ALL, model, seconds, requests, DEPTH, ACCEPTANCE, prepared, price=price)
     return 1 + len(choose_forks(CHANCES, np.array([ALL]), worth[None]).k)
 
 
@@ -96,6 +100,23 @@ def test_a_branch_of_full_depth_is_worth_the_chance_of_each_of_its_tokens(
     worth = worth_of_a_hit(3, clock(1e-6, 0.0), 1.0, 1, depth, acceptance, prepared=True)
     by_hand = sum(acceptance**i for i in range(1, depth + 1))
     assert worth.tolist() == pytest.approx([by_hand] * 3)
+
+
+@given(st.floats(0.0, 1.0), st.floats(0.0, 2.0))
+def test_a_token_is_worth_its_chance_less_what_verifying_it_costs(
+    chance: float, price: float
+) -> None:
+    (worth,) = worth_of_a_hit(1, clock(1e-6, 0.0), 1.0, 1, 1, chance, prepared=True, price=price)
+    assert max(0.0, chance - price) - 1e-9 <= worth <= chance + 1e-9
+    if price >= 2.0 * chance:
+        assert worth == 0.0  # none is verified
+
+
+def test_branches_grow_in_number_not_in_depth_where_deep_tokens_do_not_pay() -> None:
+    slow = clock(0.004, 0.001)
+    counts = [affordable(slow, 0.05, price=price) for price in (0.0, 0.1, 0.3)]
+    assert counts == sorted(counts)
+    assert counts[0] < counts[-1]
 
 
 def test_a_branch_that_is_cut_off_is_worth_what_it_reached() -> None:

@@ -37,6 +37,7 @@ def worth_of_a_hit(
     prepared: bool,
     lookahead: bool = False,
     others: float = 0.0,
+    price: float = 0.0,
 ) -> Float64Array:
     """How many more tokens a round yields on a hit, with 1, 2, ... branches for every request.
 
@@ -44,7 +45,8 @@ def worth_of_a_hit(
     when the verification ends after ``seconds``. The best number maximises the expected tokens of
     the next round, ``1 + p_hit worth``. A branch of d tokens is worth
     ``a + a^2 + ... + a^d`` (arXiv 2603.03251: the verification of d drafted tokens yields
-    ``(1 - a^(d+1)) / (1 - a)``, without them 1).
+    ``(1 - a^(d+1)) / (1 - a)``, without them 1), less what verifying them costs
+    (:func:`_gains`).
 
     A verification begins and ends somewhere within a step of the draft: of x steps that would fit,
     x - 1 are completed on average. With look-ahead the step launched behind the one under way has
@@ -61,6 +63,7 @@ def worth_of_a_hit(
         prepared: whether the candidates are known already.
         lookahead: whether the draft launches a step while another one is under way.
         others: rows that its steps decode for other targets.
+        price: of verifying one more token, in tokens.
 
     Returns:
         ``[most]``; all 1 while the times are not known, so that more branches are better.
@@ -72,8 +75,23 @@ def worth_of_a_hit(
         seconds -= float(steps[0])
     # Fractional: what is reached in some rounds and not in others.
     reached = np.clip(seconds / steps - 1.0 - lookahead, 0.0, depth)
-    worth = np.append(0.0, np.cumsum(acceptance ** np.arange(1.0, depth + 1.0)))
+    chances: Float64Array = acceptance ** np.arange(1.0, depth + 1.0, dtype=np.float64)
+    worth = np.append(0.0, np.cumsum(_gains(chances, price)))
     return np.interp(reached, np.arange(depth + 1.0), worth)
+
+
+def _gains(chances: Float64Array, price: float) -> Float64Array:
+    """What tokens bring beyond their price, if only those are verified whose chance is above it.
+
+    Chances differ from branch to branch; here they are spread evenly from 0 to twice their mean.
+
+    Args:
+        chances: the mean chances that tokens, with all before them, are accepted.
+        price: of verifying a token, in tokens.
+    """
+    verified = np.maximum(0.0, 1.0 - price / np.maximum(2.0 * chances, 1e-30))
+    gains: Float64Array = chances * verified**2
+    return gains
 
 
 class RoundTimes:
@@ -98,21 +116,24 @@ class RoundTimes:
         """How long a verification takes, smoothed; without drafts it is a good deal shorter."""
         self._plan_seconds = 0.0
         """From an outcome until the next step can be launched, smoothed."""
+        self._price = 0.0
+        """Of verifying one more token, in tokens."""
         self._worth: Float64Array | None = None
         """The result of :meth:`worth_of_a_hit` in this round."""
 
-    def begin_round(self, batch: int, verifying: bool, verify_seconds: float) -> None:
+    def begin_round(self, batch: int, verifying: bool, verify_seconds: float, price: float) -> None:
         """A verification has ended and the next one has begun.
 
         Args:
             batch: requests in it.
             verifying: whether drafted tokens are verified now.
             verify_seconds: how long the last one took; 0.0 if that is not known.
+            price: of verifying one more token, in tokens; 0.0 if that is not known.
         """
         if verify_seconds:
             before = self._verify_seconds[self._verifying] or verify_seconds
             self._verify_seconds[self._verifying] = before + _SMOOTHING * (verify_seconds - before)
-        self._batch, self._verifying = batch, verifying
+        self._batch, self._verifying, self._price = batch, verifying, price
         self._worth = None
 
     def observe_others(self, rows: int) -> None:
@@ -131,7 +152,7 @@ class RoundTimes:
             if seconds:
                 seconds = max(1e-9, seconds - self._plan_seconds)
             shared = (most, self._steps, seconds, self._batch, self._depth, acceptance)
-            more = self._lookahead, self._others
+            more = self._lookahead, self._others, self._price
             self._worth = np.stack(
                 [worth_of_a_hit(*shared, prepared, *more) for prepared in (False, True)]
             )

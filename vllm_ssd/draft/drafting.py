@@ -94,7 +94,7 @@ class Drafting:
             requests: those verified.
             confirmed: the new tokens of each.
             seconds: how long the verification took; 0.0 if that is not known.
-            price: of verifying one more token, in tokens.
+            price: what verifying one more token costs the batch's other requests, in tokens.
         """
         for request, tokens in zip(requests, confirmed, strict=True):
             block = request.block

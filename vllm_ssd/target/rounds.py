@@ -131,7 +131,9 @@ class Rounds:
         if short:
             self._waiting.prolong([each for each in short if each.before is None], batch)
         if look_ups:
-            messages.append(notices.verified(look_ups, verify_us, price=self._price_for_others()))
+            # Padded, a verification takes the same time whatever was drafted of it.
+            price = 0.0 if self.pads else self.pace.price
+            messages.append(notices.verified(look_ups, verify_us, price=price))
         client.send(messages)
         if waited and not self._propose_later(waited, batch, began, samples):
             stats.missed("resync", len(waited))
@@ -175,12 +177,6 @@ class Rounds:
         assert self.client is not None
         assert self._notices is not None
         return self.client, self._notices
-
-    def _price_for_others(self) -> float:
-        """What a request's drafted token costs the other requests of the batch, in tokens."""
-        if self.pads or not self.pace.requests:
-            return 0.0  # padding is verified as well: a token more costs nothing
-        return self.pace.price * (1.0 - 1.0 / self.pace.requests)
 
     def _answer(self, look_ups: Sequence[LookUp], samples: bool) -> None:
         """Decide what is proposed of what was found."""

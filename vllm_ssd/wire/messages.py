@@ -120,8 +120,8 @@ class Verified(Message, frozen=True):
     speculate: bool = True
     """False: nothing will be proposed after this verification; only the texts are kept."""
     price: float = 0.0
-    """What verifying one more token of a request costs the others of its batch, in tokens; 0.0 if
-    that is not known."""
+    """What verifying one more token costs, in tokens of the whole batch; 0.0 if that is not
+    known."""
 
 
 class Proposed(Message, frozen=True):
