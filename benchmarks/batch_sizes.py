@@ -3,7 +3,8 @@
 Plain vLLM and ``draft_model`` run twice: on the cores that SSD leaves to its target, and on all.
 A batch of n is n requests that run all the time (``benchmarks/load.py``). All engines are up and
 take turns; each round goes on with the next prompts. Behind a rate ± is half the difference between
-the fastest and the slowest round; behind a ratio, which is taken round by round, its standard error.
+the fastest and the slowest round; behind a ratio, which is taken round by round, its standard
+error.
 
 The ideal is what SSD would give if every look-up hit at full depth for nothing: at batch n, n times
 (acceptance length of ``draft_model`` with the same K) / (SSD's mean verification time).
