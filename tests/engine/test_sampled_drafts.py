@@ -127,6 +127,9 @@ def test_first_choices_are_drafted_where_end_tokens_could_not_all_be_left_out(
 
 # ---- slow: every combination that has a trap of its own
 
+FEW_AT_ONCE = {"max_num_seqs": 24}
+"""So that the draft has most texts when it is waited for."""
+
 ENGINES: dict[str, tuple[str, dict[str, Any]]] = {
     "near-C1": ("near", {"saguaro_c": 1.0}),
     "near-C0.3": ("near", {"saguaro_c": 0.3}),
@@ -149,7 +152,8 @@ ENGINES: dict[str, tuple[str, dict[str, Any]]] = {
 def engine(request: pytest.FixtureRequest, few: TinyModels) -> Iterator[Engine]:
     """One of the engines."""
     draft, options = ENGINES[request.param]
-    with sampling_engine(few, draft, **options) as running:
+    engine_options = FEW_AT_ONCE if options.get("backup") == "draft" else {}
+    with sampling_engine(few, draft, engine_options, **options) as running:
         yield running
 
 
@@ -197,7 +201,7 @@ def test_the_distribution_with_waits_that_pay_now_and_then(
     # By what is measured they never would beside so small a target.
     patience = itertools.cycle([0.3, 0.3, 0.3, 0.3, 0.0])
     monkeypatch.setattr(Waiting, "_patience", lambda *_: (0.3, next(patience)))
-    with sampling_engine(few, "near", {"max_num_seqs": 24}, backup="auto") as engine:
+    with sampling_engine(few, "near", FEW_AT_ONCE, backup="auto") as engine:
         stats = check(engine, exact, temperature=1.0).stats
         assert min(stats["waited_tokens"], stats["tokens_with_probabilities"]) > 200
 

@@ -33,33 +33,37 @@ def drafts_with(mistake: str, folder: Path) -> Iterator[None]:
 
 def make(mistake: str) -> None:
     """Replace what the draft samples with."""
-    import torch
-
     from vllm_ssd.draft import sampling as module
 
     sampling: Any = module
-    proposals, draw = module.proposals, module.draw
-    drawn_from: list[torch.Tensor] = []
+    requested, proposals, draw = module.requested, module.proposals, module.draw
+    at_its_temperature: list[Any] = []
+    drawn_from: list[Any] = []
 
-    def with_end_tokens(values: Any, tokens: Any, of: Any) -> Any:
-        return proposals(values, tokens, of._replace(ends=torch.full_like(of.ends, -1)))
+    def with_end_tokens(q: Any, tokens: Any, of: Any) -> Any:
+        return proposals(q, tokens, of._replace(ends=0 * of.ends - 1))
 
-    def without_weights(values: Any, tokens: Any, of: Any) -> Any:
-        drawn_from[:] = [proposals(values, tokens, of)]
-        return proposals(values, tokens, of._replace(weight=torch.ones_like(of.weight)))
+    def without_weights(q: Any, tokens: Any, of: Any) -> Any:
+        drawn_from[:] = [proposals(q, tokens, of)]
+        return proposals(q, tokens, of._replace(weight=0.0 * of.weight + 1.0))
 
-    def at_temperature_1(values: Any, tokens: Any, of: Any) -> Any:
-        drawn_from[:] = [proposals(values, tokens, of)]
-        ones = torch.ones_like(of.temperature)
-        return proposals(values, tokens, of._replace(temperature=ones))
+    def requested_at_temperature_1(values: Any, of: Any) -> Any:
+        at_its_temperature[:] = [requested(values, of)]
+        return requested(values, of._replace(temperature=0.0 * of.temperature + 1.0))
 
-    def draw_from_another(q: Any, tokens: Any, generator: Any) -> Any:
+    def at_temperature_1(q: Any, tokens: Any, of: Any) -> Any:
+        drawn_from[:] = [proposals(at_its_temperature.pop()[:, : q.shape[1]], tokens, of)]
+        return proposals(q, tokens, of)
+
+    def draw_from_another(q: Any, tokens: Any, uniform: Any) -> Any:
         # But no token that it says to be impossible: the target would refuse that.
-        return draw(drawn_from.pop() * (q > 0.0), tokens, generator)
+        return draw(drawn_from.pop() * (q > 0.0), tokens, uniform)
 
     if mistake == "end tokens":
         sampling.proposals = with_end_tokens
         return
+    if mistake == "temperature":
+        sampling.requested = requested_at_temperature_1
     sampling.proposals = {"C": without_weights, "temperature": at_temperature_1}[mistake]
     sampling.draw = draw_from_another
 
