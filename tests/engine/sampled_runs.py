@@ -20,6 +20,9 @@ TOKENS = 6
 """So many are written: the fourth may be drafted, at the beginning or the end of a proposal."""
 REQUESTS = 20_000
 LEAST_HITS = 0.3
+LEAST_DRAFTED = 0.1
+"""Of all look-ups where the target waits: before the first token the draft may not have the text,
+and before the last one nothing is drafted."""
 LEAST_P = 1e-3
 SURELY_WRONG = 1e-9
 
@@ -114,7 +117,7 @@ class Sampled:
         stats = self.stats
         # Tokens that were waited for are no hits.
         drafted = stats["verifications"] / stats["look_ups"]
-        assert max(self.hit_rate, drafted) > LEAST_HITS
+        assert self.hit_rate > LEAST_HITS or drafted > LEAST_DRAFTED, (self.hit_rate, drafted)
         assert stats["tokens_with_probabilities"] > 0.3 * stats["tokens_drafted"]
         assert stats["batches_too_large"] == stats["errors"] == stats["resyncs"] == 0
         assert len(self.greedy) <= 1
