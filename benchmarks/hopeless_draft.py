@@ -63,6 +63,8 @@ def table(found: dict[str, list[list[Measured]]], sizes: list[int], k: int) -> T
         for name, of_cases in found.items():
             ratios = [
                 str(Ratio.of(Rate.of(rounds[name][part]), Rate.of(rounds[PLAIN][part])))
+                if rounds[name][part]
+                else "-"
                 for part in (slice(1), slice(1, None))
             ]
             counters = of_cases[number][-1].counters

@@ -26,6 +26,8 @@ from benchmarks.batch_sizes import (
     speeds,
 )
 from benchmarks.engines import more_ssd_options, numbers, ssd_name, ssd_options, target_cores
+from benchmarks.hopeless_draft import PLAIN, RANDOM
+from benchmarks.hopeless_draft import table as hopeless_table
 from benchmarks.load import Measured
 from benchmarks.rates import Rate, Slice
 from benchmarks.settings import best, grid, table
@@ -128,6 +130,15 @@ def test_wrong_options_are_refused_before_anything_runs() -> None:
         with pytest.raises(argparse.ArgumentTypeError):
             ssd_options(wrong)
     assert numbers("1,2,32") == [1, 2, 32]
+
+
+def test_a_hopeless_draft_measured_once_has_no_other_rounds() -> None:
+    drafted = {PLAIN: {}, RANDOM: {"proposals": 50.0, "rounds_off": 40.0}}
+    once = {name: [[Measured(Slice(20, 1.0), its)]] for name, its in drafted.items()}
+    lines = text_of(hopeless_table(once, [1], 6)).splitlines()
+    assert any("1.00" in line and "-" in line and "80%" in line for line in lines)
+    twice = {name: [[*of[0], *of[0]]] for name, of in once.items()}
+    assert "1.00 ±" not in text_of(hopeless_table(twice, [1], 6))  # no error from one ratio
 
 
 class TestSettings:
