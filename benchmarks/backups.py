@@ -9,7 +9,8 @@ waits, and a fast one that proposes nothing. With hit rate p, b requests and a v
 
 E_hit and E_miss are the tokens of a round after a hit and after a wait, W is the time of a wait.
 The slow one is faster up to the critical batch size b*. Both curves are printed from what was
-measured; ``auto`` decides by the same times at every miss, and waits only while that pays.
+measured; ``auto`` decides by the same times at every miss, and waits only while that pays. All of
+them take turns in one engine.
 
     python -m benchmarks.backups [--sizes 1,2,4,8,16] [--texts hidden] [--temperature 0.7]
 """
@@ -23,14 +24,12 @@ from rich.table import Table
 
 from benchmarks.batch_sizes import Curves, curves, mean
 from benchmarks.engines import (
-    Engine,
     add_arguments,
     loads,
     more_ssd_options,
     numbers,
-    ssd,
+    ssd_engine,
     take_turns,
-    target_cores,
     wide_console,
 )
 from benchmarks.prompts import SETS, prompts
@@ -140,20 +139,17 @@ def main() -> None:
     parser.add_argument("--sizes", type=numbers, default="1,2,4,8,16,32")
     parser.add_argument("--texts", choices=SETS, default="hidden")
     parser.add_argument(
-        "--ssd", type=more_ssd_options, default={}, help="options of all engines, JSON"
+        "--ssd", type=more_ssd_options, default={}, help="further options of all, JSON"
     )
     options = parser.parse_args()
     draft = options.draft or str(demo_models().draft)
 
-    def engine(backup: str) -> Engine:
-        its: dict[str, Any] = {"num_speculative_tokens": DEPTH, **options.ssd, "backup": backup}
-        if backup == "draft":
-            its["max_wait_ms"] = 1000.0  # always, as the paper's slow backup
-        return Engine(backup, ssd(draft, its), target_cores(its))
-
-    texts = prompts(options.texts)
-    cases = loads(texts, options)
-    found = curves(take_turns([engine(name) for name in BACKUPS], cases, options), options.sizes)
+    own = {"num_speculative_tokens": DEPTH, **options.ssd}
+    settings: dict[str, dict[str, Any]] = {one: {**own, "backup": one} for one in BACKUPS}
+    settings["draft"]["max_wait_ms"] = 1000.0  # always, as the paper's slow backup
+    cases = loads(prompts(options.texts), options)
+    with ssd_engine(draft, settings, options) as engine:
+        found = curves(take_turns([engine], cases, options), options.sizes)
     console = wide_console()
     console.print(table(found, f"{options.texts}, temperature {options.temperature:g}"))
     console.print(f"b*, the largest measured batch where slow is ahead: {critical_size(found)}")

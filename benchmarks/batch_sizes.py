@@ -4,7 +4,7 @@ Plain vLLM and ``draft_model`` run twice: on the cores that SSD leaves to its ta
 A batch of n is n requests that run all the time (``benchmarks/load.py``). All engines are up and
 take turns; each round goes on with the next prompts. Behind a rate ± is half the difference between
 the fastest and the slowest round; behind a ratio, which is taken round by round, its standard
-error.
+error. Several settings of SSD (``--ssd``) take turns in one engine.
 
 The ideal is what SSD would give if every look-up hit at full depth for nothing: at batch n, n times
 (acceptance length of ``draft_model`` with the same K) / (SSD's mean verification time).
@@ -27,11 +27,10 @@ from benchmarks.engines import (
     draft_model,
     loads,
     numbers,
-    ssd,
+    ssd_engine,
     ssd_name,
     ssd_options,
     take_turns,
-    target_cores,
     wide_console,
 )
 from benchmarks.load import Measured, added
@@ -58,33 +57,25 @@ Curves = dict[str, dict[int, Point]]
 """By engine and batch size."""
 
 
-def compared(
-    draft: str, options: list[dict[str, Any]], rivals: list[str], places: list[str]
-) -> list[Engine]:
-    """All engines.
+def rivals_of(one: Engine, ks: list[int], options: argparse.Namespace, draft: str) -> list[Engine]:
+    """The engines that SSD's is compared with.
 
     Args:
+        one: SSD's.
+        ks: numbers of speculative tokens of ``draft_model``.
+        options: which of ``RIVALS`` in which of ``PLACES``, and the temperature.
         draft: the draft model.
-        options: of each SSD engine.
-        rivals: which of ``RIVALS``.
-        places: which of ``OWN`` and ``ALL``.
-
-    Raises:
-        ValueError: the SSD engines leave different cores to their targets.
     """
-    own = target_cores(options[0])
-    if any(target_cores(one) != own for one in options):
-        raise ValueError("all SSD engines must leave the same cores to their targets")
     found = []
-    for place in places:
-        cores = own if place == OWN else None
-        if "plain" in rivals:
+    for place in options.places:
+        place, cores = PLACES[place], one.cores if place == "own" else None
+        if "plain" in options.rivals:
             found.append(Engine(f"plain, {place}", None, cores))
-        if "draft_model" in rivals:
-            for k in sorted({one["num_speculative_tokens"] for one in options}):
-                name = f"draft_model, K = {k}, {place}"
-                found.append(Engine(name, draft_model(draft, k), cores))
-    return found + [Engine(ssd_name(one), ssd(draft, one), own) for one in options]
+        if "draft_model" in options.rivals:
+            for k in ks:
+                config = draft_model(draft, k, options.temperature)
+                found.append(Engine(f"draft_model, K = {k}, {place}", config, cores))
+    return found
 
 
 def curves(measured: dict[str, list[list[Measured]]], sizes: list[int]) -> Curves:
@@ -220,9 +211,7 @@ def main() -> None:
     """Measure, print both tables, and draw."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     add_arguments(parser)
-    parser.add_argument(
-        "--ssd", action="append", type=ssd_options, help="options of an SSD engine, JSON"
-    )
+    parser.add_argument("--ssd", action="append", type=ssd_options, help="SSD's options, JSON")
     parser.add_argument("--sizes", type=numbers, default=SIZES)
     parser.add_argument("--texts", choices=SETS, default="hidden")
     parser.add_argument("--rivals", nargs="*", choices=RIVALS, default=RIVALS)
@@ -232,16 +221,15 @@ def main() -> None:
     parser.add_argument("--draw", type=Path, help="where to draw the curves (.png, .svg)")
     options = parser.parse_args()
     draft = options.draft or str(demo_models().draft)
-    wanted = options.ssd or [DEFAULT]
-    places = [PLACES[place] for place in options.places]
-    engines = compared(draft, wanted, options.rivals, places)
-    texts = prompts(options.texts)
-    cases = loads(texts, options)
-    found = curves(take_turns(engines, cases, options), options.sizes)
+    settings = {ssd_name(one): one for one in options.ssd or [DEFAULT]}
+    ks = {name: one["num_speculative_tokens"] for name, one in settings.items()}
+    cases = loads(prompts(options.texts), options)
+    with ssd_engine(draft, settings, options) as ssd:
+        engines = [*rivals_of(ssd, sorted(set(ks.values())), options, draft), ssd]
+        found = curves(take_turns(engines, cases, options), options.sizes)
     title = f"{options.texts}, temperature {options.temperature:g}"
     console = wide_console()
     console.print(speeds(found, f"{title}, {options.rounds} rounds"))
-    ks = {ssd_name(one): one["num_speculative_tokens"] for one in wanted}
     console.print(details(found, ks))
     if options.draw:
         draw(found, title, options.draw)

@@ -6,16 +6,18 @@ import argparse
 import json
 import multiprocessing
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from benchmarks.draft_server import draft_server
 from benchmarks.load import Case, Load, Measured, Started, Turn, put_on
 from vllm_ssd.affinity import available_cores
-from vllm_ssd.cli.engine_process import engine_process
+from vllm_ssd.cli.engine_process import best_dtype, engine_process
 from vllm_ssd.cli.models import demo_models
 from vllm_ssd.config import SSDConfig
 from vllm_ssd.target.cores import split_cores
@@ -28,11 +30,14 @@ class Engine(NamedTuple):
     speculative_config: dict[str, Any] | None = None
     cores: list[int] | None = None
     """Where its target runs; None: on all there are."""
+    settings: Mapping[str, dict[str, Any]] = MappingProxyType({})
+    """Several in place of one: by name, options of SSD that take turns in it."""
 
     @property
     def binds_itself(self) -> bool:
         """SSD's plugin decides where the target runs, by the same rule as :func:`target_cores`."""
-        return (self.speculative_config or {}).get("method") == "ssd"
+        config = self.speculative_config or {}
+        return config.get("method") == "ssd" and "draft_address" not in config
 
 
 def target_cores(options: dict[str, Any]) -> list[int] | None:
@@ -47,9 +52,15 @@ def target_cores(options: dict[str, Any]) -> list[int] | None:
     return split_cores(options.get("draft_cpu_cores"), in_process=True).target
 
 
-def draft_model(draft: str, k: int) -> dict[str, Any]:
-    """The speculative config of vLLM's own method."""
-    return {"method": "draft_model", "model": draft, "num_speculative_tokens": k}
+def draft_model(draft: str, k: int, temperature: float = 0.0) -> dict[str, Any]:
+    """The speculative config of vLLM's own method, which samples its drafts above temperature 0."""
+    method = "probabilistic" if temperature else "greedy"
+    return {
+        "method": "draft_model",
+        "model": draft,
+        "num_speculative_tokens": k,
+        "draft_sample_method": method,
+    }
 
 
 def ssd(draft: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -90,6 +101,31 @@ def _checked(text: str, others: dict[str, Any]) -> dict[str, Any]:
 def numbers(text: str) -> list[int]:
     """``"1,2,4"``, as the type of a command line's argument."""
     return [int(part) for part in text.split(",") if part]
+
+
+@contextmanager
+def ssd_engine(
+    draft: str, settings: Mapping[str, dict[str, Any]], options: argparse.Namespace
+) -> Iterator[Engine]:
+    """One engine for all of SSD's settings; with a draft server beside it, if there are several.
+
+    They then differ in nothing else, while engines do from one start to the next
+    (``benchmarks/settings_worker.py``).
+
+    Args:
+        draft: the draft model.
+        settings: by name, the options of each.
+        options: of :func:`add_arguments`.
+    """
+    if len(settings) == 1:
+        ((name, its),) = settings.items()
+        yield Engine(name, ssd(draft, its), target_cores(its))
+        return
+    depth = max(its["num_speculative_tokens"] for its in settings.values())
+    dtype = options.dtype or ("bfloat16" if best_dtype() == "auto" else best_dtype())
+    with draft_server(draft, dtype, enforce_eager=not options.compile) as address:
+        config = {"method": "ssd", "num_speculative_tokens": depth, **address}
+        yield Engine("SSD", config, target_cores({}), settings)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -145,6 +181,7 @@ def waiting_for_turns(
         max_tokens=options.max_tokens,
         temperature=options.temperature,
         warm_up=options.warm_up,
+        settings=list(one.settings.values()),
     )
     with engine_process(put_on, load) as work:
         events = iter(work)
@@ -176,27 +213,32 @@ def take_turns(
         options: of :func:`add_arguments`.
 
     Returns:
-        By the engines' names, for each case, the rounds.
+        By the names of the engines, or of their settings, for each case, the rounds.
 
     Raises:
         EngineError: an engine failed.
         RuntimeError: a target runs on other cores than it should.
     """
-    found: dict[str, list[list[Measured]]] = {one.name: [[] for _ in cases] for one in engines}
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with ExitStack() as stack:
         progress = stack.enter_context(Progress(*columns, console=wide_console(), transient=True))
-        bar = progress.add_task("", total=len(engines) * len(cases) * options.rounds)
-        measure: dict[str, Callable[[Turn], Measured]] = {}
+        bar = progress.add_task("", total=None)
+        measure: dict[str, tuple[Callable[[Turn], Measured], int | None]] = {}
         for one in engines:
             progress.update(bar, description=f"starting {one.name}")
-            measure[one.name] = stack.enter_context(waiting_for_turns(one, cases, options))
+            work = stack.enter_context(waiting_for_turns(one, cases, options))
+            if not one.settings:
+                measure[one.name] = work, None
+            measure |= {name: (work, number) for number, name in enumerate(one.settings)}
+        found: dict[str, list[list[Measured]]] = {name: [[] for _ in cases] for name in measure}
+        progress.update(bar, total=len(measure) * len(cases) * options.rounds)
         turns = [Turn(case, n) for n in range(options.rounds) for case in range(len(cases))]
         for number, turn in enumerate(turns):
             # Forwards and backwards: none always works after the same other one.
             for name in list(measure)[:: -1 if number % 2 else 1]:
                 progress.update(bar, description=name)
-                found[name][turn.case].append(measure[name](turn))
+                work, setting = measure[name]
+                found[name][turn.case].append(work(turn._replace(setting=setting)))
                 progress.advance(bar)
             # Lines, so that the log of a long run shows where it is.
             rates = ", ".join(f"{of[turn.case][-1].slice.rate:.1f}" for of in found.values())

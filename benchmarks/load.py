@@ -11,7 +11,7 @@ import itertools
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
@@ -28,6 +28,7 @@ from vllm_ssd.cli.engine_process import (
 KV_BYTES = 384 << 20
 """Enough for 32 requests of the longest prompts, with several engines in memory at once."""
 PREFILL_TOKENS = 1024
+SETTINGS_WORKER = "benchmarks.settings_worker.SettingsWorker"
 
 
 class Case(NamedTuple):
@@ -48,6 +49,8 @@ class Turn(NamedTuple):
     """Its number."""
     round: int
     """How often it was measured before; each time its prompts go on where they stopped."""
+    setting: int | None = None
+    """Which of the engine's settings, if it has several."""
 
 
 @dataclass(kw_only=True)
@@ -62,6 +65,8 @@ class Load(EngineSpec):
     temperature: float
     warm_up: int = 1
     """How many answers of each stream are not counted, before those that are."""
+    settings: list[dict[str, Any]] = field(default_factory=list)
+    """Options of SSD that take turns in it."""
 
 
 class Measured(NamedTuple):
@@ -87,6 +92,11 @@ def put_on(load: Load, tell: Callable[[Started | Measured], None]) -> None:
         load: what to do.
         tell: called once the engine has started, and after each turn.
     """
+    if (load.speculative_config or {}).get("method") == "draft_model":
+        from vllm_ssd.target.v1.rejection import fix_cpu_rejection_sampler
+
+        # Without it, no rate above temperature 0 would mean anything on a CPU (see there).
+        fix_cpu_rejection_sampler()
     engine = start_engine(
         load,
         kv_cache_memory_bytes=KV_BYTES,
@@ -94,13 +104,18 @@ def put_on(load: Load, tell: Callable[[Started | Measured], None]) -> None:
         max_num_batched_tokens=PREFILL_TOKENS,
         # All loads may ask the same.
         enable_prefix_caching=False,
+        worker_cls=SETTINGS_WORKER if load.settings else "auto",
     )
+    if load.settings:
+        engine.collective_rpc("add_settings", args=(load.settings,))
     tell(Started(dtype_of(engine), sorted(os.sched_getaffinity(0))))
     for turn in iter(load.turns.recv, None):
         tell(_measure(engine, load, turn))
 
 
 def _measure(engine: Any, load: Load, turn: Turn) -> Measured:
+    if turn.setting is not None:
+        engine.collective_rpc("use_setting", args=(turn.setting,))
     texts, size, answers = load.cases[turn.case]
     uncounted = load.warm_up * size
     first = turn.round * (size + uncounted + answers) % len(texts)

@@ -2,8 +2,8 @@
 
 Every set of prompts at every batch size is a column. The best fixed setting of each is marked;
 behind the speed of a setting that adapts stands its difference to that one, with its standard
-error. Engines take turns, as in ``benchmarks/batch_sizes.py``. The best of many is also the
-luckiest: compare the few best again, with more rounds, before believing a small difference.
+error. All take turns in one engine at one draft server. The best of many is also the luckiest:
+compare the few best again, with more rounds, before believing a small difference.
 
     python -m benchmarks.settings [--texts mt-bench stories mixture] [--temperature 0.7] \\
         [--sizes 1,16] [--k 2,3,4,6] [--branches 4,8,16] [--fan-outs 2,3] [--fixed JSON] \\
@@ -18,16 +18,14 @@ from typing import Any
 from rich.table import Table
 
 from benchmarks.engines import (
-    Engine,
     add_arguments,
     loads,
     more_ssd_options,
     numbers,
-    ssd,
+    ssd_engine,
     ssd_name,
     ssd_options,
     take_turns,
-    target_cores,
     wide_console,
 )
 from benchmarks.prompts import MIXED, SETS, prompts
@@ -106,13 +104,13 @@ def main() -> None:
     draft = options.draft or str(demo_models().draft)
     fixed = grid(options.k, options.branches, options.fan_outs, options.fixed)
     adaptive = options.adaptive or [ADAPTIVE]
-    engines = [Engine(ssd_name(o), ssd(draft, o), target_cores(o)) for o in fixed + adaptive]
     columns = {
         f"{texts} x {load.size}": load
         for texts in options.texts
         for load in loads(prompts(texts), options)
     }
-    measured = take_turns(engines, list(columns.values()), options)
+    with ssd_engine(draft, {ssd_name(one): one for one in fixed + adaptive}, options) as engine:
+        measured = take_turns([engine], list(columns.values()), options)
     rates: Rates = {
         name: {
             column: Rate.of([one.slice for one in rounds])

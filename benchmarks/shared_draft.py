@@ -12,19 +12,15 @@ import argparse
 import multiprocessing
 import socket
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.table import Table
 
+from benchmarks.draft_server import draft_server
 from benchmarks.engines import more_ssd_options, numbers, ssd, wide_console
 from benchmarks.load import KV_BYTES, Streams
 from benchmarks.prompts import prompts
@@ -40,7 +36,6 @@ from vllm_ssd.cli.engine_process import (
     start_engine,
 )
 from vllm_ssd.cli.models import demo_models
-from vllm_ssd.wire.keys import write_key
 
 WARM_UP_ANSWERS = 2
 FURTHER = 17
@@ -103,29 +98,10 @@ def measure(config: dict[str, Any], count: int, options: argparse.Namespace) -> 
         return list(threads.map(lambda shift: run_apart(work, shift), shifts))
 
 
-@contextmanager
-def draft_server(options: argparse.Namespace) -> Iterator[tuple[int, Path]]:
-    """A draft server on the last core, once it listens: its port and its key."""
-    with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as free:
-        port, key, log = free.getsockname()[1], Path(folder, "key"), Path(folder, "log")
-        free.close()
-        write_key(key)
-        command = [sys.executable, "-m", "vllm_ssd.cli.main", "draft-server", "--enforce-eager"]
-        command += ["--model", str(demo_models().draft), "--listen", f"tcp://127.0.0.1:{port}"]
-        command += ["--key-file", str(key), "--cores", str(available_cores()[-1])]
-        command += ["--dtype", options.dtype, "--max-model-len", "2048"]
-        command += ["--kv-cache-memory-bytes", str(KV_BYTES)]
-        with log.open("wb") as file:
-            server = subprocess.Popen(command, stdout=file, stderr=file)
-        try:
-            while "listens on" not in log.read_text():
-                if server.poll() is not None:
-                    raise RuntimeError(log.read_text()[-2000:])
-                time.sleep(0.1)
-            yield port, key
-        finally:
-            server.terminate()
-            server.wait()
+def free_port() -> int:
+    """A TCP port that nothing listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return int(free.getsockname()[1])
 
 
 def main() -> None:
@@ -158,11 +134,12 @@ def main() -> None:
     for _ in range(options.rounds):
         for count in options.engines:
             add(f"{count} x a draft process of its own", own, count)
-        with draft_server(options) as (port, key):
-            shared = {"method": "ssd", "draft_key_file": str(key), **k}
+        port = free_port()
+        draft = str(demo_models().draft)
+        with draft_server(draft, options.dtype, port=port) as address:
+            shared = {"method": "ssd", **address, **k}
             for count in options.engines:
-                address = f"tcp://127.0.0.1:{port}"
-                add(f"{count} x a shared draft", {**shared, "draft_address": address}, count)
+                add(f"{count} x a shared draft", shared, count)
             for delay in options.delays_ms:
                 relay = Relay(port, 1e-3 * delay)
                 add(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import os
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +15,30 @@ from benchmarks import prompts as sets
 from benchmarks.batch_sizes import (
     ALL,
     OWN,
+    PLACES,
     RIVALS,
     Point,
-    compared,
     curves,
     details,
     draw,
+    rivals_of,
     share_of_ideal,
     speeds,
 )
-from benchmarks.engines import more_ssd_options, numbers, ssd_name, ssd_options, target_cores
+from benchmarks.engines import (
+    Engine,
+    more_ssd_options,
+    numbers,
+    ssd_engine,
+    ssd_name,
+    ssd_options,
+)
 from benchmarks.hopeless_draft import PLAIN, RANDOM
 from benchmarks.hopeless_draft import table as hopeless_table
 from benchmarks.load import Measured
 from benchmarks.rates import Rate, Slice
 from benchmarks.settings import best, grid, table
+from vllm_ssd.affinity import available_cores
 
 SPECULATING = {"drafts": 100.0, "accepted_tokens": 150.0}
 WATCHED = {"look_ups": 200.0, "hits": 150.0, "verify_seconds": 5.0, "verify_intervals": 100.0}
@@ -91,34 +99,38 @@ def test_tables_and_figure_need_no_rival(left_out: list[str], tmp_path: Path) ->
     assert "<svg" in drawn
 
 
+def rivals(**options: Any) -> list[Engine]:
+    asked = argparse.Namespace(rivals=RIVALS, places=list(PLACES), temperature=0.0)
+    vars(asked).update(options)
+    return rivals_of(Engine("SSD", {"method": "ssd"}, [0]), [4, 6], asked, "draft")
+
+
 def test_rivals_run_on_the_cores_that_ssd_leaves_to_its_target() -> None:
-    last = max(os.sched_getaffinity(0))
-    options: list[dict[str, Any]] = [
-        {"num_speculative_tokens": 4},
-        {"num_speculative_tokens": 6, "branches": 8, "draft_cpu_cores": [last]},
-    ]
-    engines = {one.name: one for one in compared("draft", options, list(RIVALS), [OWN, ALL])}
-    own = sorted(os.sched_getaffinity(0) - {last}) or [last]
-    assert target_cores(options[0]) == own
-    assert {name for name, one in engines.items() if one.cores is None} == {
-        f"plain, {ALL}",
-        f"draft_model, K = 4, {ALL}",
-        f"draft_model, K = 6, {ALL}",
+    assert {one.name: one.cores for one in rivals()} == {
+        f"plain, {OWN}": [0],
+        f"draft_model, K = 4, {OWN}": [0],
+        f"draft_model, K = 6, {OWN}": [0],
+        f"plain, {ALL}": None,
+        f"draft_model, K = 4, {ALL}": None,
+        f"draft_model, K = 6, {ALL}": None,
     }
-    assert all(one.cores in (None, own) for one in engines.values())
-    assert [name for name, one in engines.items() if one.binds_itself] == [
-        "SSD, K = 4",
-        f"SSD, K = 6, branches 8, draft_cpu_cores [{last}]",
-    ]
+    assert not any(one.binds_itself for one in rivals())
 
 
-def test_ssd_engines_that_leave_other_cores_are_refused() -> None:
-    cores = sorted(os.sched_getaffinity(0))
-    if len(cores) < 2:
-        pytest.skip("one core cannot be split")
-    options = [{"num_speculative_tokens": 4, "draft_cpu_cores": [core]} for core in cores[:2]]
-    with pytest.raises(ValueError, match="same cores"):
-        compared("draft", options, list(RIVALS), [OWN])
+def test_draft_model_samples_its_drafts_where_ssd_does() -> None:
+    for temperature, method in ((0.0, "greedy"), (0.7, "probabilistic")):
+        for one in rivals(rivals=["draft_model"], temperature=temperature):
+            assert one.speculative_config is not None
+            assert one.speculative_config["draft_sample_method"] == method
+
+
+def test_one_setting_has_the_draft_process_that_its_users_have() -> None:
+    last = max(available_cores())
+    its = {"num_speculative_tokens": 4, "draft_cpu_cores": [last]}
+    with ssd_engine("draft", {"SSD": its}, argparse.Namespace()) as engine:
+        assert engine.speculative_config == {"method": "ssd", "model": "draft", **its}
+        assert engine.cores == (sorted(set(available_cores()) - {last}) or [last])
+        assert engine.binds_itself
 
 
 def test_wrong_options_are_refused_before_anything_runs() -> None:

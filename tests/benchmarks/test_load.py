@@ -160,6 +160,17 @@ def test_engines_that_are_up_together_take_turns_on_the_cores_they_were_given(
 
 
 @pytest.mark.slow
+def test_vllms_own_method_accepts_what_it_should_above_temperature_0(demo_pair: DemoModels) -> None:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    options = parser.parse_args(["--rounds", "1", "--max-tokens", "32", "--temperature", "0.7"])
+    itself = Engine("itself", draft_model(str(demo_pair.target), 2, options.temperature))
+    (of_case,) = take_turns([itself], [Case(["Who are you?"], 1, 4)], options)["itself"]
+    counters = of_case[0].counters
+    assert counters["accepted_tokens"] >= 0.9 * counters["draft_tokens"] > 0
+
+
+@pytest.mark.slow
 def test_a_target_on_other_cores_than_it_should_be_is_not_measured(demo_pair: DemoModels) -> None:
     parser = argparse.ArgumentParser()
     add_arguments(parser)
