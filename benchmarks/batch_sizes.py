@@ -7,7 +7,9 @@ the fastest and the slowest round; behind a ratio, which is taken round by round
 error. Several settings of SSD (``--ssd``) take turns in one engine.
 
 The ideal is what SSD would give if every look-up hit at full depth for nothing: at batch n, n times
-(acceptance length of ``draft_model`` with the same K) / (SSD's mean verification time).
+(acceptance length of ``draft_model`` with the same K) / (SSD's mean verification time). Prefills
+are in SSD's rate but not in the ideal; the share of decoding leaves them out, and what is decoded
+without speculation.
 
     python -m benchmarks.batch_sizes [--texts hidden] [--temperature 0.7] [--compile] \\
         [--draw FILE] --ssd '{"num_speculative_tokens": 4}' --ssd JSON
@@ -101,8 +103,8 @@ def mean(counters: dict[str, float], total: str, count: str) -> float | None:
     return counters[total] / counters[count] if counters.get(count) else None
 
 
-def share_of_ideal(point: Point, rival: Point | None, size: int) -> float | None:
-    """SSD's tokens per second as a share of the ideal.
+def ideal(point: Point, rival: Point | None, size: int) -> float | None:
+    """Tokens per second, if every look-up hit at full depth for nothing.
 
     Args:
         point: SSD's.
@@ -111,9 +113,14 @@ def share_of_ideal(point: Point, rival: Point | None, size: int) -> float | None
     """
     length = acceptance_length(rival.counters) if rival else None
     seconds = mean(point.counters, "verify_seconds", "verify_intervals")
-    if length is None or seconds is None:
-        return None
-    return point.rate.mean / (size * length / seconds)
+    return None if length is None or seconds is None else size * length / seconds
+
+
+def decoding_rate(counters: dict[str, float]) -> float:
+    """SSD's tokens per second of the rounds that speculate: without what only prefills."""
+    verified = counters["look_ups"] - counters["first_look_ups"]
+    seconds = counters["verify_seconds"] + counters["propose_seconds"]
+    return (verified + counters["tokens_accepted"]) / seconds
 
 
 def speeds(found: Curves, title: str) -> Table:
@@ -146,7 +153,7 @@ def details(found: Curves, ks: dict[str, int]) -> Table:
     table = Table(title="SSD")
     table.add_column("")
     columns = ("batch", "hit rate", "acceptance\nlength", "that of\ndraft_model", "verification")
-    for column in (*columns, "share of\nthe ideal"):
+    for column in (*columns, "share of\nthe ideal", "that of\ndecoding"):
         table.add_column(column, justify="right")
     for name, k in ks.items():
         rivals = (found.get(f"draft_model, K = {k}, {place}") for place in (OWN, ALL))
@@ -154,6 +161,7 @@ def details(found: Curves, ks: dict[str, int]) -> Table:
         for size, point in found[name].items():
             other = rival[size] if rival else None
             seconds = mean(point.counters, "verify_seconds", "verify_intervals")
+            best = ideal(point, other, size)
             table.add_row(
                 name,
                 str(size),
@@ -161,7 +169,8 @@ def details(found: Curves, ks: dict[str, int]) -> Table:
                 _shown(acceptance_length(point.counters), ".2f"),
                 _shown(acceptance_length(other.counters) if other else None, ".2f"),
                 _shown(1e3 * seconds if seconds else None, ".1f", " ms"),
-                _shown(share_of_ideal(point, other, size), ".2f"),
+                _shown(point.rate.mean / best if best else None, ".2f"),
+                _shown(decoding_rate(point.counters) / best if best else None, ".2f"),
             )
         table.add_section()
     return table

@@ -19,10 +19,11 @@ from benchmarks.batch_sizes import (
     RIVALS,
     Point,
     curves,
+    decoding_rate,
     details,
     draw,
+    ideal,
     rivals_of,
-    share_of_ideal,
     speeds,
 )
 from benchmarks.engines import (
@@ -41,7 +42,15 @@ from benchmarks.settings import best, grid, table
 from vllm_ssd.affinity import available_cores
 
 SPECULATING = {"drafts": 100.0, "accepted_tokens": 150.0}
-WATCHED = {"look_ups": 200.0, "hits": 150.0, "verify_seconds": 5.0, "verify_intervals": 100.0}
+WATCHED = {
+    "look_ups": 200.0,
+    "first_look_ups": 8.0,
+    "hits": 150.0,
+    "tokens_accepted": 150.0,
+    "verify_seconds": 5.0,
+    "verify_intervals": 100.0,
+    "propose_seconds": 4.0,
+}
 
 
 def text_of(shown: Table, width: int = 200) -> str:
@@ -66,13 +75,18 @@ def found() -> dict[str, dict[int, Point]]:
     return curves(measured, [1, 4])
 
 
-def test_share_of_the_ideal_is_by_the_acceptance_length_of_draft_model() -> None:
+def test_the_ideal_is_by_the_acceptance_length_of_draft_model() -> None:
     """Its acceptance length is 2.5, the verification takes 50 ms: ideally 50 tokens a second."""
     all_found = found()
     ours, rival = all_found["SSD, K = 4"], all_found[f"draft_model, K = 4, {OWN}"]
-    assert share_of_ideal(ours[1], rival[1], 1) == pytest.approx(40 / 50)
-    assert share_of_ideal(ours[4], rival[4], 4) == pytest.approx(100 / 200)
-    assert share_of_ideal(ours[1], None, 1) is None
+    assert ideal(ours[1], rival[1], 1) == pytest.approx(50)
+    assert ideal(ours[4], rival[4], 4) == pytest.approx(200)
+    assert ideal(ours[1], None, 1) is None
+
+
+def test_decoding_alone_is_without_prefills() -> None:
+    """192 verifications and 150 accepted tokens in 9 s of verifying and proposing."""
+    assert decoding_rate(SPECULATING | WATCHED) == pytest.approx((192 + 150) / 9)
 
 
 def test_speeds_have_their_ratio_to_plain_on_both_places() -> None:
@@ -85,8 +99,34 @@ def test_speeds_have_their_ratio_to_plain_on_both_places() -> None:
 def test_details_show_what_is_behind_ssds_speed() -> None:
     lines = [line.split() for line in text_of(details(found(), {"SSD, K = 4": 4})).splitlines()]
     cells = [[cell for cell in line if cell != "│"] for line in lines]
-    assert ["SSD,", "K", "=", "4", "1", "0.750", "2.50", "2.50", "50.0", "ms", "0.80"] in cells
-    assert ["SSD,", "K", "=", "4", "4", "0.750", "2.50", "2.50", "50.0", "ms", "0.50"] in cells
+    assert [
+        "SSD,",
+        "K",
+        "=",
+        "4",
+        "1",
+        "0.750",
+        "2.50",
+        "2.50",
+        "50.0",
+        "ms",
+        "0.80",
+        "0.76",
+    ] in cells
+    assert [
+        "SSD,",
+        "K",
+        "=",
+        "4",
+        "4",
+        "0.750",
+        "2.50",
+        "2.50",
+        "50.0",
+        "ms",
+        "0.50",
+        "0.19",
+    ] in cells
 
 
 @pytest.mark.parametrize("left_out", [[], ["plain", "draft_model"]])
