@@ -57,7 +57,7 @@ lint: $(READY) ## ruff and mypy
 	@echo "lint: ruff format"; $(BIN)/ruff format --check .
 	@echo "lint: mypy";        $(BIN)/mypy
 
-# benchmarks/forks.py needs recorded answers: docs/performance.md shows its command.
+# benchmarks/forks.py needs recorded answers: docs/profiling.md shows its command.
 bench: setup ## the measurements in benchmarks/ that need no data; an hour or two
 	@set -e; for name in critical_path critical_path_v2 draft_vocab step_time end_to_end batch_sizes settings backups serving shared_draft; do \
 		echo "bench: $$name"; $(BIN)/python -m vllm_ssd.cli.env -m benchmarks.$$name; done

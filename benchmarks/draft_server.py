@@ -18,7 +18,12 @@ from vllm_ssd.wire.keys import write_key
 
 @contextmanager
 def draft_server(
-    draft: str, dtype: str, *, enforce_eager: bool = True, port: int | None = None
+    draft: str,
+    dtype: str,
+    *,
+    enforce_eager: bool = True,
+    port: int | None = None,
+    targets: int = 8,
 ) -> Iterator[dict[str, Any]]:
     """A server on the last core, once it listens.
 
@@ -27,6 +32,7 @@ def draft_server(
         dtype: what it computes in.
         enforce_eager: whether it is not compiled.
         port: of TCP; None for a Unix socket.
+        targets: the most that may use it.
 
     Yields:
         The options of targets that use it.
@@ -40,6 +46,7 @@ def draft_server(
         options = {"draft_address": address}
         command = [sys.executable, "-m", "vllm_ssd.cli.main", "draft-server", "--model", draft]
         command += ["--listen", address, "--cores", str(available_cores()[-1]), "--dtype", dtype]
+        command += ["--max-targets", str(targets)]
         command += ["--max-model-len", "2048", "--kv-cache-memory-bytes", str(KV_BYTES)]
         if enforce_eager:
             command += ["--enforce-eager"]

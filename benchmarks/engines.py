@@ -123,7 +123,11 @@ def ssd_engine(
         return
     depth = max(its["num_speculative_tokens"] for its in settings.values())
     dtype = options.dtype or ("bfloat16" if best_dtype() == "auto" else best_dtype())
-    with draft_server(draft, dtype, enforce_eager=not options.compile) as address:
+    # One more: the engine's own settings are connected as well, though not in use.
+    server = draft_server(
+        draft, dtype, enforce_eager=not options.compile, targets=len(settings) + 1
+    )
+    with server as address:
         config = {"method": "ssd", "num_speculative_tokens": depth, **address}
         yield Engine("SSD", config, target_cores({}), settings)
 

@@ -34,6 +34,9 @@ class SettingsWorker(SSDWorker):
 
         Args:
             settings: options, K among them, in place of the engine's.
+
+        Raises:
+            RuntimeError: the draft server does not take one of them.
         """
         self._settings = []
         for options in settings:
@@ -48,6 +51,8 @@ class SettingsWorker(SSDWorker):
             proposer.bind(self.model_runner, self._client, self._make_hand_over())
             proposer.warmed_up(vllm_config)
             self._with_draft(DraftLife.target_is_ready)
+            if self._client is None or not self._client.up:
+                raise RuntimeError(f"the draft server does not take {options}")
             self._settings.append(Setting(proposer, self._draft))
         self._snapshots = None
 

@@ -21,7 +21,7 @@ ADDITIONAL_CONFIG_KEY = "ssd"
 
 AUTO_BRANCHES = 32
 """The most branches of a request if no option sets a number: twice as many would hit 0.03 more
-often (docs/performance.md), and each is a row of the draft's batch."""
+often (docs/profiling.md), and each is a row of the draft's batch."""
 
 _OF_RAY = ("draft_resources", "draft_name", "draft_detached")
 """Options that only a draft placed by Ray has."""

@@ -99,34 +99,9 @@ def test_speeds_have_their_ratio_to_plain_on_both_places() -> None:
 def test_details_show_what_is_behind_ssds_speed() -> None:
     lines = [line.split() for line in text_of(details(found(), {"SSD, K = 4": 4})).splitlines()]
     cells = [[cell for cell in line if cell != "│"] for line in lines]
-    assert [
-        "SSD,",
-        "K",
-        "=",
-        "4",
-        "1",
-        "0.750",
-        "2.50",
-        "2.50",
-        "50.0",
-        "ms",
-        "0.80",
-        "0.76",
-    ] in cells
-    assert [
-        "SSD,",
-        "K",
-        "=",
-        "4",
-        "4",
-        "0.750",
-        "2.50",
-        "2.50",
-        "50.0",
-        "ms",
-        "0.50",
-        "0.19",
-    ] in cells
+    same = ["0.750", "2.50", "2.50", "50.0", "ms"]
+    assert ["SSD,", "K", "=", "4", "1", *same, "0.80", "0.76"] in cells
+    assert ["SSD,", "K", "=", "4", "4", *same, "0.50", "0.19"] in cells
 
 
 @pytest.mark.parametrize("left_out", [[], ["plain", "draft_model"]])

@@ -14,7 +14,14 @@ from vllm_ssd.core.stats import COUNTERS as COUNTERS_OF_THE_TARGET
 from vllm_ssd.draft.tally import ROUND_COUNTERS, STEP_COUNTERS
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [
+    *sorted(ROOT.glob("*.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "examples").glob("*/*.md")),
+    ROOT / "vllm_ssd" / "cli" / "smollm2_draft" / "README.md",
+]
+LINK = re.compile(r"\]\((?!\w+:)([^)\s#]*)(?:#([^)\s]*))?\)")
+"""A relative one: its path, empty for the document itself, and its heading."""
 
 
 def test_readme_lists_exactly_the_options_there_are() -> None:
@@ -31,12 +38,25 @@ def test_operations_explains_every_counter() -> None:
     assert [name for name in names if f"`{name}`" not in text] == []
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_lead_somewhere(document: Path) -> None:
-    """Links to files of the repository."""
-    targets = re.findall(r"\]\(([^)#]+)[^)]*\)", document.read_text())
-    local = [target for target in targets if "://" not in target]
-    assert [target for target in local if not (document.parent / target).exists()] == []
+    """Links to files of the repository, and to their headings."""
+    for path, heading in LINK.findall(without_code(document.read_text())):
+        linked = document.parent / path if path else document
+        assert linked.exists(), path
+        if heading:
+            assert heading in headings(linked), f"{path}#{heading}"
+
+
+def without_code(text: str) -> str:
+    return re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def headings(document: Path) -> set[str]:
+    """As GitHub names them in links."""
+    found = re.findall(r"^#+ (.*)$", without_code(document.read_text()), re.MULTILINE)
+    plain = (re.sub(r"[^\w\- ]", "", heading.lower()) for heading in found)
+    return {heading.strip().replace(" ", "-") for heading in plain}
 
 
 def test_the_dashboard_shows_metrics_that_there_are() -> None:
