@@ -40,6 +40,23 @@ def test_at_first_the_drafts_own_chances_count() -> None:
         assert correction.of(chance) == pytest.approx(chance, abs=1e-6)
 
 
+def test_nothing_is_ever_certain() -> None:
+    learned = Acceptance()
+    learned.observe(100_000, 0)
+    assert 0.95 < learned.chance < 1.0
+    learned.observe(0, 100_000)
+    assert 0.0 < learned.chance < 0.05
+
+
+def test_what_is_assumed_counts_less_the_more_was_seen() -> None:
+    learned = Acceptance()
+    assert learned.given(0.9) == pytest.approx(0.9)
+    learned.observe(0, 5)
+    assert learned.given(0.9) == pytest.approx(0.45, abs=0.01)
+    learned.observe(0, 200)
+    assert learned.given(0.9) < 0.05
+
+
 def test_acceptance_is_learned() -> None:
     learned = Acceptance()
     assert learned.chance == 0.5

@@ -98,16 +98,6 @@ def test_verifications_of_different_lengths_are_told_apart() -> None:
     assert (found[1, 1:] == 0.0).all()
 
 
-def test_acceptance_follows_the_observations() -> None:
-    model = OutcomeModel(3)
-    for _ in range(2000):
-        observe(model, *[(position(0.5), came) for came in (0, 0, 0, 1)])
-    assert model.acceptance == pytest.approx(0.75, abs=0.02)
-    for _ in range(20000):
-        observe(model, (position(0.5), -1))
-    assert model.acceptance < 0.01
-
-
 def test_forks_go_where_the_draft_is_wrong_not_where_it_is_unsure() -> None:
     model = OutcomeModel(3)
     doubtful = (position(0.95), position(0.2))
@@ -171,4 +161,3 @@ def test_whatever_was_observed_no_outcome_is_more_than_certain(
     assert (found[:-1, 0] == 0.0).all()
     # Each k ends in one way at most, so far as the draft's choices go.
     assert found[:, 1:].max(axis=1).sum() + found[-1, 0] <= 1.0 + 1e-9
-    assert 0.0 < model.acceptance < 1.0

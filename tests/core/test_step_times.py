@@ -52,8 +52,8 @@ def test_a_level_not_seen_takes_what_a_token_costs_from_the_others() -> None:
 def test_where_always_as_much_is_verified_plain_steps_say_what_a_token_costs() -> None:
     times = StepTimes()
     for _ in range(30):
-        times.observe(1, 0, 0.030)
-        times.observe(1, 6, 0.036)
+        for drafted in (0, 0, 6, 6):
+            times.observe(1, drafted, 0.030 + 1e-3 * drafted)
     assert times.forecast(1).each == pytest.approx(1e-3, rel=0.2)
 
 
@@ -82,6 +82,18 @@ def test_more_tokens_never_make_a_step_cheaper() -> None:
     for tokens in range(1, 20):
         line.observe(tokens, 1.0 / tokens)
     assert line.slope() == 0.0
+
+
+@pytest.mark.parametrize("depth", [4, 6])
+def test_drafts_that_are_deeper_after_a_slow_step_do_not_make_tokens_look_cheap(depth: int) -> None:
+    line, chance = Line(memory=1000), np.random.default_rng(0)
+    late = 0.0
+    for _ in range(3000):
+        # The draft decodes a token in 5 ms.
+        tokens = int(np.clip(round(late / 0.005 + chance.normal(3.0, 1.5)), 0, depth))
+        late = chance.normal(0.0, 0.0025)
+        line.observe(tokens, 0.028 + 1.2e-3 * tokens + late)
+    assert line.slope() == pytest.approx(1.2e-3, rel=0.1)
 
 
 def test_slow_whiles_with_deeper_drafts_do_not_make_tokens_look_slow() -> None:

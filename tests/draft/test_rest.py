@@ -133,3 +133,19 @@ def test_short_of_blocks_it_rests_without_them() -> None:
     sim.settle()
     check_blocks(sim)
     assert sim.blocks.free_count == 11
+
+
+def test_plain_steps_do_not_say_how_long_a_verification_takes(sim: Simulation) -> None:
+    request = sim.start(PROMPT)
+    sim.settle()
+    sim.verify_us = 40_000
+    for _ in range(3):
+        sim.verify(request, 0, sim.greedy(request, 1)[0])
+        sim.settle()
+    before = dict(sim.session._times._verify_seconds)
+    assert any(before.values())
+    sim.verify_us = 5_000
+    decode_plainly(sim, [request], 3)
+    sim.verify(request, 0, sim.greedy(request, 1)[0])
+    sim.settle()
+    assert sim.session._times._verify_seconds == before

@@ -107,6 +107,20 @@ def test_an_unguessed_outcome_is_a_miss_and_the_next_one_hits_again() -> None:
     assert sim.verify(request, 0, sim.best(request.text)[1]) == sim.greedy(request, 3)
 
 
+def test_a_step_must_find_the_choices_after_a_miss_whatever_is_proposed() -> None:
+    sim, request = verified_once()
+    there = sim.session.share.requests[request.handle]
+    assert there.prepared
+    sim.confirm(request, 0, sim.best(request.text)[-1])
+    sim.propose([request], more={request.handle: [1, 2]})
+    sim.settle()
+    assert there.verified == 2
+    assert not there.prepared
+    sim.verify(request, 0, sim.best(request.text)[1])
+    sim.settle()
+    assert there.prepared
+
+
 def test_a_half_drafted_branch_is_a_shorter_draft() -> None:
     sim, request = at_rest()
     sim.verify(request, 0, sim.greedy(request, 1)[0])

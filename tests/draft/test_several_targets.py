@@ -267,3 +267,21 @@ def test_what_an_error_lost_is_found_again() -> None:
     check_blocks(other)
     owned = sum(each.session.share.held_rows() for each in (sim, other))
     assert sim.rows.free_count == sim.sizes.max_rows - owned
+
+
+def test_who_has_left_takes_no_time_any_more() -> None:
+    sims = together(Sizes(), Sizes())
+    requests = [sim.start(PROMPT) for sim in sims]
+    both = list(zip(sims, requests, strict=True))
+    for _ in range(5):
+        for sim, request in both:
+            sim.verify(request, 0, sim.greedy(request, 1)[0])
+            sim.draft_receives()
+        sims[0].settle()
+        sims[1].settle()
+    assert sims[0].session._times._others > 0.5
+    sims[1].leave()
+    for _ in range(5):
+        sims[0].verify(requests[0], 0, sims[0].greedy(requests[0], 1)[0])
+        sims[0].settle()
+    assert sims[0].session._times._others < 0.1

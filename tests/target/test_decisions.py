@@ -136,6 +136,27 @@ def test_steps_with_prefill_and_pauses_do_not_count() -> None:
     assert engine.pace.times.forecast(2).of(8) == pytest.approx(0.040, rel=0.15)
 
 
+def test_the_rate_follows_the_number_of_requests_at_once() -> None:
+    engine, alone = (Engine(count, 0.030, 0.032, 0.001) for count in (16, 1))
+    all_of_them = engine.requests
+    for _ in range(100):
+        engine.requests = all_of_them
+        engine.step()
+        alone.step()
+    # Some have been seen alone: only what is usual says how a step of one differs.
+    engine.requests = all_of_them[:1]
+    for _ in range(3):
+        engine.step()
+    assert engine.pace.rate == pytest.approx(alone.pace.rate, rel=0.4)
+
+
+def test_a_pause_counts_as_a_few_rounds() -> None:
+    pace = Pace()
+    for _ in range(20):
+        assert pace.observe(2, 0.030) == 0.030
+    assert pace.observe(2, 5.0) == pytest.approx(0.120)
+
+
 def test_a_round_without_draft_says_nothing() -> None:
     engine = Engine(2, 0.030, 0.032, 0.001)
     for _ in range(20):

@@ -109,3 +109,20 @@ def test_tokens_that_are_not_accepted_are_not_waited_for_until_they_are(draft: D
     for _ in range(12_000):
         target.round()
     assert np.mean([target.round() > 0.0 for _ in range(200)]) > 0.9
+
+
+def test_each_text_is_prolonged_as_far_as_its_own_repetitions_go() -> None:
+    target = Target(Draft(0.005), 0.5)
+    for step in range(200):
+        drafted = step // 2 % 5
+        target.pace.times.observe(2, drafted, STEP + 0.002 * drafted)
+        target.pace.observe(4, STEP)
+    target.pace.expect(2)
+    assert 0.1 < target.pace.price < 0.4
+    repeats, does_not = (
+        LookUp(row, Tracked(row, 20, 100), [1], 20, DEPTH, Below(Where.FOUND, 0, [], False, []))
+        for row in range(2)
+    )
+    repeats.request.of_text.observe(50, 0)
+    does_not.request.of_text.observe(0, 20)
+    assert target.waiting._worth_prolonging([repeats, does_not], [DEPTH, DEPTH]) == [DEPTH, 0]

@@ -71,19 +71,19 @@ def _rising(values: Sequence[float], weights: Sequence[float]) -> list[float]:
 
 
 class Acceptance:
-    """How often a token is accepted if those before it are.
+    """How often a token is accepted if those before it are."""
 
-    Args:
-        prior: what is assumed at first.
-    """
-
-    def __init__(self, prior: float = 0.5) -> None:
-        self._right, self._seen = _ASSUMED * prior, _ASSUMED
+    def __init__(self) -> None:
+        self._right = self._seen = 0.0
 
     @property
     def chance(self) -> float:
-        """The share that is accepted."""
-        return self._right / self._seen
+        """The share that is accepted, half of them at first; never 0 or 1."""
+        return self.given(0.5)
+
+    def given(self, assumed: float) -> float:
+        """The same, if another share is assumed at first."""
+        return (_ASSUMED * assumed + self._right) / (_ASSUMED + self._seen)
 
     def observe(self, accepted: int, rejected: int) -> None:
         """Take in how many tokens were accepted, and how many rejected."""

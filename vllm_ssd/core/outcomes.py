@@ -67,15 +67,9 @@ class OutcomeModel:
 
     def __init__(self, choices: int) -> None:
         self._first, self._others = Calibration(), Calibration()
-        self._seen, self._right = PRIOR, 0.5 * PRIOR
         # The average of the stated probabilities, used for positions not computed yet.
         self._usual = np.full(choices, 0.5 / max(1, choices - 1))
         self._usual[0] = 0.5
-
-    @property
-    def acceptance(self) -> float:
-        """The chance that a first choice is right, whatever the draft states for it."""
-        return self._right / self._seen
 
     def acceptance_of(self, stated: Float32Array) -> Float32Array:
         """The chance that first choices are accepted, by the probabilities stated for them."""
@@ -94,8 +88,6 @@ class OutcomeModel:
         right = came == 0
         self._first.observe(stated[:, 0], right)
         faded = DECAY**count
-        self._seen = self._seen * faded + count
-        self._right = self._right * faded + np.count_nonzero(right)
         self._usual = self._usual * faded + (1.0 - faded) * stated.mean(axis=0)
         wrong = ~right
         if wrong.any():

@@ -23,23 +23,23 @@ def level_of(requests: int) -> int:
 class Line:
     """Seconds of a step as a straight line over its tokens, exponentially weighted.
 
-    How steep it is follows from how each step differs from the one before it: on a machine with
+    How steep it is follows from how each step differs from the one two before it: on a machine with
     other programs, a slow while has deeper drafts too, and more tokens would look slower than they
-    are. How high it lies is forgotten much sooner.
+    are. Not from the one just before it: if that took long, the draft had time for more tokens of
+    this one, and they would look faster than they are. How high it lies is forgotten much sooner.
 
     Steps far off the line (a pause, another program) are taken in as if they were less far, and a
     lasting change is followed all the same, since the usual deviation grows with them.
 
     Args:
         memory: number of steps after which the weight of an older one has fallen to 1 / e, for
-            the slope: of those that differ from the one before in their tokens.
+            the slope: of those that differ from the other one in their tokens.
     """
 
     __slots__ = (
+        "_before",
         "_cross",
         "_deviation",
-        "_last_seconds",
-        "_last_tokens",
         "_memory",
         "_pairs",
         "_spread",
@@ -54,7 +54,8 @@ class Line:
         """Steps taken in, at most ``memory``."""
         self.tokens = self.mean = 0.0
         """The means of the newest steps' tokens and seconds."""
-        self._last_tokens = self._last_seconds = 0.0
+        self._before: tuple[tuple[float, float], ...] = ()
+        """Tokens and seconds of the last two steps, the older one first."""
         self._spread = self._cross = self._deviation = 0.0
 
     @property
@@ -69,6 +70,16 @@ class Line:
         """
         cross = self._pairs * self._cross + _PRIOR * usual
         return max(0.0, cross / (self._pairs * self._spread + _PRIOR))
+
+    def at(self, tokens: float, slope: float | None = None) -> float:
+        """Seconds of a step of so many tokens, a tenth of the mean at least.
+
+        Args:
+            tokens: of the step.
+            slope: another one than the line's.
+        """
+        each = self.slope() if slope is None else slope
+        return max(self.mean + each * (tokens - self.tokens), 0.1 * self.mean)
 
     def observe(self, tokens: int, seconds: float) -> None:
         """Take in one step."""
@@ -86,7 +97,7 @@ class Line:
             self._deviation += (abs(off) - self._deviation) / min(self.seen + 1, 20)
         if not self.seen:
             self.tokens, self.mean = tokens, seconds
-            self._last_tokens, self._last_seconds = tokens, seconds
+            self._before = ((tokens, seconds),)
             self._spread = self._cross = 0.0
             self._pairs = 0
             self._deviation = 0.1 * seconds
@@ -96,13 +107,17 @@ class Line:
         local = max(1.0 / self.seen, 1.0 / _NEAR)
         self.tokens += local * (tokens - self.tokens)
         self.mean += local * (seconds - self.mean)
-        beside, above = tokens - self._last_tokens, seconds - self._last_seconds
+        if len(self._before) == 2:
+            self._compare(tokens - self._before[0][0], seconds - self._before[0][1])
+        self._before = (self._before[-1], (tokens, seconds))
+
+    def _compare(self, beside: float, above: float) -> None:
+        """Take in how a step differs from another one in its tokens and seconds."""
         if beside:
             self._pairs = min(self._pairs + 1, self._memory)
             # Of two steps each: half as much is known of a difference.
             self._spread += (0.5 * beside * beside - self._spread) / self._pairs
             self._cross += (0.5 * beside * above - self._cross) / self._pairs
-        self._last_tokens, self._last_seconds = tokens, seconds
 
 
 class Forecast(NamedTuple):
@@ -158,8 +173,7 @@ class StepTimes:
 
     def usual(self, tokens: int) -> float:
         """Seconds of a step of so many tokens, whatever it verifies; 0.0 if nothing is known."""
-        line = self._all
-        return max(line.mean + line.slope() * (tokens - line.tokens), 0.1 * line.mean)
+        return self._all.at(tokens)
 
     def plain(self, requests: int) -> float:
         """Seconds of a plain step; 0.0 if this level has not seen any.
@@ -168,9 +182,7 @@ class StepTimes:
         """
         level = level_of(requests)
         line = self._plain.get(level) or self._quiet.get(level)
-        if line is None:
-            return 0.0
-        return max(line.mean + self._all.slope() * (requests - line.tokens), 0.1 * line.mean)
+        return 0.0 if line is None else line.at(requests, self._all.slope())
 
     def forecast(self, requests: int) -> Forecast:
         """The next step's time with so many requests; zeros if nothing is known."""
@@ -185,5 +197,5 @@ class StepTimes:
         if plain := self.plain(requests):
             # A token among others costs no more than one of a plain step.
             each = min(each, plain / requests)
-        base = max(line.mean + each * (requests - line.tokens), 0.1 * line.mean)
+        base = line.at(requests, each)
         return Forecast(plain or base, base, each)

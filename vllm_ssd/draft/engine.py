@@ -147,6 +147,7 @@ class DraftEngine:
         """Give the sessions what a step has found."""
         if len(self.sessions) == 1:
             self.sessions[0].grow(taken.grown)
+            self.sessions[0].observe_others(0)
         else:
             owners = self._rows.owner[taken.grown.rows]
             decoding = self._rows.owner[taken.decoding]

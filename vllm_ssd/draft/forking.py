@@ -167,7 +167,7 @@ class Forking:
         most = np.full(len(requests), (policy.branches or policy.max_branches) - 1)
         worth = caps = None
         if not policy.branches:
-            prepared = (trunks.verified > 0).astype(np.int64)
+            prepared = np.array([request.prepared for request in requests], np.int64)
             worth = self._times.worth_of_a_hit(policy.max_branches, self._outcomes.acceptance)
             worth = worth[prepared]
         if policy.fan_out is not None:

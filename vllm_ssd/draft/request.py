@@ -60,6 +60,8 @@ class Request:
     """What the trunk holds after the confirmed text when a round begins."""
     ended: bool = False
     """Whether the trunk ends with that."""
+    prepared: bool = False
+    """Whether the choices after the confirmed text were known when the round began."""
     made: dict[tuple[int, int], int] = field(default_factory=dict)
     """The rows of the forks made in this round, by outcome: k, and which of the choices t* is."""
     complete: bool = False

@@ -169,6 +169,7 @@ class Rounds:
         Tokens of it that are not what is proposed are cut off.
         """
         held = len(request.drafted)
+        request.prepared = int(self._rows.computed[request.trunk]) >= request.length
         kept = _common_prefix(request.drafted, proposed)
         if kept == held and request.ended:
             proposed = proposed[:kept]  # nothing follows an end token

@@ -182,10 +182,10 @@ class Session:
         self._tally.cut_round()
         began = time.perf_counter()
         requests, confirmed, proposed = self._unpack(message)
-        # A verification without drafts, since speculation is off, says nothing of how to draft.
-        verify_seconds = 0.0 if self._resting else message.verify_us * 1e-6
+        # While speculation was off, it says nothing of how to draft or how long there is time for.
+        seconds = 0.0 if self._resting else message.verify_us * 1e-6
         for_others = message.price * (1.0 - 1.0 / max(1, len(requests)))
-        self._drafting.observe(requests, confirmed, verify_seconds, for_others)
+        self._drafting.observe(requests, confirmed, seconds, for_others)
         self._learning.read(requests, confirmed)
         if not message.speculate:
             self._rounds.follow(requests, confirmed)
@@ -195,7 +195,6 @@ class Session:
             return
         self._resting = False
         verifying = any(tokens is None or tokens for tokens in proposed)
-        seconds = message.verify_us * 1e-6
         self._times.begin_round(len(requests), verifying, seconds, message.price)
         self._rounds.follow(requests, confirmed)
         self._rounds.plan(requests, proposed)

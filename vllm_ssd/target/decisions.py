@@ -158,8 +158,8 @@ class Decisions:
 
     def _take_round(self, ended: _Round) -> None:
         pace, times, switch = self._pace, self._pace.times, ended.switch
-        requests, seconds = ended.step.requests, ended.seconds
-        pace.observe(ended.tokens, seconds)
+        requests = ended.step.requests
+        seconds = pace.observe(ended.tokens, ended.seconds)
         if ended.on:
             times.observe(requests, ended.step.drafted, ended.step_seconds)
         elif not ended.step.drafted:

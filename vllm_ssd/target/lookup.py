@@ -97,7 +97,8 @@ def choose(
             accepted += right
             whole += right == request.verifying
             if request.origin is not None:
-                count_backup(request.origin, request.verifying, right, stats)
+                of_text = count_backup(request.origin, request.verifying, right, stats)
+                request.of_text.observe(*of_text)
         if not request.ends.isdisjoint(tokens):
             # It has finished; the scheduler will notice next.
             request.proposed, request.verifying = [], 0
@@ -195,19 +196,25 @@ def answer(look_ups: Sequence[LookUp], stats: Stats) -> None:
     stats.look_ups += hits
 
 
-def count_backup(origin: Origin, verified: int, accepted: int, stats: Stats) -> None:
-    """Count what was accepted of tokens that were not found at once."""
+def count_backup(origin: Origin, verified: int, accepted: int, stats: Stats) -> tuple[int, int]:
+    """Count what was accepted of tokens that were not found at once.
+
+    Returns:
+        Of those from the text, how many were accepted, and how many rejected.
+    """
     waited = min(max(0, verified - origin.found), origin.waited)
     stats.waited_tokens += waited
     stats.waited_accepted += min(max(0, accepted - origin.found), waited)
     stats.waited_rejections += origin.found <= accepted < origin.found + waited
     if not origin.ngram:
-        return
+        return 0, 0
     ours = origin.found + origin.waited
     tokens, right = max(0, verified - ours), max(0, accepted - ours)
     stats.ngram_tokens += tokens
     stats.ngram_accepted += right
-    stats.ngram_rejections += ours <= accepted < verified
+    rejected = int(ours <= accepted < verified)
+    stats.ngram_rejections += rejected
+    return right, rejected
 
 
 def _count(each: LookUp, depth: int, hit: bool, stats: Stats) -> None:

@@ -54,12 +54,15 @@ class Pace:
         step, self._step = self._step, None
         return step
 
-    def observe(self, tokens: int, seconds: float) -> None:
+    def observe(self, tokens: int, seconds: float) -> float:
         """Take in a round.
 
         Args:
             tokens: what it yielded, over all requests.
             seconds: from the proposal before it to the one after it, waiting included.
+
+        Returns:
+            The seconds that count: fewer, if there was a pause.
         """
         first = not self._seconds
         weight = 1.0 if first else _SMOOTHING
@@ -68,7 +71,17 @@ class Pace:
         self.clock += seconds
         self._tokens += weight * (tokens - self._tokens)
         self._seconds += weight * (seconds - self._seconds)
+        return seconds
 
     def expect(self, requests: int) -> None:
         """The steps to come have so many requests."""
+        if requests != self.requests:
+            self._carry_over(requests)
         self.requests, self.forecast = requests, self.times.forecast(requests)
+
+    def _carry_over(self, requests: int) -> None:
+        """What rounds yield and take with another number of requests, until some are measured."""
+        before = self.times.usual(self.requests)
+        if self.requests and before:
+            self._tokens *= requests / self.requests
+            self._seconds *= self.times.usual(requests) / before

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from vllm_ssd.core.acceptance import Acceptance
 from vllm_ssd.wire.messages import MAX_STOP_TOKENS, Start
 from vllm_ssd.wire.packing import pack
 
@@ -46,6 +47,8 @@ class Tracked:
     """Where its tokens are from; None if all were found at once."""
     verifying: int = 0
     """How many of the proposed tokens the scheduler lets be verified."""
+    of_text: Acceptance = field(default_factory=Acceptance)
+    """Of tokens that its text has given: texts differ in how they repeat themselves."""
     look_ups: int = 0
     resynced: bool = False
     """Announced when it was running already."""

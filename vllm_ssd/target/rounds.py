@@ -1,7 +1,8 @@
-"""One round after another: announce, look up, wait if it pays, answer, tell; for every front-end.
+"""One round after another: announce, look up, wait if it pays, answer, tell.
 
-A front-end turns the state of its model runner into plain types (:class:`Scheduled`,
-:class:`EngineRequest`, :class:`Batch`), and what is proposed into what its runner wants.
+A front-end (``target/v1``) turns the state of its model runner into plain types
+(:class:`Scheduled`, :class:`EngineRequest`, :class:`Batch`), and what is proposed into what its
+runner wants.
 """
 
 from __future__ import annotations
@@ -62,6 +63,8 @@ class Rounds:
         self._notices: Notices | None = None
         self._describe: Describe = lambda req_id, text: None
         self._proposed_at: float | None = None
+        self._prefills = False
+        """Whether the step under way has prefill tokens."""
         self._nonsense = ""
         """What is wrong with a distribution of this round."""
         self._complained = False
@@ -84,6 +87,7 @@ class Rounds:
         client, notices = self._connected()
         self.decisions.take_in()
         self.pace.scheduled(step.decodes)
+        self._prefills = step.decodes is None
         client.poll()
         client.maintain()
         client.send(notices.scheduled(step))
@@ -137,6 +141,7 @@ class Rounds:
         client.send(messages)
         if waited and not self._propose_later(waited, batch, began, samples):
             stats.missed("resync", len(waited))
+            self.sources.clear()  # nor are those proposed that were answered at once
             return ()
         return look_ups
 
@@ -225,7 +230,8 @@ class Rounds:
         client.send(messages)
 
     def _measure_verification(self, look_ups: list[LookUp], now: float) -> int:
-        """Microseconds since the last proposal; 0 if no request has been decoding since."""
+        """Microseconds since the last proposal; 0 if that was no usual verification: there was a
+        prefill in it, or no request has been decoding."""
         going_on = any(each.request.look_ups for each in look_ups)
         if self._proposed_at is None or not going_on:
             return 0
@@ -233,7 +239,7 @@ class Rounds:
         self.stats.verify_seconds += seconds
         self.stats.verify_intervals += 1
         self.stats.recent["verify_seconds"].add(seconds)
-        return int(seconds * 1e6)
+        return 0 if self._prefills else int(seconds * 1e6)
 
     def _announce_again(self, rows: list[int], batch: Batch) -> list[ToDraft]:
         """Announce the requests that the new epoch lacks, if the draft can follow them."""

@@ -57,7 +57,7 @@ class Waiting:
         """How long the first token of a wait takes, and each one after it."""
         self._acceptance, self._ngram_acceptance = Acceptance(), Acceptance()
         """Of tokens that were waited for: the draft has not foreseen what they follow, and is wrong
-        more often than usual. And of those from the text."""
+        more often than usual. And of those from the text, over all requests."""
         self._counted = (0, 0, 0, 0)
         """The counters when these two were last brought up to date."""
         self._credit, self._ngram_credit = Credit(_TRIALS_SHARE), Credit(_TRIALS_SHARE)
@@ -236,11 +236,12 @@ class Waiting:
     def _worth_prolonging(self, look_ups: Sequence[LookUp], most: list[int]) -> list[int]:
         """By how many tokens of its text to prolong each proposal, ``most`` at most."""
         self._learn()
-        chance, pace = self._ngram_acceptance.chance, self._pace
+        usual, pace = self._ngram_acceptance.chance, self._pace
         if not pace.price:
             return most
         counts = []
         for each, count in zip(look_ups, most, strict=True):
+            chance = each.request.of_text.given(usual)
             # The chance falls by that factor with every token.
             above = math.prod(each.below.chances) * chance / pace.price
             longest = 1 + math.log(above) / -math.log(chance) if above > 1.0 else 0
