@@ -89,7 +89,8 @@ def _gains(chances: Float64Array, price: float) -> Float64Array:
         chances: the mean chances that tokens, with all before them, are accepted.
         price: of verifying a token, in tokens.
     """
-    verified = np.maximum(0.0, 1.0 - price / np.maximum(2.0 * chances, 1e-30))
+    most = 2.0 * chances
+    verified = np.where(most > price, 1.0 - price / np.maximum(most, 1e-300), 0.0)
     gains: Float64Array = chances * verified**2
     return gains
 
