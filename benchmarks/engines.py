@@ -109,8 +109,7 @@ def ssd_engine(
 ) -> Iterator[Engine]:
     """One engine for all of SSD's settings; with a draft server beside it, if there are several.
 
-    They then differ in nothing else, while engines do from one start to the next
-    (``benchmarks/settings_worker.py``).
+    They then differ in nothing else (``benchmarks/settings_worker.py``).
 
     Args:
         draft: the draft model.

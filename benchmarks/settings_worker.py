@@ -1,8 +1,7 @@
 """A worker that has several settings of SSD, of which one at a time is in use.
 
-Two engines with the same settings differ by up to a tenth in tokens per second, by where the system
-puts their memory. Settings that take turns in one engine, at one draft server, differ in nothing
-else. Each keeps what it has learned.
+Settings that take turns in one engine, at one draft server, differ in nothing else: no process was
+started at another time, no memory lies elsewhere. Each keeps what it has learned.
 """
 
 from __future__ import annotations
