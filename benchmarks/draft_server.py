@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -54,8 +55,10 @@ def draft_server(
             write_key(key)
             command += ["--key-file", str(key)]
             options["draft_key_file"] = str(key)
+        # Its log says when it listens.
+        environment = os.environ | {"VLLM_LOGGING_LEVEL": "INFO"}
         with log.open("wb") as file:
-            server = subprocess.Popen(command, stdout=file, stderr=file)
+            server = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
         try:
             while "listens on" not in log.read_text():
                 if server.poll() is not None:

@@ -12,7 +12,15 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from benchmarks.engines import Engine, add_arguments, draft_model, loads, ssd, take_turns
+from benchmarks.engines import (
+    Engine,
+    add_arguments,
+    draft_model,
+    loads,
+    ssd,
+    ssd_engine,
+    take_turns,
+)
 from benchmarks.load import Case, Measured, Streams, added
 from benchmarks.rates import Rate, Ratio, Slice
 from tests.tiny_models import TinyModels
@@ -168,6 +176,27 @@ def test_vllms_own_method_accepts_what_it_should_above_temperature_0(demo_pair: 
     (of_case,) = take_turns([itself], [Case(["Who are you?"], 1, 4)], options)["itself"]
     counters = of_case[0].counters
     assert counters["accepted_tokens"] >= 0.9 * counters["draft_tokens"] > 0
+
+
+@pytest.mark.slow
+def test_settings_that_share_an_engine_are_measured_apart(demo_pair: DemoModels) -> None:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    options = parser.parse_args(["--rounds", "2", "--max-tokens", "16"])
+    settings: dict[str, dict[str, Any]] = {
+        "short": {"num_speculative_tokens": 1, "backup": "none"},
+        "long": {"num_speculative_tokens": 4, "backup": "none"},
+    }
+    cases = [Case(["Who are you?", "Write a poem."], 1, 2)]
+    with ssd_engine(str(demo_pair.draft), settings, options) as engine:
+        found = take_turns([engine], cases, options)
+    assert list(found) == list(settings)
+    for name, (rounds,) in found.items():
+        counters = added(rounds)
+        assert counters["look_ups"] >= counters["hits"] > 0
+        most = settings[name]["num_speculative_tokens"] * counters["drafts"]
+        assert 0 < counters["draft_tokens"] <= most
+        assert all(0 < one.slice.tokens <= 2 * 16 + 16 for one in rounds)
 
 
 @pytest.mark.slow
