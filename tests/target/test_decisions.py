@@ -143,7 +143,7 @@ def test_the_rate_follows_the_number_of_requests_at_once() -> None:
         engine.requests = all_of_them
         engine.step()
         alone.step()
-    # Some have been seen alone: only what is usual says how a step of one differs.
+    # No step of one has been seen here: only the slope says what it takes.
     engine.requests = all_of_them[:1]
     for _ in range(3):
         engine.step()
