@@ -6,6 +6,7 @@ import pytest
 
 from tests.v2.following import DEPTH, EOS, MAX_LENGTH, SLOTS, Following, request, row
 from vllm_ssd.target.v2.device_trees import NOTHING
+from vllm_ssd.target.v2.outcomes import Row
 from vllm_ssd.target.v2.slots import Begun
 from vllm_ssd.wire.messages import Finished, Start, Trimmed, Verified
 from vllm_ssd.wire.packing import unpack_list
@@ -46,6 +47,21 @@ def test_a_proposal_that_the_scheduler_has_cut_is_told(following: Following) -> 
     assert unpack_list(trimmed.verified_counts) == [1]
     following.verify(row(7, [9, 3])._replace(verified=1))
     assert following.stats.tokens_drafted == following.stats.tokens_accepted == 1
+
+
+def test_a_step_with_a_prompt_is_no_usual_verification(following: Following) -> None:
+    def told(*rows: Row) -> bool:
+        (verified,) = following.verify(*rows)
+        assert isinstance(verified, Verified)
+        return verified.verify_us > 0
+
+    following.begin(7, 2, [1, 5, 6])
+    assert not told(row(7, [8]))  # its own prompt
+    assert told(row(7, [9]))
+    following.begin(8, 1, [1, 5])
+    assert not told(row(7, [9]), row(8, []))
+    assert not told(row(7, [9]), row(8, [4]))
+    assert told(row(7, [9]), row(8, [4]))
 
 
 def test_a_prompt_that_is_being_computed_has_no_outcome(following: Following) -> None:

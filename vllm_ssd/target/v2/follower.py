@@ -79,6 +79,8 @@ class Follower:
         """Requests in slots that the draft cannot follow."""
         self._has_said = False
         """That there are such requests."""
+        self._prefilling: set[int] = set()
+        """Requests in slots that have had no outcome yet."""
         self._verified_at: float | None = None
         self._announced = 0
         """Tokens of text announced with this step."""
@@ -88,6 +90,7 @@ class Follower:
         self._announced = 0
         messages = self._forget(gone)
         for serial, slot, new in begun:
+            self._prefilling.add(serial)
             if not can_draft(new):
                 self._leave_alone(serial)
                 continue
@@ -102,6 +105,7 @@ class Follower:
 
     def verified(self, rows: list[Row]) -> None:
         """A step has ended: its outcome, and what is proposed next."""
+        prefills = bool(self._prefilling)
         going_on, lost = self._confirm(rows)
         messages = self._give_up(lost)
         if not self._client.up:
@@ -115,7 +119,7 @@ class Follower:
                 messages += self._announce(running)
             else:
                 look_ups.append(self._look_up(row, running, request))
-        verify_us = self._measure(look_ups)
+        verify_us = self._measure(look_ups, prefills)
         if look_ups:
             messages.append(self._notices.verified(look_ups, verify_us))
         self._client.send(messages)
@@ -140,6 +144,7 @@ class Follower:
         for row in rows:
             if not row.sampled:
                 continue
+            self._prefilling.discard(row.serial)
             running = self._running.get(row.serial)
             if running is None:
                 if row.serial in self._left_alone:
@@ -211,14 +216,16 @@ class Follower:
             self._running.pop(serial, None)
             self._tally.forget(serial)
             self._left_alone.discard(serial)
+            self._prefilling.discard(serial)
             request = self._requests.forget(str(serial))
             if request is not None:
                 self._writer.drop(request.handle)
                 handles.append(request.handle)
         return [Finished(pack(handles))] if handles else []
 
-    def _measure(self, look_ups: list[LookUp]) -> int:
-        """Microseconds since the last outcome; 0 if no request has been decoding since."""
+    def _measure(self, look_ups: list[LookUp], prefills: bool) -> int:
+        """Microseconds since the last outcome; 0 if that was no usual verification: there were
+        prefills in it, or no request has been decoding since."""
         before, self._verified_at = self._verified_at, time.perf_counter()
         if before is None or not any(each.request.look_ups > 1 for each in look_ups):
             return 0
@@ -226,7 +233,7 @@ class Follower:
         self._stats.verify_seconds += seconds
         self._stats.verify_intervals += 1
         self._stats.recent["verify_seconds"].add(seconds)
-        return int(seconds * 1e6)
+        return 0 if prefills else int(seconds * 1e6)
 
 
 def _without_ends(row: Row, ends: frozenset[int]) -> Row:
