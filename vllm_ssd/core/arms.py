@@ -105,6 +105,7 @@ class Block:
         "counted",
         "drafted",
         "gained",
+        "rounds",
         "seconds",
         "tokens",
         "verifications",
@@ -122,7 +123,9 @@ class Block:
         self.gained = 0.0
         """... less what it cost to verify their drafted tokens, ..."""
         self.seconds = 0.0
-        """... and how long they took."""
+        """... how long they took, ..."""
+        self.rounds = 0.0
+        """... and that in verifications that take the usual time."""
         self.drafted = 0
         """Drafted tokens among what they verified."""
 
@@ -135,7 +138,9 @@ class Block:
         """The block after this one."""
         return Block(arm, _SKIPPED if arm != self.arm else 0)
 
-    def observe(self, tokens: int, drafted: int, seconds: float, price: float = 0.0) -> None:
+    def observe(
+        self, tokens: int, drafted: int, seconds: float, price: float = 0.0, usual: float = 1.0
+    ) -> None:
         """Take in a verification.
 
         Args:
@@ -144,6 +149,8 @@ class Block:
             seconds: how long it took; 0.0 if that is not known: then it does not count. Requests
                 verified together take it together, however many tokens are of each.
             price: of verifying a drafted token, in tokens that the others do not get meanwhile.
+            usual: how long one of as many requests usually takes: a larger batch takes longer, and
+                that says nothing about an arm.
         """
         self.verifications += 1
         if self.verifications > self._skipped and seconds:
@@ -152,10 +159,11 @@ class Block:
             self.gained += tokens - price * drafted
             self.drafted += drafted
             self.seconds += seconds
+            self.rounds += seconds / usual
 
 
 class BestArm:
-    """Learns which arm yields most tokens per second, less what they cost, at one level.
+    """Learns which arm yields most tokens per usual time, less what they cost, at one level.
 
     Args:
         arms: how many there are.
@@ -167,7 +175,7 @@ class BestArm:
         self._weight = [0.0] * arms
         """Blocks observed with each arm; older ones have faded."""
         self._rate = [0.0] * arms
-        """The mean of what they gained per second."""
+        """The mean of what they gained per verification of the usual time."""
         self._turn = 0
         self._in_turn = arms > 1
         """Until each arm has had its first blocks."""
@@ -181,7 +189,7 @@ class BestArm:
             return
         share = block.counted / BLOCK
         # A rate stays above 0, whatever the price.
-        rate, arm = max(block.gained, 0.1 * block.tokens) / block.seconds, block.arm
+        rate, arm = max(block.gained, 0.1 * block.tokens) / block.rounds, block.arm
         fades = math.exp(-share / _MEMORY)
         self._weight = [weight * fades for weight in self._weight]
         before = self._weight[arm]

@@ -9,13 +9,14 @@ import numpy as np
 
 from vllm_ssd.core.arms import LEVELS, Arm, BestArm, Block, Settings, level_of
 from vllm_ssd.core.arrays import Float64Array
+from vllm_ssd.core.step_times import level_of as level_of_batch
 from vllm_ssd.draft.request import DORMANT, Request
 from vllm_ssd.draft.sampled_rows import SampledRows
 
 _FORKS_AT_FIRST = 2.0
 """Forks of a position, until some were counted."""
 _SMOOTHING = 0.02
-"""Weight of one request's newest forks."""
+"""Weight of one request's newest forks, and of the newest verification's time."""
 
 
 class Drafting:
@@ -41,6 +42,8 @@ class Drafting:
         self._rows = rows
         self._counters = counters
         self._best = [BestArm(len(arms), os.urandom(16).hex()) for _ in range(LEVELS)]
+        self._usual_seconds: dict[int, float] = {}
+        """What a verification takes, smoothed, by the level of the batch size."""
         self._weighs = any(arm.weight < 1.0 for arm in arms)
         shape = self.settings.count, num_speculative_tokens
         self._forks: Float64Array = np.full(shape, _FORKS_AT_FIRST)
@@ -96,16 +99,24 @@ class Drafting:
             seconds: how long the verification took; 0.0 if that is not known.
             price: what verifying one more token costs the batch's other requests, in tokens.
         """
+        usual = self._usual(len(requests), seconds) if seconds else 1.0
         for request, tokens in zip(requests, confirmed, strict=True):
             block = request.block
             if block is None:
                 continue
             if self._weighs and request.trunk != DORMANT:
                 self._count_forks(request)
-            block.observe(len(tokens), request.verified, seconds, price)
+            block.observe(len(tokens), request.verified, seconds, price, usual)
             if block.full:
                 self._end(request, block)
                 self.begin(request)
+
+    def _usual(self, batch: int, seconds: float) -> float:
+        """What a verification of so many requests usually takes; follows one that has ended."""
+        level = level_of_batch(batch)
+        usual = self._usual_seconds.get(level, seconds)
+        self._usual_seconds[level] = usual + _SMOOTHING * (seconds - usual)
+        return usual
 
     def finished(self, request: Request) -> None:
         """A request is over: its last block counts for as much as there is of it."""
