@@ -121,7 +121,9 @@ def ssd_engine(
         yield Engine(name, ssd(draft, its), target_cores(its))
         return
     depth = max(its["num_speculative_tokens"] for its in settings.values())
-    dtype = options.dtype or ("bfloat16" if best_dtype() == "auto" else best_dtype())
+    fastest = "bfloat16" if best_dtype() == "auto" else best_dtype()
+    # Of the draft, which has no part in the texts; int8 layers may need 16 bits.
+    dtype = fastest if options.dtype in (None, "float32") else options.dtype
     # One more: the engine's own settings are connected as well, though not in use.
     server = draft_server(
         draft, dtype, enforce_eager=not options.compile, targets=len(settings) + 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +13,16 @@ if TYPE_CHECKING:
 
     from vllm_ssd.config import SSDConfig
 
+logger = logging.getLogger("vllm.vllm_ssd")
+
 
 def draft_model_config(config: SSDConfig, target: ModelConfig) -> ModelConfig:
     """vLLM's configuration of the draft model.
 
     Raises:
-        ValueError: the model cannot be found or read.
+        ValueError: the model cannot be found or read, or not be computed in ``draft_dtype``.
     """
+    import torch
     from vllm.config import ModelConfig
 
     check_folder(config.model)
@@ -34,6 +38,15 @@ def draft_model_config(config: SSDConfig, target: ModelConfig) -> ModelConfig:
         )
     except Exception as error:  # vLLM, transformers and hub clients each raise their own
         raise ValueError(refusal(config, first_line(error))) from error
+    if draft.dtype == torch.float32 and _lacks_float32(draft):
+        if config.draft_dtype == "float32":
+            raise ValueError(
+                f"ssd: option 'draft_dtype' = 'float32': on a CPU with AMX vLLM computes int8 "
+                f"layers, as those of {config.model!r}, in 16 bits only; use 'bfloat16', or leave "
+                "it out"
+            )
+        logger.info("ssd: the draft is in bfloat16: vLLM has no float32 for int8 layers here")
+        draft.dtype = torch.bfloat16
     longest = draft.max_model_len
     wanted = config.draft_max_model_len or target.max_model_len
     if config.draft_max_model_len and wanted > longest:
@@ -64,6 +77,30 @@ def in_place_of_target(config: SSDConfig, trust_remote_code: bool) -> ModelConfi
         )
     except Exception as error:  # vLLM, transformers and hub clients each raise their own
         raise ValueError(refusal(config, first_line(error))) from error
+
+
+def _lacks_float32(draft: ModelConfig) -> bool:
+    """Whether vLLM computes its layers in 16 bits only: int8 weights and activations with AMX.
+
+    There ``CPUInt8ScaledMMLinearKernel`` takes a kernel that refuses other types, at the first step
+    (vLLM 0.32).
+    """
+    import torch
+    from vllm.platforms import current_platform
+
+    if not (current_platform.is_cpu() and torch.cpu._is_amx_tile_supported()):
+        return False
+    if draft.quantization != "compressed-tensors":
+        return False
+    described = getattr(draft.hf_config, "quantization_config", None) or {}
+    activations = [
+        group.get("input_activations") or {}
+        for group in described.get("config_groups", {}).values()
+    ]
+    return any(
+        each.get("type") == "int" and each.get("num_bits") == 8 and each.get("symmetric", True)
+        for each in activations
+    )
 
 
 def check_folder(name: str) -> None:
