@@ -172,7 +172,7 @@ def waiting_for_turns(
 
     Raises:
         EngineError: it failed.
-        RuntimeError: its target runs on other cores than it should.
+        RuntimeError: its target runs on other cores than it should, or its draft is lost.
     """
     theirs, turns = multiprocessing.get_context("spawn").Pipe(duplex=False)
     load = Load(
@@ -197,6 +197,8 @@ def waiting_for_turns(
         def measure(turn: Turn) -> Measured:
             turns.send(turn)
             measured: Measured = next(events)
+            if down := measured.counters.get("misses_draft_down"):
+                raise RuntimeError(f"{one.name} had no draft at {down:.0f} look-ups")
             return measured
 
         yield measure
@@ -222,7 +224,7 @@ def take_turns(
 
     Raises:
         EngineError: an engine failed.
-        RuntimeError: a target runs on other cores than it should.
+        RuntimeError: a target runs on other cores than it should, or a draft is lost.
     """
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with ExitStack() as stack:
