@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -62,8 +63,13 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str | None, int]]:
     return []
 
 
-def engines(asked: list[tuple[str, str | None, int]], machine: str, *wrong: str) -> Ask:
-    """Engines on a machine whose faster type is ``machine``; text is wrong in the types named."""
+def engines(
+    asked: list[tuple[str, str | None, int]], machine: str, *wrong: str, lost: int = 0
+) -> Ask:
+    """Engines on a machine whose faster type is ``machine``; text is wrong in the types named.
+
+    SSD's has no draft at ``lost`` look-ups.
+    """
 
     def ask(spec: Questions, listen: Any) -> Answers:
         method = (spec.speculative_config or {}).get("method", "plain")
@@ -71,7 +77,8 @@ def engines(asked: list[tuple[str, str | None, int]], machine: str, *wrong: str)
         dtype = spec.dtype or machine
         token = 9 if method == "ssd" and dtype in wrong else 5
         answers = [[5] * 7 + [token] for _ in spec.prompts]
-        return Answers(answers, dtype, seconds=1.0, gaps=0.9)
+        metrics = {"accepted_tokens": 3.0, "misses_draft_down": float(lost)}
+        return Answers(answers, dtype, 1.0, 0.9, metrics if method == "ssd" else {})
 
     return ask
 
@@ -82,7 +89,7 @@ def test_text_is_compared_again_in_float32_and_found_identical(
     monkeypatch.setattr(demo, "ask", engines(asked, "bfloat16", "bfloat16"))
     result = CliRunner().invoke(app, ["demo"])
     assert result.exit_code == 0, result.stderr
-    said = "In float32, plain vLLM's first answer and SSD's: identical, all 8 tokens."
+    said = "In float32, plain vLLM's first answer and SSD's: identical, all 8 tokens, 3 of them"
     assert said in result.stdout
     assert asked[3:] == [("plain", "float32", 1), ("ssd", "float32", 1)]
 
@@ -93,7 +100,7 @@ def test_where_everything_runs_in_float32_nothing_is_asked_twice(
     monkeypatch.setattr(demo, "ask", engines(asked, "float32"))
     result = CliRunner().invoke(app, ["demo"])
     assert result.exit_code == 0, result.stderr
-    assert "In float32, plain vLLM's answers and SSD's: identical, all 24 tokens." in result.stdout
+    assert "answers and SSD's: identical, all 24 tokens, 3 of them drafted." in result.stdout
     assert len(asked) == 3
 
 
@@ -110,6 +117,15 @@ def test_text_that_differs_in_float32_is_an_error(
     assert "all 8 tokens" not in result.stdout
 
 
+def test_text_without_a_draft_is_no_proof(
+    asked: list[tuple[str, str | None, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "ask", engines(asked, "bfloat16", lost=6))
+    result = CliRunner().invoke(app, ["demo"])
+    assert result.exit_code == 1
+    assert "no draft at 6 look-ups" in result.stderr
+
+
 @pytest.mark.slow
 def test_demonstration_runs_and_ends_with_identical_text(demo_pair: DemoModels) -> None:
     command = [sys.executable, "-m", "vllm_ssd.cli.main", "demo", "--max-tokens", "24"]
@@ -122,4 +138,6 @@ def test_demonstration_runs_and_ends_with_identical_text(demo_pair: DemoModels) 
     )
     assert done.returncode == 0, done.stderr
     text = " ".join(done.stdout.split())
-    assert "identical, all 24 tokens." in text or "identical, all 72 tokens." in text
+    drafted = re.search(r"identical, all (?:24|72) tokens, (\d+) of them drafted\.", text)
+    assert drafted is not None
+    assert int(drafted[1]) > 0

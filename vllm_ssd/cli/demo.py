@@ -183,8 +183,13 @@ def _exactness(plain: Answers, ssd: Answers) -> str:
         ssd: SSD's to the same questions, in float32.
 
     Raises:
-        CommandError: it is not.
+        CommandError: it is not, or there was no draft.
     """
+    if lost := ssd.metrics.get("misses_draft_down"):
+        raise CommandError(
+            f"in {EXACT} SSD had no draft at {lost:.0f} look-ups, so its text shows nothing; "
+            "please report this, with all that was printed"
+        )
     for question, expected, actual in zip(QUESTIONS, plain.token_ids, ssd.token_ids, strict=False):
         if actual != expected:
             pairs = zip(actual, expected, strict=False)
@@ -194,9 +199,10 @@ def _exactness(plain: Answers, ssd: Answers) -> str:
                 f"{same} tokens; it must not: please report this, with all that was printed"
             )
     which = "first answer" if len(plain.token_ids) == 1 else "answers"
+    drafted = ssd.metrics.get("accepted_tokens", 0.0)
     return (
         f"In {EXACT}, plain vLLM's {which} and SSD's: [bold green]identical[/], "
-        f"all {_tokens(plain)} tokens."
+        f"all {_tokens(plain)} tokens, {drafted:.0f} of them drafted."
     )
 
 
