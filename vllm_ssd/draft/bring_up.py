@@ -5,9 +5,12 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 
+import numpy as np
+
 from vllm_ssd.draft.agreement import Offer
 from vllm_ssd.draft.blocks import KVBlocks
 from vllm_ssd.draft.engine import DraftEngine
+from vllm_ssd.draft.model import BlockChanges, DraftModel, Sequences
 from vllm_ssd.draft.rows import Rows
 from vllm_ssd.draft.vllm_model import VllmDraftModel
 from vllm_ssd.wire.messages import Setup
@@ -69,6 +72,7 @@ class BringUp:
         candidates = min(setup.max_branches + 1, _MAX_CANDIDATES, choices)
         sampled_from = min(setup.draft_top_n, choices)
         model.allocate(kv_cache_memory_bytes, candidates, sampled_from)
+        try_step(model)
         max_rows = model.config.scheduler_config.max_num_seqs
         max_tokens = model.config.scheduler_config.max_num_batched_tokens
         engine = DraftEngine(
@@ -92,3 +96,16 @@ class BringUp:
             sampled_from,
         )
         return engine, offer
+
+
+def try_step(model: DraftModel) -> None:
+    """One step of one token: a kernel that cannot run here ends the start, not every later step.
+
+    Its KV goes to vLLM's null block, which no text has.
+
+    Raises:
+        Exception: whatever the step raises.
+    """
+    zero = np.zeros(1, np.int32)
+    changes = BlockChanges.of_tables(zero, zero[None])
+    model.launch(changes, Sequences(zero, np.ones(1, np.int32), zero, zero)).result()
