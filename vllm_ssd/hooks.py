@@ -36,10 +36,10 @@ TARGET: Names = {
     "vllm.config:ModelConfig": (
         "attention_chunk_size dtype enforce_eager get_head_size(self) get_hidden_size(self) "
         "get_num_experts(self) get_sliding_window(self) get_total_num_hidden_layers(self) "
-        "get_total_num_kv_heads(self) get_vocab_size(self) hf_text_config hf_token "
+        "get_total_num_kv_heads(self) get_vocab_size(self) hf_config hf_text_config hf_token "
         "is_attention_free is_encoder_decoder is_hybrid is_multimodal_model max_model_len model "
-        "original_max_model_len runner_type served_model_name tokenizer tokenizer_revision "
-        "trust_remote_code try_get_generation_config(self) use_mla uses_mrope"
+        "original_max_model_len quantization runner_type served_model_name tokenizer "
+        "tokenizer_revision trust_remote_code try_get_generation_config(self) use_mla uses_mrope"
     ),
     "vllm.config:ParallelConfig": (
         "assigned_physical_gpu_ids data_parallel_size distributed_executor_backend "

@@ -41,7 +41,17 @@ def quantized(tool: Any, tiny_pair: TinyModels, tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+NO_FLOAT32 = torch.cpu._is_amx_tile_supported()
+"""There vLLM computes int8 layers in 16 bits only."""
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        pytest.param("float32", marks=pytest.mark.skipif(NO_FLOAT32, reason="a CPU with AMX")),
+        pytest.param("bfloat16", marks=() if NO_FLOAT32 else pytest.mark.slow),
+    ],
+)
 def test_vllm_computes_a_stored_draft_as_the_tool_evaluates_it(
     tool: Any, tiny_pair: TinyModels, quantized: Path, dtype: str
 ) -> None:
