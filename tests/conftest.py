@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -37,3 +40,19 @@ def tiny_pair() -> TinyModels:
 def demo_pair() -> DemoModels:
     """SmolLM2-135M-Instruct and its draft, fetched and converted if they are not there yet."""
     return demo_models()
+
+
+@pytest.fixture
+def quantize(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The file ``examples/distill/quantize.py``."""
+    folder = Path(__file__).resolve().parents[1] / "examples" / "distill"
+    monkeypatch.syspath_prepend(str(folder))
+    return importlib.import_module("quantize")
+
+
+@pytest.fixture
+def int8_draft(quantize: Any, tiny_pair: TinyModels, tmp_path: Path) -> Path:
+    """The folder of the tiny draft in int8."""
+    folder = tmp_path / "int8"
+    quantize.main(tiny_pair.draft, folder)
+    return folder

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -395,43 +394,24 @@ def _mistral(window: int | None) -> dict[str, Any]:
 # ---- int8 layers on a CPU with AMX, which vLLM computes in 16 bits only
 
 
-@pytest.fixture
-def int8_draft(tiny_pair: TinyModels, tmp_path: Path) -> TinyModels:
-    """A pair whose draft says that its layers are in int8."""
-    draft = Path(shutil.copytree(tiny_pair.draft, tmp_path / "draft"))
-    file = draft / "config.json"
-    described = json.loads(file.read_text())
-    of_each = {"num_bits": 8, "type": "int", "symmetric": True}
-    described["quantization_config"] = {
-        "quant_method": "compressed-tensors",
-        "format": "int-quantized",
-        "config_groups": {
-            "layers": {
-                "targets": ["Linear"],
-                "weights": {**of_each, "strategy": "channel", "dynamic": False},
-                "input_activations": {**of_each, "strategy": "token", "dynamic": True},
-            }
-        },
-    }
-    file.write_text(json.dumps(described))
-    return replace(tiny_pair, draft=draft)
-
-
 @pytest.mark.parametrize(("amx", "dtype"), [(True, "bfloat16"), (False, "float32")])
 def test_a_draft_in_int8_is_in_bfloat16_where_vllm_has_no_float32_for_it(
-    int8_draft: TinyModels, monkeypatch: pytest.MonkeyPatch, amx: bool, dtype: str
+    tiny_pair: TinyModels,
+    int8_draft: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    amx: bool,
+    dtype: str,
 ) -> None:
     monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: amx)
-    config = configure(int8_draft)
-    draft = check_engine(config).draft
+    draft = check_engine(configure(tiny_pair, model=str(int8_draft))).draft
     assert draft is not None
     assert str(draft.dtype) == f"torch.{dtype}"
 
 
 def test_float32_for_a_draft_in_int8_is_refused_there(
-    int8_draft: TinyModels, monkeypatch: pytest.MonkeyPatch
+    tiny_pair: TinyModels, int8_draft: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: True)
-    sentence = refusal(int8_draft, draft_dtype="float32")
+    sentence = refusal(tiny_pair, model=str(int8_draft), draft_dtype="float32")
     assert all(part in sentence for part in ("'draft_dtype' = 'float32'", "int8", "'bfloat16'"))
-    assert check_engine(configure(int8_draft, draft_dtype="bfloat16"))
+    assert check_engine(configure(tiny_pair, model=str(int8_draft), draft_dtype="bfloat16"))
